@@ -1,0 +1,105 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiue_jax.schedule import SPACINGS, Schedule
+
+SD = Schedule()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "timesteps", "scale", "weights"),
+    [
+        ("leading", [751, 501, 251, 1], 4.2346, [-2.4919, -0.9249, -0.6568, -0.0121]),
+        (
+            "leading",
+            [876, 751, 626, 501, 376, 251, 126, 1],
+            7.4362,
+            [-3.2538, -1.6051, -0.8869, -0.5474, -0.3775, -0.2961, -0.3608, -0.0121],
+        ),
+        ("trailing", [999, 749, 499, 249], 14.6426, [-10.5284, -2.4678, -0.9193, -0.6638]),
+    ],
+)
+def test_closed_form_has_the_worked_values_of_the_method(spacing, timesteps, scale, weights):
+    form = dataclasses.replace(SD, timestep_spacing=spacing).closed_form(len(timesteps))
+    assert form.timesteps.tolist() == timesteps
+    assert form.scale == pytest.approx(scale, abs=5e-5)
+    assert form.weights == pytest.approx(weights, abs=5.1e-5)  # the table rounds to four decimals
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 50, 999])
+def test_closed_form_equals_the_recursion(prediction_type, spacing, k):
+    form = dataclasses.replace(SD, prediction_type=prediction_type, timestep_spacing=spacing).closed_form(k)
+    rng = np.random.default_rng(0)
+    noise, outputs = rng.standard_normal(), rng.standard_normal(k)
+    x = noise
+    for c, d, o in zip(form.c, form.d, outputs, strict=True):
+        x = c * x + d * o
+    assert form.scale * noise + form.weights @ outputs == pytest.approx(x, rel=1e-9)
+    assert np.all(np.diff(form.timesteps) < 0) or k == 1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_outputs_convert_to_noise_and_original(prediction_type):
+    schedule = dataclasses.replace(SD, prediction_type=prediction_type)
+    rng = np.random.default_rng(0)
+    z0, noise = rng.standard_normal((2, 3, 2, 2, 4), np.float32)
+    t = jnp.array([5, 500, 999])
+    signal, sigma = schedule.signal_and_noise(t)
+    z_t = schedule.add_noise(z0, noise, t)
+    output = noise if prediction_type == "epsilon" else signal * noise - sigma * z0
+    np.testing.assert_allclose(schedule.to_epsilon(output, z_t, t), noise, atol=1e-5)
+    np.testing.assert_allclose(schedule.to_original(output, z_t, t), z0, atol=1e-4)
+
+
+def test_config_round_trip():
+    schedule = Schedule(beta_schedule="linear", prediction_type="v_prediction", timestep_spacing="linspace")
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+
+
+def test_config_of_another_solver():
+    sd15 = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+    }
+    assert Schedule.from_dict(sd15) == SD
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"clip_sample": True}, "'clip_sample' is True"),
+        ({"trained_betas": [0.1]}, "'trained_betas'"),
+        ({"rescale_betas_zero_snr": True}, "'rescale_betas_zero_snr'"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be .* got 'squaredcos_cap_v2'"),
+        ({"prediction_type": "sample"}, "prediction_type must be .* got 'sample'"),
+        ({"timestep_spacing": "dense"}, "timestep_spacing must be .* got 'dense'"),
+    ],
+)
+def test_unsupported_config_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_dict(config)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1001])
+def test_number_of_steps_out_of_range(k):
+    with pytest.raises(ValueError, match=rf"between 1 and 1000, got {k}"):
+        SD.timesteps(k)
+
+
+def test_offset_past_the_last_timestep():
+    with pytest.raises(ValueError, match="reaches timestep 1000"):
+        SD.timesteps(1000)

@@ -1,0 +1,357 @@
+"""CLIP's text and image encoders (arXiv 2103.00020), with the tensor names that transformers' checkpoints have on disk.
+
+The text encoder conditions Stable Diffusion (SD 1.x: OpenAI's ViT-L/14, quick_gelu; SD 2.x: 23 layers of OpenCLIP's
+ViT-H/14, gelu); the whole model scores images against prompts. Modules compute in the dtype of their parameters.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tiue_jax.models.functional import dtype_of
+from tiue_jax.models.layers import attention, layer_norm
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nnx.gelu(x, approximate=False),
+}
+
+# Fields that transformers 4 wrote into every config and that change nothing in an encoder's forward pass: book-keeping,
+# initialisation, output format, labels, and the settings of text generation.
+_IGNORED = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path architectures dtype torch_dtype torchscript
+    transformers_version use_bfloat16 initializer_factor initializer_range output_attentions output_hidden_states
+    output_scores return_dict return_dict_in_generate finetuning_task id2label label2id problem_type prefix
+    task_specific_params tf_legacy_loss tokenizer_class bad_words_ids begin_suppress_tokens decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences remove_invalid_values repetition_penalty sep_token_id suppress_tokens temperature
+    tie_encoder_decoder tie_word_embeddings top_k top_p typical_p
+    """.split()
+)
+
+# Fields that would change the network, at the only values it has here.
+_FIXED = {
+    "add_cross_attention": False,
+    "attention_dropout": 0.0,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "dropout": 0.0,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+}
+
+
+# Only the text encoder has tokens; transformers 4 wrote these into the other configs too.
+_TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
+
+
+def _read(cls: type, d: dict, model_type: str) -> dict[str, Any]:
+    """The fields of dataclass `cls` in the JSON config `d`; raises ValueError on one that is not supported."""
+    fixed = {"model_type": model_type, **_FIXED}
+    for name, value in fixed.items():
+        if name in d and d[name] != value:
+            raise ValueError(f"{cls.__name__}: {name} must be {value!r}, got {d[name]!r}")
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in sorted(d.keys() - known - fixed.keys() - _IGNORED - _TOKEN_IDS):
+        raise ValueError(f"{cls.__name__}: unsupported field {name} = {d[name]!r}")
+    return {name: value for name, value in d.items() if name in known}
+
+
+def _check_sizes(cfg: Any, *sizes: str) -> None:
+    """Raises ValueError unless the named fields are positive integers."""
+    for name in sizes:
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{type(cfg).__name__}: {name} must be an integer >= 1, got {value!r}")
+
+
+def _check_encoder(cfg: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    kind = type(cfg).__name__
+    _check_sizes(cfg, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if cfg.hidden_size % cfg.num_attention_heads:
+        raise ValueError(
+            f"{kind}: hidden_size must be a multiple of num_attention_heads, "
+            f"got {cfg.hidden_size} and {cfg.num_attention_heads}"
+        )
+    if cfg.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{kind}: hidden_act must be one of {sorted(ACTIVATIONS)}, got {cfg.hidden_act!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """The text encoder, with transformers' field names and defaults (those of ViT-B/32).
+
+    The encoder itself does not read bos_token_id, pad_token_id or projection_dim: they are kept for the export.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int | None = 1
+
+    def __post_init__(self):
+        _check_encoder(self)
+        _check_sizes(self, "vocab_size", "max_position_embeddings")
+        if not isinstance(self.eos_token_id, int):
+            raise ValueError(f"CLIPTextConfig: eos_token_id must be an integer, got {self.eos_token_id!r}")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """From transformers' `config.json`; raises ValueError on a field or value that is not supported."""
+        return cls(**_read(cls, d, "clip_text_model"))
+
+    def to_dict(self) -> dict:
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """The image encoder, a ViT, with transformers' field names and defaults (those of ViT-B/32)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int = 512
+
+    def __post_init__(self):
+        _check_encoder(self)
+        _check_sizes(self, "num_channels", "image_size", "patch_size")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"CLIPVisionConfig: patch_size must be <= {self.image_size}, got {self.patch_size}")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """From transformers' `config.json`; raises ValueError on a field or value that is not supported."""
+        return cls(**_read(cls, d, "clip_vision_model"))
+
+    def to_dict(self) -> dict:
+        return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both encoders and the width of the space they share."""
+
+    text_config: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
+    vision_config: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+
+    def __post_init__(self):
+        _check_sizes(self, "projection_dim")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """From transformers' nested `config.json`; raises ValueError on a field or value that is not supported.
+
+        Where an older file also has `text_config_dict` or `vision_config_dict`, that one counts, as in transformers.
+        """
+        d = dict(d)
+        for name, part in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
+            plain, older = d.pop(name, None), d.pop(f"{name}_dict", None)
+            d[name] = part.from_dict((plain or {}) if older is None else older)
+        return cls(**_read(cls, d, "clip"))
+
+    def to_dict(self) -> dict:
+        parts = {"text_config": self.text_config.to_dict(), "vision_config": self.vision_config.to_dict()}
+        for part in parts.values():
+            del part["architectures"]
+        d = {"architectures": ["CLIPModel"], "model_type": "clip", **parts}
+        return d | {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
+
+
+class TextOutput(NamedTuple):
+    last_hidden_state: jax.Array  # [b l d], after the final layer norm, as Stable Diffusion uses it
+    pooled: jax.Array  # [b d], at the end-of-text token
+
+
+class VisionOutput(NamedTuple):
+    last_hidden_state: jax.Array  # [b 1+n d], class token first, before the last layer norm
+    pooled: jax.Array  # [b d], the class token after it
+
+
+class CLIPAttention(nnx.Module):
+    """Multi-head self-attention of x [b l d] -> [b l d]."""
+
+    def __init__(self, dim: int, heads: int, *, is_causal: bool, rngs: nnx.Rngs):
+        self.heads, self.is_causal = heads, is_causal
+        self.q_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.k_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.v_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = (
+            proj(x).reshape(*x.shape[:-1], self.heads, -1)  # [b l d] -> [b l h d/h]
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(q, k, v, is_causal=self.is_causal).reshape(x.shape))
+
+
+class CLIPMLP(nnx.Module):
+    def __init__(self, dim: int, inner: int, hidden_act: str, *, rngs: nnx.Rngs):
+        self.hidden_act = hidden_act
+        self.fc1 = nnx.Linear(dim, inner, rngs=rngs)
+        self.fc2 = nnx.Linear(inner, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Self-attention and MLP, pre-norm: [b l d] -> [b l d]."""
+
+    def __init__(self, cfg: CLIPTextConfig | CLIPVisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        dim = cfg.hidden_size
+        self.layer_norm1 = layer_norm(dim, cfg.layer_norm_eps, rngs=rngs)
+        self.self_attn = CLIPAttention(dim, cfg.num_attention_heads, is_causal=is_causal, rngs=rngs)
+        self.layer_norm2 = layer_norm(dim, cfg.layer_norm_eps, rngs=rngs)
+        self.mlp = CLIPMLP(dim, cfg.intermediate_size, cfg.hidden_act, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(nnx.Module):
+    def __init__(self, cfg: CLIPTextConfig | CLIPVisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [CLIPEncoderLayer(cfg, is_causal=is_causal, rngs=rngs) for _ in range(cfg.num_hidden_layers)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token and position embeddings: input_ids [b l] -> [b l d]."""
+
+    def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.token_embedding = nnx.Embed(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.position_embedding = nnx.Embed(cfg.max_position_embeddings, cfg.hidden_size, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
+        if length > limit:
+            raise ValueError(f"input_ids must have at most max_position_embeddings = {limit} tokens, got {length}")
+        # nnx.Embed's own lookup would cast to the dtype it was built in, whatever its parameters are now
+        tokens = jnp.take(self.token_embedding.embedding[...], input_ids, axis=0)
+        return tokens + self.position_embedding.embedding[...][None, :length]
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Class token, patches and position embeddings: [b h w c] -> [b 1+n d]."""
+
+    def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
+        self.image_shape = (cfg.image_size, cfg.image_size, cfg.num_channels)
+        dim, patch = cfg.hidden_size, (cfg.patch_size, cfg.patch_size)
+        self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (dim,)))
+        self.patch_embedding = nnx.Conv(cfg.num_channels, dim, patch, patch, padding="VALID", use_bias=False, rngs=rngs)
+        self.position_embedding = nnx.Embed((cfg.image_size // cfg.patch_size) ** 2 + 1, dim, rngs=rngs)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        if pixel_values.shape[1:] != self.image_shape:
+            expected, got = (" ".join(map(str, shape)) for shape in (self.image_shape, pixel_values.shape))
+            raise ValueError(f"pixel_values must be [b {expected}], got [{got}]")
+        patches = self.patch_embedding(pixel_values.astype(dtype_of(self.patch_embedding)))  # [b h/p w/p d]
+        b, dim = patches.shape[0], patches.shape[-1]
+        first = jnp.broadcast_to(self.class_embedding[...], (b, 1, dim))
+        tokens = jnp.concatenate([first, patches.reshape(b, -1, dim)], axis=1)  # [b 1+n d]
+        return tokens + self.position_embedding.embedding[...][None]
+
+
+class CLIPTextTransformer(nnx.Module):
+    """Causal transformer over tokens: input_ids int [b l] -> TextOutput."""
+
+    def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.eos_token_id = cfg.eos_token_id
+        self.embeddings = CLIPTextEmbeddings(cfg, rngs=rngs)
+        self.encoder = CLIPEncoder(cfg, is_causal=True, rngs=rngs)
+        self.final_layer_norm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> TextOutput:
+        hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        # Older configs say eos_token_id = 2, which is wrong for CLIP's vocabulary; transformers then pools at the
+        # highest token id, which is the end of text. Otherwise at the first end of text: padding may repeat it.
+        marks = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
+        return TextOutput(hidden, hidden[jnp.arange(hidden.shape[0]), jnp.argmax(marks, axis=1)])
+
+
+class CLIPVisionTransformer(nnx.Module):
+    """ViT over patches: normalised pixels [b h w c] -> VisionOutput."""
+
+    def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
+        self.embeddings = CLIPVisionEmbeddings(cfg, rngs=rngs)
+        self.pre_layrnorm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)  # sic, on disk
+        self.encoder = CLIPEncoder(cfg, is_causal=False, rngs=rngs)
+        self.post_layernorm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, pixel_values: jax.Array) -> VisionOutput:
+        hidden = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return VisionOutput(hidden, self.post_layernorm(hidden[:, 0]))
+
+
+class CLIPTextModel(nnx.Module):
+    """The text encoder as a checkpoint of its own (a pipeline's `text_encoder`): input_ids int [b l] -> TextOutput."""
+
+    def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
+        self.text_model = CLIPTextTransformer(cfg, rngs=rngs)
+
+    def __call__(self, input_ids: jax.Array) -> TextOutput:
+        return self.text_model(input_ids)
+
+
+class CLIPVisionModel(nnx.Module):
+    """The image encoder as a checkpoint of its own: normalised pixels [b h w c] -> VisionOutput."""
+
+    def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
+        self.vision_model = CLIPVisionTransformer(cfg, rngs=rngs)
+
+    def __call__(self, pixel_values: jax.Array) -> VisionOutput:
+        return self.vision_model(pixel_values)
+
+
+class CLIPModel(nnx.Module):
+    """Both encoders, projected to a common space of width p where the cosine scores an image against a text.
+
+    The features are not normalised, as those of transformers' get_text_features and get_image_features. `logit_scale`
+    is the logarithm of the inverse temperature of the contrastive loss.
+    """
+
+    def __init__(self, text_cfg: CLIPTextConfig, vision_cfg: CLIPVisionConfig, projection_dim: int, *, rngs: nnx.Rngs):
+        self.text_model = CLIPTextTransformer(text_cfg, rngs=rngs)
+        self.vision_model = CLIPVisionTransformer(vision_cfg, rngs=rngs)
+        self.text_projection = nnx.Linear(text_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = nnx.Linear(vision_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
+
+    def text_features(self, input_ids: jax.Array) -> jax.Array:
+        """Tokens int [b l] -> [b p]."""
+        return self.text_projection(self.text_model(input_ids).pooled)
+
+    def image_features(self, pixel_values: jax.Array) -> jax.Array:
+        """Pixels [b h w c], normalised with CLIP's mean and standard deviation -> [b p]."""
+        return self.visual_projection(self.vision_model(pixel_values).pooled)

@@ -1,0 +1,61 @@
+"""Flax modules as pure functions: a graph definition and a pure dict of parameters (architecture.md, "Flax")."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Params = dict[str, Any]  # nested dict; leaves are arrays, list indices are ints
+
+
+def abstract(cls: type[nnx.Module], *args, **kwargs) -> tuple[nnx.GraphDef, Params]:
+    """Builds `cls(*args, **kwargs, rngs=...)` without memory: its graph and its parameters as ShapeDtypeStructs."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(*args, **kwargs, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def bind(graphdef: nnx.GraphDef, params: Params) -> Any:
+    """The module with these parameters, to call methods on. Cheap enough to do inside every traced function."""
+    return nnx.merge(graphdef, params)
+
+
+def init(shapes: Params, seed: int) -> Params:
+    """Random float32 numpy parameters for `shapes`: normal with variance 1/(3 fan_in) as torch's, norms 1, biases 0.
+
+    Filled by numpy since jitting a whole UNet's random init takes minutes to compile on a CPU. Each leaf draws from a
+    generator seeded by (seed, its path): adding a layer changes no other one.
+    """
+
+    def fill(path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = jax.tree_util.keystr(path)
+        kind = path[-1].key
+        if kind == "scale":
+            return np.ones(leaf.shape, np.float32)
+        if kind == "bias":
+            return np.zeros(leaf.shape, np.float32)
+        if kind == "logit_scale":
+            return np.full(leaf.shape, np.log(1 / 0.07), np.float32)  # CLIP's temperature at the start
+        fan_in = 3 * np.prod(leaf.shape[:-1]) if kind == "kernel" else 50**2  # embeddings: std 0.02, as CLIP's
+        noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(leaf.shape, np.float32)
+        return noise / np.float32(np.sqrt(fan_in))
+
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """All parameters in `dtype`. Differentiable, so that float32 master weights can be computed with in bfloat16."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def count(params: Params) -> int:
+    """Number of scalars in a parameter tree."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def dtype_of(module: nnx.Linear | nnx.Conv | nnx.Embed) -> Any:
+    """The dtype a module computes in: that of its parameters."""
+    leaf = module.embedding if isinstance(module, nnx.Embed) else module.kernel
+    return jnp.dtype(leaf[...].dtype)

@@ -1,0 +1,248 @@
+"""Layers that the Stable Diffusion models share, with the names and the numerics of diffusers.
+
+Activations are channels-last, [b h w c] or [b l d]. Every module computes in the dtype of its parameters; norms and
+softmaxes reduce in float32 inside. Module and list names follow diffusers, so that converting a checkpoint is a
+leaf rename and a transpose (convert.py).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on attention projections, as peft defines them: y = W x + (alpha / rank) B A x."""
+
+    rank: int = 64
+    alpha: float = 108.0
+    targets: tuple[str, ...] = ("to_q", "to_v")
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be >= 1, got {self.rank}")
+        known = {"to_q", "to_k", "to_v", "to_out.0"}
+        if unknown := set(self.targets) - known:
+            raise ValueError(f"LoRA targets must be among {sorted(known)}, got {sorted(unknown)}")
+
+
+def conv2d(
+    cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 1, *, use_bias: bool = True, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A convolution with torch's explicit symmetric padding ("SAME" differs from it at stride 2)."""
+    return nnx.Conv(
+        cin, cout, (kernel, kernel), stride, padding=((padding, padding),) * 2, use_bias=use_bias, rngs=rngs
+    )
+
+
+def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    if channels % groups:
+        raise ValueError(f"norm_num_groups must divide the number of channels, got {groups} for {channels} channels")
+    return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+def layer_norm(dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+def timestep_embedding(t: jax.Array, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> jax.Array:
+    """Sinusoidal embedding of timesteps (DDPM, arXiv 2006.11239): t [b] -> float32 [b dim], dim even."""
+    half = dim // 2
+    freqs = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * freqs[None, :]  # [b dim/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v with float32 logits: q [b l h d], k and v [b m h d] -> [b l h d]."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two-layer MLP on the sinusoidal embedding: [b c] -> [b d]."""
+
+    def __init__(self, cin: int, dim: int, *, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(cin, dim, rngs=rngs)
+        self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class LoRALinear(nnx.Linear):
+    """A linear layer with a low-rank adapter beside it, named as in peft (`lora_A`, `lora_B`)."""
+
+    def __init__(self, cin: int, cout: int, lora: LoRAConfig, *, use_bias: bool, rngs: nnx.Rngs):
+        super().__init__(cin, cout, use_bias=use_bias, rngs=rngs)
+        self.lora_A = nnx.Linear(cin, lora.rank, use_bias=False, rngs=rngs)
+        self.lora_B = nnx.Linear(lora.rank, cout, use_bias=False, rngs=rngs)
+        self.scale = lora.alpha / lora.rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of x [b l d] over context [b m c] (x itself where context is None) -> [b l d]."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        lora: LoRAConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if dim % heads:
+            raise ValueError(f"attention width must be a multiple of the number of heads, got {dim} for {heads} heads")
+        self.heads = heads
+
+        def linear(name: str, cin: int, use_bias: bool) -> nnx.Linear:
+            if lora is not None and name in lora.targets:
+                return LoRALinear(cin, dim, lora, use_bias=use_bias, rngs=rngs)
+            return nnx.Linear(cin, dim, use_bias=use_bias, rngs=rngs)
+
+        self.to_q = linear("to_q", dim, qkv_bias)
+        self.to_k = linear("to_k", context_dim or dim, qkv_bias)
+        self.to_v = linear("to_v", context_dim or dim, qkv_bias)
+        self.to_out = nnx.List([linear("to_out.0", dim, True)])
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        context = x if context is None else context
+        heads = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)  # [b l d] -> [b l h d/h]
+        out = attention(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
+        return self.to_out[0](out.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """Gated GELU: [b l d] -> [b l 4d] (arXiv 2002.05202), with the exact GELU."""
+
+    def __init__(self, dim: int, inner: int, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(dim, 2 * inner, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * nnx.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        # index 1 is diffusers' dropout, kept so that the list indices, and so the tensor names, agree
+        self.net = nnx.List([GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention over the text, feed-forward; pre-norm: [b l d] -> [b l d]."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, *, lora: LoRAConfig | None, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(dim, rngs=rngs)
+        self.attn1 = Attention(dim, heads, lora=lora, rngs=rngs)
+        self.norm2 = layer_norm(dim, rngs=rngs)
+        self.attn2 = Attention(dim, heads, context_dim, lora=lora, rngs=rngs)
+        self.norm3 = layer_norm(dim, rngs=rngs)
+        self.ff = FeedForward(dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of x [b h w c], conditioned on text [b l d]; residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int,
+        *,
+        layers: int = 1,
+        groups: int = 32,
+        use_linear_projection: bool = False,
+        lora: LoRAConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = group_norm(channels, groups, 1e-6, rngs=rngs)
+        project = (
+            (lambda: nnx.Linear(channels, channels, rngs=rngs))
+            if use_linear_projection
+            else (lambda: conv2d(channels, channels, 1, padding=0, rngs=rngs))
+        )
+        self.proj_in = project()
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(channels, heads, context_dim, lora=lora, rngs=rngs) for _ in range(layers)]
+        )
+        self.proj_out = project()
+
+    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        for block in self.transformer_blocks:
+            y = block(y, text)
+        return self.proj_out(y.reshape(b, h, w, c)) + x
+
+
+class ResnetBlock2D(nnx.Module):
+    """GroupNorm, SiLU, conv, twice; the time embedding [b d] is added between: [b h w cin] -> [b h w cout]."""
+
+    def __init__(
+        self, cin: int, cout: int, time_dim: int | None, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs
+    ):
+        self.norm1 = group_norm(cin, groups, eps, rngs=rngs)
+        self.conv1 = conv2d(cin, cout, rngs=rngs)
+        if time_dim is not None:
+            self.time_emb_proj = nnx.Linear(time_dim, cout, rngs=rngs)
+        self.norm2 = group_norm(cout, groups, eps, rngs=rngs)
+        self.conv2 = conv2d(cout, cout, rngs=rngs)
+        self.conv_shortcut = conv2d(cin, cout, 1, padding=0, rngs=rngs) if cin != cout else None
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if temb is not None:
+            h = h + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Stride-2 convolution. `padding=0` is the VAE's form, which pads one row and column at the far end only."""
+
+    def __init__(self, channels: int, *, padding: int = 1, rngs: nnx.Rngs):
+        self.conv = conv2d(channels, channels, stride=2, padding=padding, rngs=rngs)
+        self.pad_far_end = padding == 0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.pad_far_end:
+            x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Nearest-neighbour resize to `size` (h, w), twice the input by default, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = conv2d(channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        return self.conv(resize_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))
+
+
+def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Nearest-neighbour resize of [b h w c] to `size`, with torch's rule: source index floor(i * in / out)."""
+    for axis, out in zip((1, 2), size, strict=True):
+        n = x.shape[axis]
+        if out % n == 0:
+            x = jnp.repeat(x, out // n, axis=axis)
+        elif out != n:
+            x = jnp.take(x, jnp.arange(out) * n // out, axis=axis)
+    return x

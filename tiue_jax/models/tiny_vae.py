@@ -1,0 +1,155 @@
+"""The tiny autoencoder (TAESD, github.com/madebyollin/taesd): a distilled stand-in for a VAE, far cheaper.
+
+Names and numerics are those of diffusers' AutoencoderTiny. Its latents are already scaled as the UNet sees them
+(`scaling_factor` is 1 in the published checkpoints), and its encoder is deterministic.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tiue_jax.models.functional import dtype_of
+from tiue_jax.models.layers import conv2d, resize_nearest
+from tiue_jax.models.vae import dump_config, parse_config
+
+LATENT_CLAMP = 3.0  # of the decoder's input, by tanh; a constant of diffusers, not its latent_magnitude
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyVAEConfig:
+    """Fields and defaults of diffusers' AutoencoderTiny; fields that only one value is supported for are in `fixed`.
+
+    `latent_magnitude` and `latent_shift` describe how latents are stored as bytes; they play no part in encoding and
+    decoding.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    latent_channels: int = 4
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_magnitude: float = 3
+    latent_shift: float = 0.5
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder"):
+            widths = getattr(self, f"{name}_block_out_channels")
+            blocks = getattr(self, f"num_{name}_blocks")
+            if len(widths) != len(blocks):
+                raise ValueError(f"num_{name}_blocks must have {len(widths)} entries, one a width, got {blocks}")
+            if len(set(widths)) != 1:
+                raise ValueError(f"{name}_block_out_channels must be one width throughout, got {widths}")
+        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+            raise ValueError(
+                f"num_decoder_blocks must have as many entries as num_encoder_blocks={self.num_encoder_blocks}, "
+                f"got {self.num_decoder_blocks}"
+            )
+        if self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor must be > 0, got {self.scaling_factor}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.num_encoder_blocks) - 1)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The remaining fields of the JSON, with the one value of each that is supported."""
+        return {
+            "act_fn": "relu",
+            "upsample_fn": "nearest",
+            "upsampling_scaling_factor": 2,
+            "shift_factor": 0.0,
+            "force_upcast": False,
+            "block_out_channels": self.decoder_block_out_channels,  # diffusers' alias
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Self:
+        """From diffusers' config.json. Raises ValueError naming any field or value that is not supported."""
+        return parse_config(cls, d)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dump_config(self, "AutoencoderTiny")
+
+
+class AutoencoderTinyBlock(nnx.Module):
+    """Three convolutions and a skip: [b h w c] -> [b h w c]."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        a, b, c = (conv2d(channels, channels, rngs=rngs) for _ in range(3))
+        self.conv = nnx.List([a, nnx.relu, b, nnx.relu, c])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.relu(sequential(self.conv, x) + x)
+
+
+class EncoderTiny(nnx.Module):
+    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c]."""
+
+    def __init__(self, cfg: TinyVAEConfig, *, rngs: nnx.Rngs):
+        width = cfg.encoder_block_out_channels[0]
+        layers: list[Any] = []
+        for i, blocks in enumerate(cfg.num_encoder_blocks):
+            if i == 0:
+                layers.append(conv2d(cfg.in_channels, width, rngs=rngs))
+            else:
+                layers.append(conv2d(width, width, stride=2, use_bias=False, rngs=rngs))
+            layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
+        layers.append(conv2d(width, cfg.latent_channels, rngs=rngs))
+        self.layers = nnx.List(layers)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return sequential(self.layers, (images + 1) / 2)
+
+
+class DecoderTiny(nnx.Module):
+    """Latents [b h w c] -> images [b fh fw 3], about in [-1, 1]."""
+
+    def __init__(self, cfg: TinyVAEConfig, *, rngs: nnx.Rngs):
+        width = cfg.decoder_block_out_channels[0]
+        layers: list[Any] = [conv2d(cfg.latent_channels, width, rngs=rngs), nnx.relu]
+        for i, blocks in enumerate(cfg.num_decoder_blocks):
+            layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
+            if i < len(cfg.num_decoder_blocks) - 1:
+                layers += [upsample, conv2d(width, width, use_bias=False, rngs=rngs)]
+        layers.append(conv2d(width, cfg.out_channels, rngs=rngs))
+        self.layers = nnx.List(layers)
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        clamped = jnp.tanh(latents / LATENT_CLAMP) * LATENT_CLAMP
+        return sequential(self.layers, clamped) * 2 - 1
+
+
+class AutoencoderTiny(nnx.Module):
+    """The autoencoder. Computes in the dtype of its parameters, whatever the dtype of its input."""
+
+    def __init__(self, cfg: TinyVAEConfig, *, rngs: nnx.Rngs):
+        self.encoder = EncoderTiny(cfg, rngs=rngs)
+        self.decoder = DecoderTiny(cfg, rngs=rngs)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c]; sizes round up."""
+        return self.encoder(images.astype(dtype_of(self.encoder.layers[0])))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Latents [b h w c], soft-clamped to (-3, 3), -> images [b fh fw 3], about in [-1, 1]: not clipped."""
+        return self.decoder(latents.astype(dtype_of(self.decoder.layers[0])))
+
+
+def sequential(layers: nnx.List, x: jax.Array) -> jax.Array:
+    """The layers one after another. Those without parameters keep their place, as list indices are tensor names."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour resize to twice the size: [b h w c] -> [b 2h 2w c]."""
+    return resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))

@@ -1,0 +1,154 @@
+"""Noise schedule, DDIM timesteps, and the closed form of the unrolled DDIM sampler. Arrays only.
+
+Notation of method.md: abar is `alphas_cumprod`; t_K > ... > t_1 are the sampling timesteps. Everything that depends
+on the schedule alone is computed in float64 on the host.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# scheduler_config.json fields that would change the mathematics; the other unknown ones belong to solvers not used here
+_FIXED: dict[str, Any] = {
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "clip_sample": False,
+    "thresholding": False,
+}
+
+
+class ClosedForm(NamedTuple):
+    """z_0 = scale * noise + sum_i weights[i] * outputs[i], and the single steps x <- c[i] x + d[i] outputs[i]."""
+
+    timesteps: np.ndarray  # int32 [k], descending
+    scale: float  # S, the product of all c
+    weights: np.ndarray  # float64 [k], E
+    c: np.ndarray  # float64 [k]
+    d: np.ndarray  # float64 [k]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The fields of diffusers' scheduler_config.json that DDIM (eta = 0) needs; the defaults are Stable Diffusion's."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+
+    def __post_init__(self):
+        if self.beta_schedule not in ("scaled_linear", "linear"):
+            raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', got {self.beta_schedule!r}")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be among {list(PREDICTION_TYPES)}, got {self.prediction_type!r}")
+        if self.timestep_spacing not in SPACINGS:
+            raise ValueError(f"timestep_spacing must be among {list(SPACINGS)}, got {self.timestep_spacing!r}")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """Reads a scheduler config of any diffusers solver (DDIM, PNDM, Euler, ...): only its noise schedule matters.
+
+        Raises:
+            ValueError: a field whose value changes the mathematics in a way that is not supported.
+        """
+        for name, wanted in _FIXED.items():
+            if config.get(name, wanted) != wanted:
+                raise ValueError(f"scheduler field {name!r} is {config[name]!r}: only {wanted!r} is supported")
+        known = {field.name for field in dataclasses.fields(cls)}
+        # what diffusers' constructors fill in where a file leaves them out
+        missing = {
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "steps_offset": 0,
+            "set_alpha_to_one": config.get("_class_name") == "DDIMScheduler",
+        }
+        return cls(**missing | {name: value for name, value in config.items() if name in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A scheduler_config.json for diffusers' DDIMScheduler."""
+        return {"_class_name": "DDIMScheduler", "clip_sample": False, "trained_betas": None, **dataclasses.asdict(self)}
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar, float64 [num_train_timesteps]."""
+        power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
+        return np.cumprod(1 - betas)
+
+    def timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """The sampling timesteps as diffusers' DDIMScheduler spaces them, int32 [k], descending.
+
+        Raises:
+            ValueError: num_inference_steps is not in 1 ... num_train_timesteps, or a timestep is outside the schedule.
+        """
+        k, total = num_inference_steps, self.num_train_timesteps
+        if not 1 <= k <= total:
+            raise ValueError(f"num_inference_steps (K) must be between 1 and {total}, got {k}")
+        if self.timestep_spacing == "leading":
+            steps = (np.arange(k) * (total // k))[::-1] + self.steps_offset
+        elif self.timestep_spacing == "trailing":
+            steps = np.round(np.arange(total, 0, -total / k))[:k] - 1
+        else:
+            steps = np.round(np.linspace(0, total - 1, k))[::-1]
+        if steps[0] >= total:
+            raise ValueError(
+                f"num_inference_steps (K) = {k} with steps_offset {self.steps_offset} reaches timestep "
+                f"{int(steps[0])}, expected at most {total - 1}"
+            )
+        return steps.astype(np.int32)
+
+    def closed_form(self, num_inference_steps: int) -> ClosedForm:
+        """DDIM (eta = 0) unrolled over its k steps: it is linear in the noise and in the network's outputs.
+
+        See method.md, "The closed form"; the DDIM step is equation 12 of arXiv 2010.02502.
+        """
+        timesteps = self.timesteps(num_inference_steps)
+        abar = self.alphas_cumprod
+        successors = timesteps - self.num_train_timesteps // num_inference_steps
+        final = 1.0 if self.set_alpha_to_one else abar[0]
+        a_t = abar[timesteps]
+        a_s = np.where(successors >= 0, abar[np.maximum(successors, 0)], final)
+        if self.prediction_type == "epsilon":
+            c = np.sqrt(a_s / a_t)
+            d = np.sqrt(1 - a_s) - np.sqrt(a_s * (1 - a_t) / a_t)
+        else:
+            c = np.sqrt(a_s * a_t) + np.sqrt((1 - a_s) * (1 - a_t))
+            d = np.sqrt((1 - a_s) * a_t) - np.sqrt(a_s * (1 - a_t))
+        after = np.append(np.cumprod(c[::-1])[::-1], 1.0)  # after[i] = product of c[i:]
+        return ClosedForm(timesteps, float(after[0]), d * after[1:], c, d)
+
+    def signal_and_noise(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """sqrt(abar_t) and sqrt(1 - abar_t) for integer t [b], float32 [b 1 1 1]."""
+        abar = self.alphas_cumprod
+        pick = lambda table: jnp.asarray(table, jnp.float32)[t][:, None, None, None]
+        return pick(np.sqrt(abar)), pick(np.sqrt(1 - abar))
+
+    def add_noise(self, latents: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise: float32 [b h w c], t [b]."""
+        signal, sigma = self.signal_and_noise(t)
+        return signal * latents + sigma * noise
+
+    def to_epsilon(self, output: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
+        """The network's output at (latents, t) as a noise prediction: [b h w c], t [b] -> [b h w c]."""
+        if self.prediction_type == "epsilon":
+            return output
+        signal, sigma = self.signal_and_noise(t)
+        return signal * output + sigma * latents
+
+    def to_original(self, output: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
+        """The z_0 that the network's output at (latents, t) predicts: [b h w c], t [b] -> [b h w c]."""
+        signal, sigma = self.signal_and_noise(t)
+        if self.prediction_type == "epsilon":
+            return (latents - sigma * output) / signal
+        return signal * latents - sigma * output
