@@ -1,0 +1,147 @@
+"""Prompts in, pictures out.
+
+    python sample.py --model emoji-tiue --prompt "a red apple" --seed 0 --out apple.png
+    python sample.py --model emoji --prompt_file prompts.txt --num_images_per_prompt 4 --out pictures/
+
+`--out` ending in .png gets one picture, a grid where there are several; anything else is a folder that gets one file
+for each picture. The PNG files carry how they were made as text chunks.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from tiue_jax import images
+from tiue_jax.data.prompts import load_prompts
+from tiue_jax.pipeline import DTYPES, Pipeline, number_images
+from tiue_jax.sampling import STEPS, Sampling
+from tiue_jax.schedule import SPACINGS
+
+
+def define_flags() -> flags.FlagValues:
+    """The command line's flags, in a registry of their own so that importing this file defines none."""
+    f = flags.FlagValues()
+    add = {"flag_values": f}
+    flags.DEFINE_string("model", "emoji-tiue", "shipped model, folder in diffusers' layout, or hub repository", **add)
+    flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated", **add)
+    flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line", **add)
+    flags.DEFINE_string("out", "sample.png", "a .png file (several pictures: a grid), or a folder", **add)
+    flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", **add)
+    flags.DEFINE_integer("seed", 0, "0 to 2^32 - 1", **add)
+    flags.DEFINE_enum("sampler", None, list(STEPS), "the model's own by default", **add)
+    flags.DEFINE_integer("num_inference_steps", None, "K of the student; the model's own by default", **add)
+    flags.DEFINE_float("guidance_scale", None, "for --sampler ddim; 1 is no guidance", **add)
+    flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "the model's own by default", **add)
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of weights and computation", **add)
+    flags.DEFINE_integer("batch_size", None, "pictures at a time, 8 by default", **add)
+    flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
+    flags.DEFINE_integer("width", None, "in pixels; the model's own by default", **add)
+    flags.DEFINE_integer("columns", None, "of the grid; num_images_per_prompt, or a square, by default", **add)
+    flags.DEFINE_integer("upscale", 1, "repeat each pixel so many times in both directions", **add)
+    flags.DEFINE_bool("help", False, "show this", short_name="h", **add)
+    return f
+
+
+def run(args: flags.FlagValues) -> None:
+    """Makes the pictures and writes them. ValueError or OSError, in one line, on anything wrong with the arguments."""
+    # Everything that can be wrong is found before the sampling, which may take long.
+    prompts = read_prompts(args.prompt, args.prompt_file)
+    out = Path(args.out)
+    check_output(out)
+    for name in ("columns", "upscale"):
+        if args[name].value is not None and args[name].value < 1:
+            raise ValueError(f"{name} must be >= 1, got {args[name].value}")
+
+    pipe = Pipeline.from_pretrained(args.model, args.dtype)
+    how = {name: args[name].value for name in ("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")}
+    keys = ("seed", "num_images_per_prompt", "batch_size", "height", "width")
+    stream = pipe.stream(prompts, **how, **{name: args[name].value for name in keys})
+
+    each = args.num_images_per_prompt
+    drawn = number_images(prompts, each)
+    single = out.suffix != ".png"
+    if single:
+        out.mkdir(parents=True, exist_ok=True)
+    start, made = time.perf_counter(), []
+    with tqdm(total=len(drawn), unit="image", disable=len(drawn) == 1) as progress:
+        for batch in stream:
+            for picture in images.enlarge(batch, args.upscale):
+                if single:
+                    prompt, number = drawn[progress.n]
+                    about = metadata([prompt], args, pipe.settings(**how), number)
+                    images.write_png(out / f"{progress.n:05d}.png", picture, about)
+                else:
+                    made.append(picture)
+                progress.update()
+    seconds = time.perf_counter() - start
+    if not single:
+        columns = args.columns or (each if each > 1 else None)
+        whole = images.grid(np.stack(made), columns) if len(made) > 1 else made[0]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        images.write_png(out, whole, metadata(prompts, args, pipe.settings(**how)))
+    print(f"{out}: {len(drawn)} image{'s' * (len(drawn) > 1)} in {seconds:.1f} s, compilation included")
+
+
+def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
+    """The prompts of the command line, then those of the file. ValueError where there is none, or one is not UTF-8."""
+    for prompt in given:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
+            raise ValueError(f"prompt must be UTF-8 text, got {os.fsencode(prompt)!r}") from error
+    prompts = [*given, *(load_prompts(path).prompts if path is not None else [])]
+    if not prompts:
+        raise ValueError("nothing to draw: expected --prompt or --prompt_file")
+    return prompts
+
+
+def check_output(out: Path) -> None:
+    """Raises OSError or ValueError where `out` cannot be written, creating nothing."""
+    if out.suffix == ".png" and out.is_dir():
+        raise IsADirectoryError(f"{out}: cannot write: a folder, expected a .png file")
+    if out.suffix not in ("", ".png") and not out.is_dir():
+        raise ValueError(f"out must end in .png or be a folder, got {str(out)!r}")
+    folder = out.absolute().parent if out.suffix == ".png" else out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{out}: cannot write: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK) or (out.is_file() and not os.access(out, os.W_OK)):
+        raise PermissionError(f"{out}: cannot write: no permission")
+
+
+def metadata(
+    prompts: list[str], args: flags.FlagValues, settings: Sampling, number: int | None = None
+) -> dict[str, Any]:
+    """What a PNG file says about how it was made; a grid's prompts are one a line."""
+    about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
+    which = {"num_images_per_prompt": args.num_images_per_prompt} if number is None else {"image_number": number}
+    return about | which | {"dtype": args.dtype, "software": "tiue-jax"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 0, or 2 after one line on stderr about what was wrong."""
+    args = define_flags()
+    try:
+        rest = args(list(argv))[1:]
+        if args.help:
+            print(f"{__doc__}\n{args.get_help()}")
+            return 0
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}: texts with spaces go in quotes after --prompt")
+        run(args)
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,75 @@
+"""A folder that we wrote, in PyTorch: the same pictures; and what PyTorch writes is read back by us."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from tests import tiny
+from tiue_jax import convert, samplers
+from tiue_jax.models import clip, functional, unet, vae
+from tiue_jax.pipeline import Pipeline
+from tiue_jax.schedule import Schedule
+
+RED_APPLE = 3071155119  # crc32 of the prompt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pytorch_makes_the_same_pictures(folder, theirs):
+    ours = Pipeline.from_pretrained(folder)
+    got = ours(["red apple"], seed=4, sampler="ddim", num_inference_steps=4, guidance_scale=3.0)
+    noise = np.array(samplers.image_noise(4, np.array([RED_APPLE]), np.array([0]), (8, 8, 4)))
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
+    want = theirs("red apple", num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
+    difference = np.abs(got / 255 - want).max()
+    print(f"largest difference of a pixel in [0, 1]: {difference:.1e}")
+    assert difference <= 1.01 / 255 and want.std() > 0.02
+
+
+def test_the_tokenizer_and_the_text_encoder_agree(folder, theirs):
+    ours = Pipeline.from_pretrained(folder)
+    prompts = ["Red  apple", "", "a pear, 2 plums", "zzz"]
+    tokens = theirs.tokenizer(prompts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")
+    np.testing.assert_array_equal(ours.tokenize(prompts), tokens.input_ids)
+    with torch.no_grad():
+        want = theirs.text_encoder(tokens.input_ids)[0].numpy()
+    np.testing.assert_allclose(ours.encode_prompts(prompts), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", ["500KB", "3KB"])
+@pytest.mark.parametrize(
+    ("part", "theirs_cls", "cls", "cfg"),
+    [
+        ("unet", UNet2DConditionModel, unet.UNet, tiny.UNET),
+        ("vae", AutoencoderKL, vae.AutoencoderKL, tiny.VAE),
+        ("text_encoder", CLIPTextModel, clip.CLIPTextModel, tiny.TEXT),
+    ],
+)
+def test_what_pytorch_writes_is_read_back_bit_exact(folder, tmp_path, part, theirs_cls, cls, cfg, shards):
+    theirs_cls.from_pretrained(folder / part).save_pretrained(tmp_path, max_shard_size=shards)
+    if shards == "3KB":
+        assert list(tmp_path.glob("*.safetensors.index.json"))
+    _, shapes = functional.abstract(cls, cfg)
+    assert type(cfg).from_dict(convert.read_config(tmp_path)) == cfg
+    ours, back = convert.load(folder / part, shapes), convert.load(tmp_path, shapes)
+    jax.tree.map(np.testing.assert_array_equal, back, ours)
+
+
+def test_the_scheduler_survives(folder, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    assert Schedule.from_dict(convert.read_config(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
+    again = Pipeline.from_pretrained(tmp_path)
+    assert again.tokenize(["red apple"]).tolist() == Pipeline.from_pretrained(folder).tokenize(["red apple"]).tolist()

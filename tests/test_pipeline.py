@@ -1,0 +1,245 @@
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tiue_jax import convert, images, pipeline, samplers
+from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import Sampling
+from tiue_jax.schedule import Schedule
+
+RED_APPLE = 3071155119  # crc32 of the prompt "red apple"
+STUDENT = {"sampler": "tiue", "num_inference_steps": 3, "timestep_spacing": "trailing"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "student", STUDENT)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return Pipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy of the folder to break."""
+    return shutil.copytree(folder, tmp_path / "broken")
+
+
+def assert_close(a, b):
+    """Equal up to rounding: other batch sizes sum in another order."""
+    assert a.shape == b.shape and a.dtype == b.dtype == np.uint8
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def by_hand(pipe, seed, sampler):
+    """The picture of "red apple" from the parts: `sampler` takes the UNet, the noise, the text and the empty text."""
+
+    @jax.jit
+    def draw(unet_params, vae_params, text, null):
+        noise = samplers.image_noise(seed, np.array([RED_APPLE]), np.array([0]), (8, 8, 4))
+        latents = sampler(pipe.unet.bind(unet_params), noise, text, null)
+        return pipe.vae.bind(vae_params).decode(latents / tiny.VAE.scaling_factor)
+
+    text, null = (pipe.encode_prompts([prompt]) for prompt in ("red apple", ""))
+    return images.to_uint8(draw(pipe.unet.params, pipe.vae.params, text, null))
+
+
+def test_images_are_what_the_parts_give(pipe):
+    schedule = Schedule(timestep_spacing="trailing")
+    got = pipe(["red apple"], seed=3)
+    assert got.shape == (1, 16, 16, 3) and got.std() > 5  # a picture, not a plain colour
+    assert_close(got, by_hand(pipe, 3, lambda unet, noise, text, null: samplers.tiue(unet, noise, text, schedule, 3)))
+
+
+def test_guidance_scale(pipe):
+    def ddim(unet, noise, text, null):
+        return samplers.ddim(unet, noise, text, null, Schedule(), 2, 6.0)
+
+    sample = lambda w: pipe(["red apple"], sampler="ddim", num_inference_steps=2, guidance_scale=w)
+    assert_close(sample(6), by_hand(pipe, 0, ddim))
+    different = [np.abs(sample(6).astype(int) - sample(w)).max() for w in (0, 1)]
+    assert min(different) > 5 and different[0] != different[1]
+
+
+def test_an_image_does_not_depend_on_batch_order_or_company(pipe):
+    prompts = ["red", "apple", "", "red apple", "pear"]
+    whole = pipe(prompts, num_images_per_prompt=2, batch_size=10)
+    assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
+    assert_close(pipe(prompts, num_images_per_prompt=2, batch_size=3), whole)  # 3 3 3 1
+    backwards = pipe(prompts[::-1], num_images_per_prompt=2, batch_size=10)
+    assert_close(backwards.reshape(5, 2, 16, 16, 3)[::-1].reshape(whole.shape), whole)
+    assert_close(pipe(["pear"]), whole[8:9])
+    assert_close(pipe(["red", "red"]), whole[:2])  # a repeated prompt counts on
+
+
+def test_an_image_does_not_depend_on_the_number_of_devices(pipe, folder, tmp_path):
+    code = f"""
+import jax, numpy as np
+from tiue_jax.pipeline import Pipeline
+assert jax.device_count() == 8
+np.save({str(tmp_path / "eight.npy")!r}, Pipeline.from_pretrained({str(folder)!r})(["red", "apple", "pear"]))
+"""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    assert_close(np.load(tmp_path / "eight.npy"), pipe(["red", "apple", "pear"], batch_size=3))
+
+
+def test_seeds(pipe):
+    zero = pipe(["red"], seed=0)
+    np.testing.assert_array_equal(zero, pipe(["red"]))
+    for seed in (1, 2**31, pipeline.MAX_SEED):
+        assert (pipe(["red"], seed=seed) != zero).any()
+
+
+def test_compiles_once_for_prompts_seeds_guidance_and_partial_batches(folder):
+    pipe = Pipeline.from_pretrained(folder)
+    for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 1)):
+        pipe(prompts, seed=seed, sampler="ddim", num_inference_steps=2, guidance_scale=scale, batch_size=2)
+    (compiled,) = pipe._compiled.values()
+    assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("sampler", ["tiue", "ddim", "one_step"])
+def test_every_sampler_at_other_sizes(pipe, sampler):
+    got = pipe(["red"], sampler=sampler, num_inference_steps=1, height=12, width=20)
+    assert got.shape == (1, 12, 20, 3)
+
+
+def test_bfloat16_is_close_to_float32(folder, pipe):
+    with jax.numpy_dtype_promotion("standard"):
+        half = Pipeline.from_pretrained(folder, "bfloat16")
+        assert {x.dtype.name for x in jax.tree.leaves(half.unet.params)} == {"bfloat16"}
+        got = half(["red apple"]).astype(int)
+    assert np.abs(got - pipe(["red apple"])).mean() < 16
+
+
+def test_stream_yields_batches(pipe):
+    assert [len(batch) for batch in pipe.stream(["red"], num_images_per_prompt=5, batch_size=2)] == [2, 2, 1]
+
+
+def test_long_prompts_are_cut_with_a_warning_that_says_what(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="tiue_jax"):
+        tokens = pipe.tokenize(["red apple pear red", "red"])
+    assert tokens.shape == (2, 8) and tokens.dtype == np.int32
+    assert tokens[0, -1] == tiny.TEXT.eos_token_id
+    (record,) = caplog.records
+    assert record.getMessage() == "prompt 'red apple pear red' is longer than 8 tokens, ignored: 'red'"
+
+
+def test_the_models_own_settings_and_what_overrides_them(pipe):
+    assert pipe.settings() == Sampling("tiue", 3, None, "trailing")
+    assert pipe.settings(num_inference_steps=2) == Sampling("tiue", 2, None, "trailing")
+    assert pipe.settings(sampler="ddim") == Sampling("ddim", 25, 7.5, "leading")
+    assert pipe.settings("ddim", 9, 2.0, "linspace") == Sampling("ddim", 9, 2.0, "linspace")
+    assert pipe.settings("one_step") == Sampling("one_step", 1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompts": []}, r"at least one text, got \[\]"),
+        ({"prompts": "red"}, "list of at least one text, got 'red'"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
+        ({"seed": 2**32}, "got 4294967296"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"height": 15}, "height must be a positive multiple of the VAE's factor 2, got 15"),
+        ({"width": 0}, "width must be a positive multiple of the VAE's factor 2, got 0"),
+        ({"sampler": "euler"}, r"sampler must be among \['tiue', 'ddim', 'one_step'\], got 'euler'"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
+        ({"num_inference_steps": 1001}, "between 1 and 1000, got 1001"),
+        ({"guidance_scale": 2.0}, "guidance_scale is a setting of sampler 'ddim', got 2.0 with 'tiue'"),
+        ({"timestep_spacing": "even"}, "timestep_spacing must be among .* got 'even'"),
+        ({"sampler": "one_step", "num_inference_steps": 2}, "one step"),
+    ],
+)
+def test_wrong_arguments_are_named_before_any_work(pipe, kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipe.stream(**{"prompts": ["red"], **kwargs})
+    assert "\n" not in str(error.value)
+
+
+def test_save_pretrained_round_trip(pipe, folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "."):
+        for path in (folder / part).iterdir():
+            if path.is_file():
+                assert path.read_bytes() == (tmp_path / "copy" / part / path.name).read_bytes(), path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_saving_replaces_a_pipeline_and_keeps_other_files(pipe, broken, tmp_path):
+    (broken / "README.md").write_text("mine")
+    (broken / "unet" / "stale.safetensors").write_text("")
+    dataclasses.replace(pipe, sampling=Sampling()).save_pretrained(broken, jnp.bfloat16)
+    assert (broken / "README.md").read_text() == "mine"
+    assert sorted(p.name for p in (broken / "unet").iterdir()) == ["config.json", convert.WEIGHTS]
+    assert json.loads((broken / "tiue_config.json").read_text()) == {"sampler": "ddim"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+    Pipeline.from_pretrained(broken)
+
+
+def test_saving_leaves_other_folders_and_failures_alone(pipe, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").touch()
+    with pytest.raises(ValueError, match="photos: not empty and no pipeline"):
+        pipe.save_pretrained(tmp_path / "photos")
+    huge = jax.tree.map(lambda x: x + 1e6, pipe.vae.params)
+    with pytest.raises(ValueError, match="not finite in float16"):
+        dataclasses.replace(pipe, vae=pipe.vae._replace(params=huge)).save_pretrained(tmp_path / "new", np.float16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+def edit(path, **change):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+        (lambda f: shutil.rmtree(f / "vae"), "vae/config.json: no such file"),
+        (lambda f: (f / "unet" / convert.WEIGHTS).unlink(), "unet: no safetensors weights"),
+        (lambda f: (f / "unet" / convert.WEIGHTS).write_bytes(b"12345678"), "not a complete safetensors file"),
+        (lambda f: edit(f / "unet" / "config.json", novelty=1), "unet/config.json: .*'novelty'"),
+        (lambda f: edit(f / "vae" / "config.json", block_out_channels=[8, 16]), "vae: weights do not fit the model"),
+        (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=16), "unet: weights do not fit"),
+        (lambda f: edit(f / "tiue_config.json", steps=4), "tiue_config.json: unknown sampling field 'steps' = 4"),
+        (lambda f: edit(f / "tiue_config.json", num_inference_steps="4"), "tiue_config.json: num_inference_steps"),
+        (lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="x"), "prediction_type"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: no tokenizer.json or vocab.json"),
+        (lambda f: (f / "tokenizer" / "vocab.json").write_text("{"), "tokenizer: transformers cannot read"),
+    ],
+)
+def test_broken_folders_are_named_in_one_line(broken, damage, message):
+    damage(broken)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        Pipeline.from_pretrained(broken)
+    assert "\n" not in str(error.value) and str(broken) in str(error.value)
+
+
+def test_parts_that_do_not_go_together(pipe):
+    other = dataclasses.replace(tiny.TEXT, hidden_size=16)
+    with pytest.raises(ValueError, match="cross_attention_dim must be the text encoder's hidden_size, 16"):
+        dataclasses.replace(pipe, text_encoder=pipe.text_encoder._replace(cfg=other))
+    other = dataclasses.replace(tiny.VAE, latent_channels=3)
+    with pytest.raises(ValueError, match="must be the vae's latent_channels, 3, got 4 and 4"):
+        dataclasses.replace(pipe, vae=pipe.vae._replace(cfg=other))
+
+
+def test_unknown_dtype(folder):
+    with pytest.raises(ValueError, match=r"dtype must be among \['float32', 'bfloat16'\], got 'int8'"):
+        Pipeline.from_pretrained(folder, "int8")

@@ -1,0 +1,157 @@
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample
+from tests import tiny
+from tiue_jax import images
+from tiue_jax.pipeline import Pipeline
+
+STUDENT = {"sampler": "tiue", "num_inference_steps": 2, "timestep_spacing": "trailing"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "student", STUDENT)
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return Pipeline.from_pretrained(model)
+
+
+@pytest.fixture
+def cli(model, pipe, tmp_path, monkeypatch, capsys):
+    """Runs sample.py in this process, in an empty folder, on one loaded model: status, stdout, stderr."""
+    load = Pipeline.from_pretrained
+    same = lambda name, dtype: pipe if (name, dtype) == (str(model), "float32") else load(name, dtype)
+    monkeypatch.setattr(Pipeline, "from_pretrained", same)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        status = sample.main(["sample.py", "--model", str(model), *map(str, args)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_one_picture_with_its_metadata(cli, model, pipe):
+    status, out, _ = cli("--prompt", "red apple", "--seed", 5, "--out", "apple.png")
+    assert status == 0 and out.startswith("apple.png: 1 image in ")
+    picture, about = images.read_png("apple.png")
+    np.testing.assert_array_equal(picture, pipe(["red apple"], seed=5)[0])
+    assert about == {
+        "prompt": "red apple",
+        "seed": "5",
+        "model": str(model),
+        "sampler": "tiue",
+        "num_inference_steps": "2",
+        "timestep_spacing": "trailing",
+        "num_images_per_prompt": "1",
+        "dtype": "float32",
+        "software": "tiue-jax",
+    }
+    assert [path.name for path in Path().iterdir()] == ["apple.png"]
+
+
+def test_grid_of_several_prompts_and_a_file(cli, pipe):
+    Path("prompts.txt").write_text("apple\n\npear\n", encoding="utf-8")
+    status, out, _ = cli(
+        *("--prompt", "red", "--prompt_file", "prompts.txt", "--num_images_per_prompt", 2),
+        *("--batch_size", 4, "--upscale", 2, "--out", "new/folder/grid.png"),
+    )
+    assert status == 0 and out.startswith("new/folder/grid.png: 6 images in ")
+    picture, about = images.read_png("new/folder/grid.png")
+    whole = pipe(["red", "apple", "pear"], num_images_per_prompt=2, batch_size=4)
+    np.testing.assert_array_equal(picture, images.grid(images.enlarge(whole, 2), 2))  # a row for each prompt
+    assert about["prompt"] == "red\napple\npear" and about["num_images_per_prompt"] == "2"
+
+
+def test_single_files(cli, pipe):
+    how = ("--sampler", "ddim", "--num_inference_steps", 2, "--guidance_scale", 3, "--timestep_spacing", "linspace")
+    status, out, _ = cli("--prompt", "red", "--prompt", "red", "--prompt", "", *how, "--out", "pictures")
+    assert status == 0 and out.startswith("pictures: 3 images in ")
+    assert sorted(path.name for path in Path("pictures").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    whole = pipe(
+        ["red", "red", ""], sampler="ddim", num_inference_steps=2, guidance_scale=3.0, timestep_spacing="linspace"
+    )
+    for i, (prompt, number) in enumerate([("red", "0"), ("red", "1"), ("", "0")]):
+        picture, about = images.read_png(f"pictures/{i:05d}.png")
+        np.testing.assert_array_equal(picture, whole[i])
+        assert (about["prompt"], about["image_number"], about["guidance_scale"]) == (prompt, number, "3.0")
+
+
+def test_long_prompts_are_warned_about(cli, caplog):
+    with caplog.at_level(logging.WARNING, logger="tiue_jax"):
+        status, _, _ = cli("--prompt", "red apple pear red", "--out", "a.png")
+    assert status == 0 and "ignored: 'red'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "emoji-tieu"], "unknown model 'emoji-tieu'"),
+        (["--model", "."], "no model_index.json"),
+        (["--out", "file.txt/a.png"], "file.txt is not a folder"),
+        (["--out", "file.txt/folder"], "file.txt is not a folder"),
+        (["--out", "folder.png"], "folder.png: cannot write: a folder"),
+        (["--out", "a.jpg"], "out must end in .png or be a folder, got 'a.jpg'"),
+        (["--prompt_file", "empty.txt"], "empty.txt: expected at least one prompt"),
+        (["--prompt_file", "latin1.txt"], "latin1.txt"),
+        (["--prompt_file", "absent.txt"], "absent.txt"),
+        (["--prompt", "caf\udce9"], r"prompt must be UTF-8 text, got b'caf\xe9'"),
+        (["--num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
+        (["--num_inference_steps", "1001"], "between 1 and 1000, got 1001"),
+        (["--num_inference_steps", "four"], "num_inference_steps"),
+        (["--num_images_per_prompt", "0"], "num_images_per_prompt must be >= 1, got 0"),
+        (["--height", "15"], "height must be a positive multiple of the VAE's factor 2, got 15"),
+        (["--width", "-2"], "width must be a positive multiple of the VAE's factor 2, got -2"),
+        (["--seed", "-1"], "seed must be between 0 and 4294967295, got -1"),
+        (["--sampler", "euler"], "sampler"),
+        (["--guidance_scale", "3"], "guidance_scale is a setting of sampler 'ddim', got 3.0 with 'tiue'"),
+        (["--dtype", "int8"], "dtype"),
+        (["--columns", "0"], "columns must be >= 1, got 0"),
+        (["--upscale", "0"], "upscale must be >= 1, got 0"),
+        (["--stpes", "4"], "stpes"),
+        (["apple"], "unexpected argument 'apple'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(cli, args, message):
+    Path("file.txt").write_text("red\n")
+    Path("empty.txt").write_text("\n \n")
+    Path("latin1.txt").write_bytes(b"caf\xe9\n")
+    Path("folder.png").mkdir()
+    before = sorted(Path().rglob("*"))
+    prompt = [] if "--prompt_file" in args else ["--prompt", "red"]
+    status, out, err = cli(*prompt, "--out", "a.png", *args)
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_no_prompt_at_all(cli):
+    assert cli("--out", "a.png")[::2] == (2, "error: nothing to draw: expected --prompt or --prompt_file\n")
+
+
+def test_failing_in_the_middle_leaves_no_file(cli, pipe, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.Image.Image, "save", full)
+    status, _, err = cli("--prompt", "red apple", "--out", "a.png")
+    assert status == 2 and err == "error: [Errno 28] cannot write: No space left on device: 'a.png'\n"
+    assert list(Path().iterdir()) == []
+
+
+def test_as_a_command(tmp_path):
+    script = Path(sample.__file__).resolve()
+    run = lambda *args: subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True)
+    shown = run("--help")
+    assert shown.returncode == 0 and "--num_inference_steps" in shown.stdout
+    failed = run("--prompt", "red", "--model", "nope")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.startswith("error: unknown model 'nope'") and failed.stderr.count("\n") == 1

@@ -1,0 +1,65 @@
+"""Pictures as arrays: grids, enlarging, and PNG files that carry how they were made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from tiue_jax.files import writing_aside
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1], as a VAE decodes them, to uint8 in [0, 255], clipped and rounded; any shape."""
+    scaled = np.asarray(images, np.float32) * 127.5 + 127.5
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, upscale: int = 1) -> np.ndarray:
+    """Lays images out row by row on white: uint8 [n h w 3] -> [H W 3].
+
+    `columns` defaults to the smallest square that holds all; `gap` is the white space between images in pixels of the
+    result; `upscale` repeats each pixel that many times in both directions, for pictures too tiny to look at.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"a grid is made of uint8 images [n h w 3], got {images.dtype} {list(images.shape)}")
+    if len(images) == 0:
+        raise ValueError("a grid needs at least one image, got none")
+    columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns must be >= 1, got {columns}")
+    if gap < 0:
+        raise ValueError(f"gap must be >= 0, got {gap}")
+    images = enlarge(images, upscale)
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
+    """Repeats every pixel `factor` times in both directions: [... h w c] -> [... factor*h factor*w c]."""
+    if factor < 1:
+        raise ValueError(f"upscale must be an integer >= 1, got {factor}")
+    return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, object] | None = None) -> None:
+    """Writes uint8 [h w 3] as a PNG with `metadata` as text chunks (tEXt; iTXt where a value is not Latin-1).
+
+    The file appears whole or not at all. Raises OSError naming the path where it cannot be written.
+    """
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_text(key, str(value))
+    with writing_aside(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG", pnginfo=info)
+
+
+def read_png(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
+    """The uint8 [h w 3] pixels of a PNG file and its text chunks."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")), dict(getattr(picture, "text", {}))
