@@ -8,7 +8,9 @@ from tiue_jax.schedule import Schedule
 from tiue_jax.student import UNetLike
 
 
-def image_noise(seed: int, prompt_ids: jax.Array, numbers: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def image_noise(
+    seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array, shape: tuple[int, int, int]
+) -> jax.Array:
     """Standard normal latents, each image's from its own key: float32 [b h w c].
 
     An image's noise depends on the seed, its prompt and its number among that prompt's images, and on nothing else:

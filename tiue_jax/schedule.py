@@ -66,7 +66,7 @@ class Schedule:
                 raise ValueError(f"scheduler field {name!r} is {config[name]!r}: only {wanted!r} is supported")
         known = {field.name for field in dataclasses.fields(cls)}
         # what diffusers' constructors fill in where a file leaves them out
-        missing = {
+        missing: dict[str, Any] = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
             "beta_schedule": "linear",
@@ -95,6 +95,7 @@ class Schedule:
         k, total = num_inference_steps, self.num_train_timesteps
         if not 1 <= k <= total:
             raise ValueError(f"num_inference_steps (K) must be between 1 and {total}, got {k}")
+        steps: np.ndarray
         if self.timestep_spacing == "leading":
             steps = (np.arange(k) * (total // k))[::-1] + self.steps_offset
         elif self.timestep_spacing == "trailing":

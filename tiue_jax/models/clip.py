@@ -36,7 +36,7 @@ _IGNORED = frozenset(
 )
 
 # Fields that would change the network, at the only values it has here.
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "attention_dropout": 0.0,
     "chunk_size_feed_forward": 0,

@@ -1,6 +1,7 @@
 """Flax modules as pure functions: a graph definition and a pure dict of parameters (architecture.md, "Flax")."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 Params = dict[str, Any]  # nested dict; leaves are arrays, list indices are ints
 
 
-def abstract(cls: type[nnx.Module], *args, **kwargs) -> tuple[nnx.GraphDef, Params]:
+def abstract(cls: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> tuple[nnx.GraphDef, Params]:
     """Builds `cls(*args, **kwargs, rngs=...)` without memory: its graph and its parameters as ShapeDtypeStructs."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(*args, **kwargs, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
@@ -29,7 +30,7 @@ def init(shapes: Params, seed: int) -> Params:
     generator seeded by (seed, its path): adding a layer changes no other one.
     """
 
-    def fill(path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name = jax.tree_util.keystr(path)
         kind = path[-1].key
         if kind == "scale":
@@ -55,7 +56,6 @@ def count(params: Params) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
 
 
-def dtype_of(module: nnx.Linear | nnx.Conv | nnx.Embed) -> Any:
+def dtype_of(module: nnx.Linear | nnx.Conv) -> Any:
     """The dtype a module computes in: that of its parameters."""
-    leaf = module.embedding if isinstance(module, nnx.Embed) else module.kernel
-    return jnp.dtype(leaf[...].dtype)
+    return jnp.dtype(module.kernel[...].dtype)

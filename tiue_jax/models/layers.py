@@ -7,6 +7,7 @@ leaf rename and a transpose (convert.py).
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,8 @@ class LoRALinear(nnx.Linear):
         self.lora_B = nnx.Linear(lora.rank, cout, use_bias=False, rngs=rngs)
         self.scale = lora.alpha / lora.rank
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return super().__call__(x) + self.scale * self.lora_B(self.lora_A(x))
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
 
 
 class Attention(nnx.Module):
@@ -134,7 +135,8 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         # index 1 is diffusers' dropout, kept so that the list indices, and so the tensor names, agree
-        self.net = nnx.List([GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)])
+        net: list[Any] = [GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)]
+        self.net = nnx.List(net)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net[2](self.net[0](x))

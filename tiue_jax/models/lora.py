@@ -8,6 +8,7 @@ frozen copy of the weights that the plain teacher uses as well.
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def init(shapes: Params, seed: int) -> Params:
     a generator seeded by (seed, its path).
     """
 
-    def fill(path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-2].key == "lora_B":
             return np.zeros(leaf.shape, np.float32)
         bound = 1 / np.sqrt(leaf.shape[0])  # [in rank]

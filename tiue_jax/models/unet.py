@@ -103,7 +103,7 @@ class UNetConfig:
             ValueError: a field that this UNet does not support, with its name and value; an inconsistent config.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        kept = {}
+        kept: dict[str, Any] = {}
         for name, value in config.items():
             if name in known:
                 kept[name] = tuple(value) if isinstance(value, list) else value
@@ -262,7 +262,8 @@ class UNet(nnx.Module):
                     h = self._run(block.attentions[i], h, text)
             for upsampler in block.upsamplers:
                 # the next skip's size, which is not twice this one's where the latents' size is odd at some level
-                h = upsampler(h, skips[-1].shape[1:3])
+                _, height, width, _ = skips[-1].shape
+                h = upsampler(h, (height, width))
         return self.conv_out(nnx.silu(self.conv_norm_out(h)))
 
     def __call__(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
