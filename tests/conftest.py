@@ -5,9 +5,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the command-line tests' subprocesses as well
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
-# the tests compile much and compute little: cheap code is the quicker
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
+# the tests compile much and compute little, so code that is cheap to compile is the quicker
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
 
 import jax
 
