@@ -1,0 +1,285 @@
+"""The training step on a tiny UNet, without torch: what it may touch, what it must leave, and its settings."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tiue_jax import distill
+from tiue_jax.distill import Distillation, DistillConfig, Frozen
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.schedule import Schedule
+
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(16,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    layers_per_block=1,
+    attention_head_dim=2,
+    norm_num_groups=4,
+    cross_attention_dim=16,
+)
+CONFIG = DistillConfig(
+    num_inference_steps=2,
+    lora_rank=4,
+    lora_alpha=6.0,
+    compute_dtype="float32",
+    student_learning_rate=1e-4,
+    lora_learning_rate=1e-2,
+)
+RNG = np.random.default_rng(0)
+NULL = jnp.asarray(RNG.standard_normal((1, 5, 16), np.float32))
+BATCH = {"text": jnp.asarray(RNG.standard_normal((2, 5, 16), np.float32))}
+
+
+def encode_text(frozen, batch):
+    return batch["text"], NULL
+
+
+def make(**settings):
+    return Distillation(dataclasses.replace(CONFIG, **settings), UNET, Schedule(), encode_text)
+
+
+@pytest.fixture(scope="module")
+def params():
+    _, shapes = functional.abstract(UNet, UNET)
+    return functional.init(shapes, seed=0)
+
+
+@pytest.fixture(scope="module")
+def frozen(params):
+    return Frozen(unet=jax.tree.map(jnp.asarray, params))
+
+
+@pytest.fixture(scope="module")
+def state(params):
+    return distill.init_state(CONFIG, UNET, params, seed=0)
+
+
+@pytest.fixture(scope="module")
+def distillation():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def update(distillation):
+    return jax.jit(distillation.update)
+
+
+def distance(a, b):
+    """max |a - b| over two trees, in numpy: a jax operation would be compiled for every shape."""
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b)))
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree)))
+
+
+def adapted(state):
+    """The state with adapters that have an effect: B is not zero."""
+    rng = np.random.default_rng(1)
+    lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), state.lora)
+    return state._replace(lora=lora)
+
+
+def test_the_state_holds_the_student_its_average_and_the_adapters_but_no_teacher(state, params):
+    student, adapters = functional.count(params), functional.count(state.lora)
+    moments = 2 * (student + adapters)
+    counters = [x for x in jax.tree.leaves(state) if x.ndim == 0]
+    assert sum(x.size for x in jax.tree.leaves(state)) == 2 * student + adapters + moments + len(counters)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state) if x.ndim)
+    assert distance(state.params, params) == 0 and distance(state.ema, params) == 0
+    # rank 4 on to_q and to_v of self- and cross-attention in 4 transformers, all of width 16, as is the text
+    assert adapters == 4 * 2 * 2 * 4 * (16 + 16)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
+
+
+def test_at_the_first_step_both_teachers_agree_and_the_score_is_zero(state, frozen, distillation, update):
+    _, metrics = update(state, frozen, BATCH, distillation.draw(jax.random.key(0), 2))
+    assert metrics["loss_vsd"] < 1e-10
+    _, metrics = update(adapted(state), frozen, BATCH, distillation.draw(jax.random.key(0), 2))
+    assert metrics["loss_vsd"] > 1e-6
+
+
+def test_neither_loss_reaches_the_other_networks_weights(state, frozen, distillation, update):
+    draws = distillation.draw(jax.random.key(0), 2)
+    first, _ = update(adapted(state), frozen, BATCH, draws)
+    other = draws._replace(lora_noise=-draws.lora_noise, lora_timesteps=draws.lora_timesteps // 2)
+    second, _ = update(adapted(state), frozen, BATCH, other)
+    assert distance(first.params, second.params) == 0
+    assert distance(first.lora, second.lora) > 0
+    other = draws._replace(diffusion_noise=-draws.diffusion_noise)
+    third, _ = update(adapted(state), frozen, BATCH, other)
+    assert distance(first.params, third.params) > 0
+    assert distance(first.lora, third.lora) == 0
+
+
+def test_the_moving_average_after_one_and_two_steps(state, frozen, distillation, update):
+    first, _ = update(adapted(state), frozen, BATCH, distillation.draw(jax.random.key(0), 2))
+    second, _ = update(first, frozen, BATCH, distillation.draw(jax.random.key(1), 2))
+    assert int(second.step) == 2
+    mix = lambda decay, old, new: decay * np.asarray(old) + (1 - decay) * np.asarray(new)
+    assert distance(first.ema, jax.tree.map(functools.partial(mix, 1 / 10), state.params, first.params)) < 1e-6
+    assert distance(second.ema, jax.tree.map(functools.partial(mix, 2 / 11), first.ema, second.params)) < 1e-6
+    assert distance(second.ema, second.params) > 0
+
+
+def test_the_lora_teacher_learns_what_the_student_draws(state, frozen, distillation, update):
+    draws = distillation.draw(jax.random.key(0), 2)
+    losses = []
+    for _ in range(20):
+        new, metrics = update(state, frozen, BATCH, draws)
+        state = state._replace(lora=new.lora, lora_optimizer=new.lora_optimizer)
+        losses.append(float(metrics["loss_lora"]))
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_dropped_text_is_the_null_prompt(state, frozen, distillation, update):
+    draws = distillation.draw(jax.random.key(0), 2)
+    nulls = {"text": jnp.broadcast_to(NULL, BATCH["text"].shape)}
+    kept, dropped = (draws._replace(drop_text=jnp.asarray(flag)) for flag in (False, True))
+    loss = lambda batch, d: float(update(state, frozen, batch, d)[1]["loss_lora"])
+    assert loss(BATCH, kept) != loss(BATCH, dropped)
+    assert loss(nulls, kept) == loss(nulls, dropped)
+
+
+def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(params):
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat=True)
+    state = adapted(distill.init_state(config, UNET, params, seed=0))
+    frozen = Frozen(jax.tree.map(jnp.asarray, functional.cast(params, jnp.bfloat16)))
+    step = distill.make_train_step(config, UNET, Schedule(), encode_text)
+    with jax.numpy_dtype_promotion("standard"):  # flax's norms mix bfloat16 and float32 inside
+        new, metrics = jax.jit(step)(state, frozen, BATCH, jax.random.key(0))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new) if x.ndim)
+    assert all(x.dtype == jnp.float32 and np.isfinite(x) for x in metrics.values())
+    kernel = ("mid_block", "resnets", 0, "conv1", "kernel")
+    before, after = state.params, new.params
+    for part in kernel:
+        before, after = before[part], after[part]
+    before, after = np.asarray(before), np.asarray(after)
+    moved = np.abs(after - before)
+    assert np.mean(moved > 0) > 0.9 and moved.max() < 2e-6
+    assert np.mean(after.astype(jnp.bfloat16) != before.astype(jnp.bfloat16)) < 0.05
+
+
+def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation, update):
+    frozen = Frozen(jax.tree.map(jnp.asarray, params))
+    state = adapted(distill.init_state(CONFIG, UNET, frozen.unet, seed=0))
+    key = jax.random.key(7)
+    _, expected = update(state, frozen, BATCH, distillation.draw(jax.random.fold_in(key, 0), 2))
+    # with remat, which must change no gradient
+    config = dataclasses.replace(CONFIG, remat=True)
+    step = jax.jit(distill.make_train_step(config, UNET, Schedule(), encode_text), donate_argnums=0)
+    new, first = step(state, frozen, BATCH, key)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    for name, value in expected.items():
+        np.testing.assert_allclose(first[name], value, rtol=1e-5, err_msg=name)
+    newer, second = step(new, frozen, BATCH, key)
+    assert int(newer.step) == 2
+    assert first["loss_lora"] != second["loss_lora"]  # the step's number is folded into the key
+    assert distance(frozen.unet, params) == 0
+
+
+def test_draws_cover_their_ranges():
+    distillation = make(min_timestep=20, max_timestep=22, text_dropout=0.5)
+    draws = distillation.draw(jax.random.key(0), 4096)
+    assert set(np.unique(draws.timesteps)) == {20, 21, 22}
+    assert draws.lora_timesteps.min() < 5 and 994 < draws.lora_timesteps.max() <= 999
+    assert draws.noise.shape == (4096, 8, 8, 4)
+    for noise in (draws.noise, draws.diffusion_noise, draws.lora_noise):
+        assert abs(float(noise.mean())) < 5e-3 and abs(float(noise.std()) - 1) < 5e-3
+    assert not np.array_equal(draws.noise, draws.diffusion_noise)
+    drops = [bool(distillation.draw(jax.random.key(seed), 1).drop_text) for seed in range(64)]
+    assert 16 < sum(drops) < 48
+    assert jax.config.jax_threefry_partitionable  # what makes the numbers independent of the sharding
+
+
+def test_guidance_folds_both_branches_into_one_batch():
+    calls = []
+
+    def epsilon(latents, t, text):
+        calls.append(latents.shape[0])
+        scale = jnp.sum(text, axis=(1, 2)) + t.astype(jnp.float32)
+        return latents * scale[:, None, None, None]
+
+    z, t = jnp.asarray(RNG.standard_normal((3, 2, 2, 1), np.float32)), jnp.asarray([1, 2, 3])
+    text = jnp.asarray(RNG.standard_normal((3, 2, 2), np.float32))
+    null = jnp.ones_like(text)
+    got = distill.guided(epsilon, z, t, text, null, 4.5)
+    assert calls == [6]
+    expected = epsilon(z, t, null) + 4.5 * (epsilon(z, t, text) - epsilon(z, t, null))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    calls.clear()
+    np.testing.assert_array_equal(distill.guided(epsilon, z, t, text, null, 1.0), epsilon(z, t, text))
+    assert calls == [3, 3]
+
+
+def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
+    def clip_features(frozen, batch, latents):
+        assert frozen.clip is None and latents.shape == (2, 8, 8, 4)
+        return -jnp.ones((2, 4)), jnp.mean(latents, axis=(1, 2)) + 3
+
+    config = dataclasses.replace(CONFIG, clip_weight=0.1, clip_decay_steps=100, kl_weight=0.0)
+    distillation = Distillation(config, UNET, Schedule(), encode_text, clip_features)
+    run = jax.jit(distillation.gradients)
+    draws = distillation.draw(jax.random.key(0), 2)
+    norms = []
+    for step, weight in ((0, 0.1), (50, 0.05), (100, 0.0), (200, 0.0)):
+        grads, lora_grads, metrics = run(state._replace(step=jnp.asarray(step, jnp.int32)), frozen, BATCH, draws)
+        np.testing.assert_allclose(metrics["loss"], metrics["loss_vsd"] + weight * metrics["loss_clip"], rtol=1e-5)
+        norms.append(norm(grads))
+    assert "loss_kl" not in metrics
+    assert norms[0] > 1e-4 and max(norms[2:]) < 1e-2 * norms[0]  # nothing but CLIP moves the student: B is 0
+    np.testing.assert_allclose(norms[1], norms[0] / 2, rtol=1e-2)
+    for path, grad in jax.tree_util.tree_leaves_with_path(lora_grads):
+        assert np.any(np.asarray(grad)) == (path[-2].key == "lora_B"), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
+        ({"timestep_spacing": "log"}, "timestep_spacing must be among .* got 'log'"),
+        ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale must be >= 1, got 0.5"),
+        ({"lora_guidance_scale": float("nan")}, "lora_guidance_scale must be >= 1, got nan"),
+        ({"min_timestep": -1}, "min_timestep must be >= 0, got -1"),
+        ({"max_timestep": 10}, "max_timestep must be >= min_timestep = 20, got 10"),
+        ({"timestep_weighting": "snr"}, "timestep_weighting must be among .* got 'snr'"),
+        ({"lora_rank": 0}, "rank must be >= 1, got 0"),
+        ({"lora_targets": ["to_z"]}, "targets must be among .* got .*to_z"),
+        ({"kl_weight": -1.0}, "kl_weight must be >= 0, got -1.0"),
+        ({"kl_batch_size": 0}, "kl_batch_size must be > 0, got 0"),
+        ({"clip_weight": 0.1}, "needs clip_decay_steps or max_train_steps"),
+        ({"text_dropout": 1.0}, r"text_dropout must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be among .* got 'float16'"),
+        ({"student_learning_rate": 0.0}, "student_learning_rate must be > 0, got 0.0"),
+        ({"lora_learning_rate": -1.0}, "lora_learning_rate must be > 0, got -1.0"),
+        ({"student_learning_rate_schedule": "cosine"}, "needs total_steps > warmup_steps"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be > 0, got 0.0"),
+        ({"num_inference_step": 4}, "unknown distillation settings .'num_inference_step'."),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        DistillConfig.from_dict(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_do_not_fit_the_models():
+    with pytest.raises(ValueError, match="num_inference_steps .* got 1001"):
+        make(num_inference_steps=1001)
+    with pytest.raises(ValueError, match="max_timestep must be at most .* 999, got 1000"):
+        make(max_timestep=1000)
+    with pytest.raises(ValueError, match="clip_weight = 0.1 needs CLIP"):
+        make(clip_weight=0.1, clip_decay_steps=10)
+    with pytest.raises(ValueError, match="latent_size must be given"):
+        Distillation(CONFIG, dataclasses.replace(UNET, sample_size=None), Schedule(), encode_text)
+    with pytest.raises(ValueError, match="lora_targets .* match no attention"):
+        distill.init_state(dataclasses.replace(CONFIG, lora_targets=()), UNET, {}, seed=0)
