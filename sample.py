@@ -28,7 +28,7 @@ from tiue_jax.schedule import SPACINGS
 def define_flags() -> flags.FlagValues:
     """The command line's flags, in a registry of their own so that importing this file defines none."""
     f = flags.FlagValues()
-    add = {"flag_values": f}
+    add: dict[str, Any] = {"flag_values": f}
     flags.DEFINE_string("model", "emoji-tiue", "shipped model, folder in diffusers' layout, or hub repository", **add)
     flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated", **add)
     flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line", **add)
@@ -56,13 +56,13 @@ def run(args: flags.FlagValues) -> None:
     out = Path(args.out)
     check_output(out)
     for name in ("columns", "upscale"):
-        if args[name].value is not None and args[name].value < 1:
-            raise ValueError(f"{name} must be >= 1, got {args[name].value}")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
 
     pipe = Pipeline.from_pretrained(args.model, args.dtype)
-    how = {name: args[name].value for name in ("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")}
-    keys = ("seed", "num_images_per_prompt", "batch_size", "height", "width")
-    stream = pipe.stream(prompts, **how, **{name: args[name].value for name in keys})
+    given = lambda *names: {name: getattr(args, name) for name in names}
+    how = given("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
+    stream = pipe.stream(prompts, **how, **given("seed", "num_images_per_prompt", "batch_size", "height", "width"))
 
     each = args.num_images_per_prompt
     drawn = number_images(prompts, each)

@@ -222,7 +222,7 @@ def test_guidance_folds_both_branches_into_one_batch():
 
 def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
     def clip_features(frozen, batch, latents):
-        assert frozen.clip is None and latents.shape == (2, 8, 8, 4)
+        assert not frozen.clip and latents.shape == (2, 8, 8, 4)
         return -jnp.ones((2, 4)), jnp.mean(latents, axis=(1, 2)) + 3
 
     config = dataclasses.replace(CONFIG, clip_weight=0.1, clip_decay_steps=100, kl_weight=0.0)

@@ -145,15 +145,15 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Parameters that training reads and never changes, best kept in the compute dtype. None where not used.
+    """Parameters that training reads and never changes, best kept in the compute dtype. Empty where not used.
 
     The teacher and the LoRA teacher share `unet`.
     """
 
     unet: Params
-    text_encoder: Params | None = None
-    tiny_vae: Params | None = None
-    clip: Params | None = None
+    text_encoder: Params = {}
+    tiny_vae: Params = {}
+    clip: Params = {}
 
 
 class Draws(NamedTuple):

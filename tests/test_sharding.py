@@ -1,0 +1,121 @@
+"""sharding.py: the mesh, the parameter rule on named kernels, batches, and the messages of its errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from tiue_jax import sharding
+
+ROOT = Path(__file__).parents[1]
+
+
+def struct(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_mesh_of_one_device():
+    mesh = sharding.make_mesh()
+    assert mesh.axis_names == ("data", "fsdp")
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "only one of the mesh axes"),
+        ({"data": 0}, "mesh axis 'data' must be a positive number of devices or -1, got 0"),
+        ({"fsdp": -2}, "mesh axis 'fsdp' must be a positive number of devices or -1, got -2"),
+        ({"data": -1, "fsdp": 3}, "must multiply to the number of devices, 1, got data=-1, fsdp=3"),
+        ({"data": 2}, "must multiply to the number of devices, 1, got data=2, fsdp=1"),
+    ],
+)
+def test_a_mesh_that_cannot_be(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**axes, devices=jax.devices()[:1])
+
+
+PARAMETERS = {
+    "conv_in": {"kernel": struct(3, 3, 4, 320), "bias": struct(320)},
+    "attn1": {
+        "to_q": {"kernel": struct(1280, 1280), "lora_A": {"kernel": struct(1280, 64)}},
+        "ff": {"kernel": struct(1280, 10240)},
+    },
+    "down": {0: {"conv1": {"kernel": struct(3, 3, 640, 320)}}},
+    "norm": {"scale": struct(1280)},
+}
+
+
+def test_the_rule_on_named_kernels():
+    mesh = AbstractMesh((1, 16), ("data", "fsdp"))
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(PARAMETERS, mesh))
+    assert specs["attn1"]["to_q"]["kernel"] == P(None, "fsdp")  # equals: the last axis
+    assert specs["attn1"]["ff"]["kernel"] == P(None, "fsdp")
+    assert specs["down"][0]["conv1"]["kernel"] == P(None, None, "fsdp")
+    for small in (specs["conv_in"]["kernel"], specs["conv_in"]["bias"], specs["norm"]["scale"]):
+        assert small == P()
+    assert specs["attn1"]["to_q"]["lora_A"]["kernel"] == P()
+
+
+def test_fsdp_of_one_shards_nothing():
+    mesh = AbstractMesh((4, 1), ("data", "fsdp"))
+    assert {s.spec for s in jax.tree.leaves(sharding.shardings(PARAMETERS, mesh))} == {P()}
+
+
+def test_a_large_tensor_that_cannot_be_sharded_is_named():
+    mesh = AbstractMesh((1, 7), ("data", "fsdp"))
+    with pytest.raises(ValueError, match=r"fsdp=7") as error:
+        sharding.shardings(PARAMETERS, mesh)
+    assert "['attn1']['to_q']['kernel'] [1280, 1280]" in str(error.value)
+    assert "['down'][0]['conv1']['kernel'] [3, 3, 640, 320]" in str(error.value)  # all of them, in one message
+    assert "bias" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -8, 12])
+def test_batch_must_split_over_all_devices(size):
+    mesh = AbstractMesh((4, 2), ("data", "fsdp"))
+    sharding.check_batch_size(16, mesh)
+    with pytest.raises(ValueError, match=f"multiple of the 8 devices \\(data=4 x fsdp=2\\), got {size}"):
+        sharding.check_batch_size(size, mesh)
+
+
+def test_place_and_structs():
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "step": np.int32(4)}
+    placement = sharding.shardings(tree, mesh)
+    placed = sharding.place(tree, placement)
+    np.testing.assert_array_equal(placed["a"], tree["a"])
+    targets = sharding.structs(tree, placement)
+    assert targets["a"].sharding == placed["a"].sharding and targets["step"].dtype == jnp.int32
+
+
+ON_EIGHT_DEVICES = """
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from tiue_jax import sharding
+mesh = sharding.make_mesh(data=-1, fsdp=4)
+assert dict(mesh.shape) == {"data": 2, "fsdp": 4}, mesh
+tree = {"kernel": np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256), "bias": np.ones(256, np.float32)}
+placed = sharding.place(tree, sharding.shardings(tree, mesh))
+assert placed["kernel"].sharding.spec == P("fsdp"), placed["kernel"].sharding
+assert placed["kernel"].addressable_shards[0].data.shape == (128, 256)
+assert placed["bias"].is_fully_replicated
+batch = sharding.place({"x": np.arange(64.0, dtype=np.float32).reshape(16, 4)}, sharding.batch_sharding(mesh))
+assert batch["x"].addressable_shards[3].data.shape == (2, 4)
+for name in tree:
+    np.testing.assert_array_equal(placed[name], tree[name])
+"""
+
+
+def test_eight_devices():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

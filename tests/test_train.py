@@ -1,0 +1,276 @@
+"""train.py end to end on a tiny random model: what a run leaves, resuming, stopping, and its errors."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file, save_file
+
+import train
+from tests import tiny
+from tests.events import scalars
+from tiue_jax import convert
+from tiue_jax.distill import DistillConfig, Frozen
+from tiue_jax.images import read_png
+from tiue_jax.metrics import MetricsWriter
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
+from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.pipeline import Pipeline, save_pipeline
+from tiue_jax.schedule import Schedule
+from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+UNET = dataclasses.replace(  # the smallest there is: the step must compile quickly
+    tiny.UNET, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs of this module, also those in other processes, share what XLA compiled."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "teacher"
+    save_pipeline(
+        folder,
+        unet=(UNET, tiny.random_params(UNet, UNET, 0)),
+        vae=(tiny.VAE, tiny.random_params(AutoencoderKL, tiny.VAE, 1)),
+        text_encoder=(tiny.TEXT, tiny.random_params(CLIPTextModel, tiny.TEXT, 2)),
+        tokenizer_dir=tiny.write_tokenizer(folder.parent / "tokenizer"),
+        schedule=Schedule(),
+    )
+    (folder / "prompts.txt").write_text("".join(f"a red {c}\n" for c in "abcdefghijk"))
+    return folder
+
+
+def command(model: Path, workdir: Path, **changed: object) -> list[str]:
+    """The arguments of a short run; `changed` overrides settings, `section__name=value`."""
+    settings = {
+        "model__pretrained_model_name_or_path": model,
+        "data__prompts": model / "prompts.txt",
+        "train__batch_size": 8,
+        "train__max_train_steps": 4,
+        "train__log_every": 1,
+        "train__checkpoint_every": 2,
+        "train__validation_every": 3,
+        "train__validation_prompts": "()",
+        "distill__num_inference_steps": 2,
+        "distill__lora_rank": 4,
+    } | changed
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    return ["train.py", "--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", str(workdir), *flags]
+
+
+def saved(workdir: Path, step: int) -> dict:
+    """The whole state in a checkpoint."""
+    return ocp.PyTreeCheckpointHandler().restore(workdir / "checkpoints" / str(step) / "state")
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def losses(workdir: Path) -> dict[tuple[int, str], float]:
+    return {(step, tag): value for step, tag, value in scalars(workdir) if tag.startswith("train/loss")}
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An uninterrupted run, with pictures."""
+    workdir = tmp_path_factory.mktemp("whole")
+    shown = {"train__validation_prompts": "('a red apple','b','')", "train__validation_num_inference_steps": 2}
+    assert train.main(command(model, workdir, **shown)) == 0
+    return workdir
+
+
+def test_what_a_run_leaves(whole, model):
+    assert checkpoints(whole) == [2, 4]
+    config = json.loads((whole / "config.json").read_text())
+    assert config["distill"]["num_inference_steps"] == 2 and config["train"]["batch_size"] == 8
+    tags = {tag for _, tag, _ in scalars(whole)}
+    assert {"train/loss_vsd", "train/loss_lora", "train/loss_kl", "perf/images_per_sec"} <= tags
+    assert sorted(step for step, tag in losses(whole) if tag == "train/loss_vsd") == [1, 2, 3, 4]
+    pictures = sorted((whole / "samples").iterdir())
+    assert [p.name for p in pictures] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]
+    pixels, metadata = read_png(pictures[-1])
+    assert pixels.shape == (2 * 128 + 2, 3 * 128 + 4, 3)
+    assert metadata == {"step": "4", "prompts": "a red apple; b; "}
+
+
+def test_the_exported_student_is_the_average_and_samples(whole, model):
+    student = Pipeline.from_pretrained(whole / "student")
+    assert student.sampling.sampler == "tiue" and student.sampling.num_inference_steps == 2
+    average = saved(whole, 4)["ema"]
+    np.testing.assert_array_equal(student.unet.params["conv_in"]["kernel"], average["conv_in"]["kernel"])
+    teacher = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert np.any(teacher["conv_in.bias"] != average["conv_in"]["bias"])
+    assert student(["a red apple"]).shape == (1, 16, 16, 3)
+
+
+def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, model, tmp_path, monkeypatch, capsys):
+    write = MetricsWriter.scalars
+
+    def stop_after_one(self, step, values):
+        write(self, step, values)
+        if step == 1 and not stopped:
+            stopped.append(step)
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped: list[int] = []
+    monkeypatch.setattr(MetricsWriter, "scalars", stop_after_one)
+    again = command(model, tmp_path)
+    assert train.main(again) == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path) == [2] and not (tmp_path / "student").exists()
+    assert "stopped by SIGTERM: saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    assert train.main(again) == 0
+    assert checkpoints(tmp_path) == [2, 4]
+    resumed, uninterrupted = saved(tmp_path, 4), saved(whole, 4)
+    assert jax.tree.structure(resumed) == jax.tree.structure(uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+    assert losses(tmp_path) == losses(whole)
+
+    assert train.main(command(model, tmp_path, distill__kl_weight=0.2)) == 2
+    assert "settings differ" in (error := capsys.readouterr().err) and "distill.kl_weight was 0.1, now 0.2" in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(model, tmp_path, capsys):
+    broken = shutil.copytree(model, tmp_path / "model")
+    assert train.main(command(broken, tmp_path / "run", train__max_train_steps=2)) == 0
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"conv_out.bias": np.full_like(weights["conv_out.bias"], 3e38)}, path)
+    assert train.main(command(broken, tmp_path / "run")) == train.NOT_FINITE
+    error = capsys.readouterr().err
+    assert "training stopped at step 3: expected finite numbers, got" in error and "loss_lora = inf" in error
+    assert f"the last good checkpoint is {tmp_path / 'run/checkpoints/2'}" in error
+    assert checkpoints(tmp_path / "run") == [2] and "Traceback" not in error
+
+
+def test_a_time_limit_ends_a_run_with_everything_it_leaves(model, tmp_path):
+    assert train.main(command(model, tmp_path, train__max_train_minutes=1e-6, train__max_train_steps=1000)) == 0
+    assert checkpoints(tmp_path) == [1] and (tmp_path / "student" / "tiue_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train__batch_siz": 8}, "batch_siz"),
+        ({"train__batch_size": "many"}, "--config.train.batch_size=many"),
+        ({"train__mesh_data": 3}, "mesh axes must multiply to the number of devices"),
+        ({"train__checkpoints_total_limit": 0}, "checkpoints_total_limit must be >= 1"),
+        ({"distill__num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
+        ({"distill__num_inference_steps": 1001}, "must be between 1 and 1000, got 1001"),
+        ({"distill__clip_weight": 0.1}, "needs model.clip_model_name_or_path, got None"),
+        ({"model__pretrained_model_name_or_path": "./no-such-model"}, "unknown model './no-such-model'"),
+        ({"data__prompts": "nowhere.txt"}, "no prompt file at nowhere.txt"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_status_2(model, tmp_path, capsys, changed, message):
+    assert train.main(command(model, tmp_path / "run", **changed)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--workdir", "x"], "--config is missing"),
+        (["--config", str(ROOT / "configs/emoji_tiue.py")], "--workdir is missing"),
+        (["--config", "configs/nothing.py", "--workdir", "x"], "configs/nothing.py"),
+        (["--config", "configs/nothing.py", "--config.train.seed=1", "--workdir", "x"], "configs/nothing.py"),
+        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "--foo=1"], "foo"),
+        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "stray"], "stray"),
+        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "--config.train=3"], "train"),
+    ],
+)
+def test_bad_command_lines(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["train.py", *argv]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and message in output.err and output.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_cannot_be_written(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main(command(model, tmp_path / "file" / "run")) == 2
+    assert "file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help(capsys):
+    assert train.main(["train.py", "--help"]) == 0
+    assert "--config configs/emoji_tiue.py" in capsys.readouterr().out
+
+
+def test_the_clip_loss_is_loaded_from_its_folders(tmp_path):
+    text = dataclasses.replace(tiny.TEXT, projection_dim=6)
+    vision = CLIPVisionConfig(8, 16, 1, 2, image_size=8, patch_size=4, projection_dim=6)
+    clip, vae = (
+        CLIPConfig(text, vision, projection_dim=6),
+        TinyVAEConfig(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ),
+    )
+    parameters = functional.init(functional.abstract(CLIPModel, text, vision, 6)[1], 0)
+    convert.save(tmp_path / "clip", parameters, clip.to_dict(), filename="model.safetensors")
+    convert.save(tmp_path / "vae", tiny.random_params(AutoencoderTiny, vae, 0), vae.to_dict())
+    tiny.write_tokenizer(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "clip", dirs_exist_ok=True)
+    model = ModelConfig("teacher", str(tmp_path / "clip"), str(tmp_path / "vae"))
+    loss = DistillConfig(clip_weight=0.1, clip_decay_steps=5, compute_dtype="float32")
+
+    features, parts, tokenize = train.load_clip(Settings(model, DataConfig("p.txt"), TrainConfig(), loss))
+    ids = tokenize(["a red apple", "b"])
+    assert ids.shape == (2, tiny.CONTEXT)
+    latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
+    batch = {"clip_input_ids": jnp.asarray(ids, jnp.int32)}
+    of_text, of_image = jax.jit(features)(Frozen(unet={}, **parts), batch, latents)
+    assert of_text.shape == of_image.shape == (2, 6) and np.isfinite(of_image).all()
+
+
+def test_eight_devices_give_the_same_losses_as_one(whole, model, tmp_path):
+    mesh = {"train__mesh_data": 2, "train__mesh_fsdp": 4, "train__mesh_replicate_below": 512}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    argv = [sys.executable, str(ROOT / "train.py"), *command(model, tmp_path, **mesh)[1:]]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "batch of 8 on 8 device(s)" in done.stdout
+    expected, got = losses(whole), losses(tmp_path)
+    assert got.keys() == expected.keys()
+    for at, value in expected.items():
+        np.testing.assert_allclose(got[at], value, rtol=2e-3, atol=1e-7, err_msg=str(at))

@@ -1,0 +1,129 @@
+"""The device mesh, and where each array of the training state and of the batch lives on it.
+
+Two mesh axes: `data` repeats the parameters, `fsdp` shards them; the batch is split over both. Placement is a rule on
+the parameter tree, outside the models.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+REPLICATE_BELOW = 2**16  # elements: gathering a smaller tensor costs more than the memory it frees
+LORA_NAMES = ("lora", "lora_A", "lora_B")  # sharding the small LoRA matrices caused most of the step's all-gathers
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices over (`data`, `fsdp`); one axis may be -1 and takes what the other leaves.
+
+    Raises:
+        ValueError: an axis is neither -1 nor positive, both are -1, or their product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp}
+    for name, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"mesh axis {name!r} must be a positive number of devices or -1, got {size}")
+    if data == fsdp == -1:
+        raise ValueError("only one of the mesh axes 'data' and 'fsdp' can be -1, got both")
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = max(len(devices) // math.prod(s for s in sizes.values() if s != -1), 1)
+    if math.prod(sizes.values()) != len(devices):
+        asked = ", ".join(f"{name}={size}" for name, size in (("data", data), ("fsdp", fsdp)))
+        raise ValueError(f"mesh axes must multiply to the number of devices, {len(devices)}, got {asked}")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 split over all devices, `data` x `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError where the global batch does not split evenly over the devices."""
+    if batch_size < 1 or batch_size % mesh.size:
+        axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"batch_size must be a positive multiple of the {mesh.size} devices ({axes}), got {batch_size}"
+        )
+
+
+def parameter_spec(
+    path: tuple[Any, ...], shape: tuple[int, ...], fsdp: int, replicate_below: int = REPLICATE_BELOW
+) -> PartitionSpec:
+    """Where one array lives: its largest axis that `fsdp` divides is sharded (the last of equals); LoRA, and arrays of
+    fewer than `replicate_below` elements, are replicated.
+
+    Args:
+        path: the array's key path in the tree, as `jax.tree_util` gives it.
+        shape: its shape.
+        fsdp: size of the mesh axis.
+        replicate_below: number of elements from which an array is sharded.
+
+    Raises:
+        ValueError: a large array has no axis that `fsdp` divides.
+    """
+    if fsdp == 1 or math.prod(shape) < replicate_below or any(_name(part) in LORA_NAMES for part in path):
+        return PartitionSpec()
+    divisible = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible:
+        raise ValueError(f"{jax.tree_util.keystr(path)} {list(shape)} has no axis that fsdp={fsdp} divides")
+    _, axis = max(divisible)
+    return PartitionSpec(*("fsdp" if i == axis else None for i in range(axis + 1)))
+
+
+def shardings(tree: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
+    """A NamedSharding for every array (or ShapeDtypeStruct) of `tree`, by `parameter_spec`.
+
+    Optimizer moments and moving averages have their parameters' shapes and names, and so their placement.
+
+    Raises:
+        ValueError: once, naming every large array with no axis that the mesh's `fsdp` divides.
+    """
+    problems = []
+
+    def rule(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        try:
+            return NamedSharding(mesh, parameter_spec(path, tuple(leaf.shape), mesh.shape["fsdp"], replicate_below))
+        except ValueError as error:
+            problems.append(str(error))
+            return replicated(mesh)
+
+    placed = jax.tree.map_with_path(rule, tree)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return placed
+
+
+def place(tree: Any, placement: Any) -> Any:
+    """Arrays of the host as global arrays on the devices; `placement` is one sharding or a tree of them.
+
+    Every process holds the same whole `tree` and hands its own devices their part.
+    """
+    placement = jax.tree.broadcast(placement, tree)
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, placement)
+
+
+def structs(shapes: Any, placement: Any) -> Any:
+    """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+
+
+def _name(part: Any) -> str:
+    """One entry of a key path as text, whatever container it comes from."""
+    return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

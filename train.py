@@ -1,0 +1,323 @@
+"""Distils a text-to-image diffusion model into a loop-free student.
+
+    python train.py --config configs/emoji_tiue.py --workdir runs/emoji
+    python train.py --config configs/emoji_tiue.py --workdir runs/x --config.train.batch_size=32
+
+To resume, run the same command again. The run's folder holds `checkpoints/<step>`, `tensorboard/`, `samples/` (the
+student above its teacher, for the same prompts and noise), `config.json`, and in the end `student/`, a pipeline folder:
+
+    python sample.py --model runs/emoji/student --prompt "a red apple" --out apple.png
+
+Exit status: 0 done; 2 a wrong setting, file or folder; 3 a loss that is not finite; 130 and 143 stopped by SIGINT
+(Ctrl-C) and SIGTERM, with a checkpoint saved. A second Ctrl-C stops at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from tiue_jax import convert, distill, hub, images, sharding
+from tiue_jax.checkpoint import Checkpoints, check_config
+from tiue_jax.data.prompts import PromptBatches, Tokenize, load_prompts
+from tiue_jax.metrics import MetricsWriter
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.pipeline import Pipeline, load_tokenizer, save_pipeline
+from tiue_jax.sampling import Sampling
+from tiue_jax.settings import Settings
+
+BAD_INPUT, NOT_FINITE = 2, 3
+GRID_COLUMNS = 8
+GRID_PIXELS = 128  # smaller pictures are enlarged to about this
+CUT_PROMPT_WARNINGS = 5
+
+
+def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
+    # ---- flags ----------------------------------------------------------------------------------------------------
+    settings, workdir = read_flags(argv)
+    train, config = settings.train, settings.distill
+
+    # ---- mesh -----------------------------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
+    sharding.check_batch_size(train.batch_size, mesh)
+    replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+    # ---- models ---------------------------------------------------------------------------------------------------
+    folder = hub.resolve(settings.model.pretrained_model_name_or_path)
+    teacher = Pipeline.from_pretrained(folder, config.compute_dtype)
+    sampling = Sampling("tiue", config.num_inference_steps, timestep_spacing=config.timestep_spacing)
+    student = dataclasses.replace(teacher, sampling=sampling)
+    _, unet_shapes = functional.abstract(UNet, teacher.unet.cfg)
+    encode_text = distill.make_encode_text(teacher.text_encoder.graphdef, teacher.tokenize([""])[0])
+    frozen = distill.Frozen(unet=teacher.unet.params, text_encoder=teacher.text_encoder.params)
+    tokenizers: dict[str, Tokenize] = {"input_ids": teacher.tokenize}
+    clip_features = None
+    if config.clip_weight:
+        clip_features, parts, tokenizers["clip_input_ids"] = load_clip(settings)
+        frozen = frozen._replace(**parts)
+    step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
+    frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
+    say(f"teacher: {folder}, {functional.count(unet_shapes):,} parameters in its UNet")
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+    prompts, dropped = load_prompts(settings.data.prompts, settings.data.field)
+    batches = PromptBatches(prompts, tokenizers, train.batch_size, train.seed)
+    limit_warnings("tiue_jax.pipeline", CUT_PROMPT_WARNINGS)
+    left_out = "".join(f", {count} left out: {reason}" for reason, count in dropped.items())
+    say(f"prompts: {len(prompts):,} from {settings.data.prompts}{left_out}")
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+    init = functools.partial(distill.init_state, config, teacher.unet.cfg, seed=train.seed)
+    state_shapes = jax.eval_shape(init, unet_shapes)
+    placement = sharding.shardings(state_shapes, mesh, train.mesh_replicate_below)
+    checkpoints = stack.enter_context(Checkpoints(workdir, train.checkpoints_total_limit))
+    start = checkpoints.latest() or 0
+    if start:
+        check_config(checkpoints.config(start), settings.to_dict(), settings.free_on_resume)
+        state, position = checkpoints.restore(start, sharding.structs(state_shapes, placement))
+        batches.set_state(position)
+        say(f"resuming: {checkpoints.folder / str(start)}")
+    else:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one accelerator may not hold the whole state
+            state = init(convert.load(folder / "unet", unet_shapes))
+        state = sharding.place(state, placement)
+
+    # ---- step -----------------------------------------------------------------------------------------------------
+    key = jax.device_put(jax.random.key(train.seed), replicated)
+    position = batches.get_state()
+    example = sharding.place(next(batches), split)
+    batches.set_state(position)
+    began = time.monotonic()
+    traced = jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated)).trace(state, frozen, example, key)
+    train_step = traced.lower().compile()
+    say(f"step: batch of {train.batch_size} on {mesh.size} device(s), compiled in {time.monotonic() - began:.0f} s")
+
+    # ---- loop -----------------------------------------------------------------------------------------------------
+    writer = stack.enter_context(MetricsWriter(workdir, start))
+    writer.config(settings.to_dict())
+    shown = list(train.validation_prompts)
+    of_teacher = None
+    if shown:
+        steps, guidance = train.validation_num_inference_steps, train.validation_guidance_scale
+        ddim = {"sampler": "ddim", "num_inference_steps": steps, "guidance_scale": guidance}
+        of_teacher = teacher(shown, seed=train.seed, **ddim)
+    bar = stack.enter_context(progress_bar(start, train.max_train_steps))
+    stop_signals = stack.enter_context(catch_stop_signals())
+    since = time.monotonic()
+    deadline = since + 60 * (train.max_train_minutes or math.inf)
+    done = logged = start
+    last, metrics = start >= train.max_train_steps, None
+    while not last:
+        batch = sharding.place(next(batches), split)
+        jax.block_until_ready(metrics)  # one step runs while the next one's batch is made; no more are queued
+        state, metrics = train_step(state, frozen, batch, key)
+        done += 1
+        bar.update()
+
+        last = done == train.max_train_steps or bool(stop_signals) or time.monotonic() >= deadline
+        due = lambda every: last or done % every == 0  # noqa: B023 (called in this iteration only)
+        if due(train.log_every) or due(train.checkpoint_every):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            rate = train.batch_size * (done - logged) / (time.monotonic() - since)
+            writer.scalars(done, {f"train/{name}": value for name, value in values.items()})
+            writer.scalars(done, {"perf/images_per_sec": rate})
+            ends = f", ends in {(deadline - time.monotonic()) / 60:.1f} min" if train.max_train_minutes else ""
+            bar.set_postfix_str(f"loss_vsd {values['loss_vsd']:.3g}, loss_lora {values['loss_lora']:.3g}{ends}")
+            check_finite(values, done, checkpoints)
+            logged, since = done, time.monotonic()
+        if due(train.checkpoint_every):
+            checkpoints.save(done, state, settings.to_dict(), batches.get_state())
+        if due(train.validation_every) and of_teacher is not None and not stop_signals:
+            paused = time.monotonic()
+            student.unet = student.unet._replace(params=functional.cast(state.ema, config.compute_dtype))
+            grid = side_by_side(student(shown, seed=train.seed), of_teacher)
+            writer.image(done, "student_above_teacher", grid, {"step": done, "prompts": "; ".join(shown)})
+            since += time.monotonic() - paused
+
+    # ---- end ------------------------------------------------------------------------------------------------------
+    bar.close()
+    checkpoints.wait()
+    if stop_signals:
+        name = signal.Signals(stop_signals[0]).name
+        say(f"stopped by {name}: saved {checkpoints.folder / str(done)}, resume with the same command")
+        return 128 + stop_signals[0]
+    export_student(workdir / "student", teacher, folder, jax.device_get(state.ema), sampling)
+    say(f"done: {done} steps, student: {workdir / 'student'}, pictures: {workdir / 'samples'}")
+    return 0
+
+
+def read_flags(argv: Sequence[str]) -> tuple[Settings, Path]:
+    """The run's settings and folder from the command line. ValueError or OSError on what is wrong with it."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "The run's settings.", flag_values=values, sys_argv=list(argv))
+    flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
+    try:
+        rest = values(list(argv))[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"command line: {one_line(error)}") from error
+    if rest:
+        raise ValueError(f"command line: expected only flags, got {rest}")
+    for name in ("config", "workdir"):
+        if getattr(values, name) is None:
+            raise ValueError(f"command line: --{name} is missing, see --help")
+    file = config_flags.get_config_filename(values["config"])
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no config file at {file}")
+    return Settings.from_config(values.config.to_dict()), Path(values.workdir)
+
+
+def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, functional.Params], Tokenize]:
+    """What L_clip needs: the function of the step, the frozen parameters by field, CLIP's own tokenizer."""
+
+    def given(name: str) -> Path:
+        if (path := getattr(settings.model, name)) is None:
+            raise ValueError(f"clip_weight = {settings.distill.clip_weight} needs model.{name}, got None")
+        return Path(path)
+
+    clip_folder, vae_folder = given("clip_model_name_or_path"), given("tiny_vae_name_or_path")
+    clip_cfg = CLIPConfig.from_dict(convert.read_config(clip_folder))
+    vae_cfg = TinyVAEConfig.from_dict(convert.read_config(vae_folder))
+    text_cfg, vision_cfg = clip_cfg.text_config, clip_cfg.vision_config
+    clip, clip_shapes = functional.abstract(CLIPModel, text_cfg, vision_cfg, clip_cfg.projection_dim)
+    vae, vae_shapes = functional.abstract(AutoencoderTiny, vae_cfg)
+    dtype = jnp.dtype(settings.distill.compute_dtype)
+    parts = {
+        "clip": convert.load(clip_folder, clip_shapes, dtype),
+        "tiny_vae": convert.load(vae_folder, vae_shapes, dtype),
+    }
+    tokenizer, length = load_tokenizer(clip_folder), text_cfg.max_position_embeddings
+
+    def tokenize(prompts: list[str]) -> np.ndarray:
+        return tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="np"
+        ).input_ids
+
+    normalize = settings.distill.clip_normalize
+    return distill.make_clip_features(vae, clip, vision_cfg.image_size, normalize=normalize), parts, tokenize
+
+
+def check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    """Raises FloatingPointError naming each loss and gradient norm that is not finite, and the last good checkpoint."""
+    bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+    if bad:
+        last = checkpoints.latest()
+        kept = (
+            "no checkpoint was saved"
+            if last is None
+            else f"the last good checkpoint is {checkpoints.folder / str(last)}"
+        )
+        raise FloatingPointError(f"training stopped at step {step}: expected finite numbers, got {bad}; {kept}")
+
+
+def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
+    """Rows of the student's images, each above the row of its teacher's: uint8 [n h w 3] twice -> [H W 3]."""
+    columns = min(GRID_COLUMNS, len(students))
+    rows = []
+    for start in range(0, len(students), columns):
+        for pictures in (students[start : start + columns], teachers[start : start + columns]):
+            blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
+            rows += [pictures, blank]
+    return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))
+
+
+def export_student(target: Path, teacher: Pipeline, folder: Path, unet: functional.Params, sampling: Sampling) -> None:
+    """Writes the student as a pipeline folder; what is not the UNet comes from the teacher's `folder`, in float32."""
+
+    def read(part: str, cls: Any, cfg: Any) -> tuple[Any, functional.Params]:
+        return cfg, convert.load(folder / part, functional.abstract(cls, cfg)[1])
+
+    save_pipeline(
+        target,
+        unet=(teacher.unet.cfg, unet),
+        vae=read("vae", AutoencoderKL, teacher.vae.cfg),
+        text_encoder=read("text_encoder", CLIPTextModel, teacher.text_encoder.cfg),
+        tokenizer_dir=teacher.tokenizer_dir,
+        schedule=teacher.schedule,
+        tiue_config=sampling.to_dict(),
+    )
+
+
+@contextlib.contextmanager
+def catch_stop_signals() -> Iterator[list[int]]:
+    """A list of the SIGINT and SIGTERM received, so that the loop can end between two steps; a second acts at once."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {int(number): signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def limit_warnings(name: str, count: int) -> None:
+    """Lets the first `count` messages of a logger through: a corpus may hold thousands of prompts that are too long."""
+    seen = 0
+
+    def allow(record: logging.LogRecord) -> bool:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            record.msg += " (further such warnings are not shown)"
+        return seen <= count
+
+    logging.getLogger(name).addFilter(allow)
+
+
+def progress_bar(start: int, total: int) -> tqdm:
+    """Steps done, steps a second and the time left; on process 0."""
+    return tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0)
+
+
+def say(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def one_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        with contextlib.ExitStack() as stack:
+            return run(argv, stack)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_FINITE
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
