@@ -1,0 +1,82 @@
+"""Assembles what ships: {assets}/emoji, a pipeline folder in diffusers' layout, and {assets}/emoji-clip; in float16.
+The prompts that it was trained on go with it, as {assets}/emoji/prompts.txt, for the distillation.
+
+python examples/emoji/export.py --out runs/emoji --assets tiue_jax/assets
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from texts import load_texts
+from train_clip import MEAN, STD
+
+from tiue_jax import convert
+from tiue_jax.files import write_json
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPConfig, CLIPModel
+from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.pipeline import save_pipeline
+from tiue_jax.schedule import Schedule
+
+SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 3.0}
+
+
+def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:
+    """Configuration and parameters of a model folder."""
+    cfg = config.from_dict(convert.read_config(folder))
+    parts = (cfg.text_config, cfg.vision_config, cfg.projection_dim) if cls is CLIPModel else (cfg,)
+    return cfg, convert.load(folder, functional.abstract(cls, *parts)[1])
+
+
+def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenizer: Path) -> None:
+    """The tiny CLIP as transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor read it."""
+    convert.save(folder, params, cfg.to_dict(), np.float16, "model.safetensors")
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    size = cfg.vision_config.image_size
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN.tolist(),
+        "image_std": STD.tolist(),
+    }
+    write_json(folder / "preprocessor_config.json", processor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
+    parser.add_argument("--assets", type=Path, default=Path("tiue_jax/assets"))
+    args = parser.parse_args()
+
+    clip_config, clip = load(args.out / "clip", CLIPModel, CLIPConfig)
+    save_pipeline(
+        args.assets / "emoji",
+        unet=load(args.out / "unet", UNet, UNetConfig),
+        vae=load(args.out / "vae", AutoencoderKL, VAEConfig),
+        text_encoder=(clip_config.text_config, {"text_model": clip["text_model"]}),
+        tokenizer_dir=args.out / "tokenizer",
+        schedule=Schedule(),
+        tiue_config=SAMPLING,
+        dtype=np.float16,
+    )
+    texts = dict.fromkeys(text for concept in load_texts(args.out) for text in concept)  # to distil on
+    (args.assets / "emoji" / "prompts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    save_clip(args.assets / "emoji-clip", clip_config, clip, args.out / "tokenizer")
+    for folder in (args.assets / "emoji", args.assets / "emoji-clip"):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
