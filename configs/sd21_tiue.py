@@ -6,7 +6,7 @@ The paper trains on 1,418,723 JourneyDB captions for 3 epochs, about 66,500 step
 are spaced "leading", so that the last decoder pass weighs almost nothing: 0.012 where the first weighs 2.5.
 `--config.distill.timestep_spacing=trailing` gives every pass a real weight.
 
-The recipe has not been run here at full size; the training step is tested against PyTorch on small models.
+The other recipes here are this one with other values. It has not been run here at full size; the training step is tested against PyTorch on small models.
 """
 
 import ml_collections
@@ -86,7 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
             "adam_eps": 1e-8,
             "compute_dtype": "bfloat16",
             "remat": True,
-            "latent_size": config_dict.placeholder(int),  # the UNet\'s own if None
+            "latent_size": config_dict.placeholder(int),  # the UNet's own if None
         }
     )
     return config.lock()
