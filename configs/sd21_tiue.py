@@ -6,7 +6,8 @@ The paper trains on 1,418,723 JourneyDB captions for 3 epochs, about 66,500 step
 are spaced "leading", so that the last decoder pass weighs almost nothing: 0.012 where the first weighs 2.5.
 `--config.distill.timestep_spacing=trailing` gives every pass a real weight.
 
-The other recipes here are this one with other values. It has not been run here at full size; the training step is tested against PyTorch on small models.
+The other recipes here are this one with other values. It has not been run here at full size; the training step is
+tested against PyTorch on small models.
 """
 
 import ml_collections

@@ -1,7 +1,9 @@
 """Assembles what ships: {assets}/emoji, a pipeline folder in diffusers' layout, and {assets}/emoji-clip; in float16.
+
 The prompts that it was trained on go with it, as {assets}/emoji/prompts.txt, for the distillation.
 
-python examples/emoji/export.py --out runs/emoji --assets tiue_jax/assets
+    python examples/emoji/export.py --out runs/emoji --assets tiue_jax/assets
+    python examples/emoji/export.py --student runs/emoji_tiue/student
 """
 
 import argparse
@@ -19,10 +21,11 @@ from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.pipeline import save_pipeline
+from tiue_jax.pipeline import Pipeline, save_pipeline
 from tiue_jax.schedule import Schedule
 
-SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 3.0}
+SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")  # by teacher and student
+SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
 
 
 def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:
@@ -53,12 +56,33 @@ def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenize
     write_json(folder / "preprocessor_config.json", processor)
 
 
+def save_student(assets: Path, student: Path) -> None:
+    """Ships a distilled pipeline as emoji-tiue; what it shares with its teacher is a link, so that it is there once."""
+    folder = assets / "emoji-tiue"
+    shutil.rmtree(folder, ignore_errors=True)
+    Pipeline.from_pretrained(student).save_pretrained(folder, np.float16)
+    for part in SHARED:
+        shutil.rmtree(folder / part)
+        (folder / part).symlink_to(Path("..") / "emoji" / part, target_is_directory=True)
+    report(folder)
+
+
+def report(folder: Path) -> None:
+    """Prints how large a folder is, links not counted."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 2**20:.1f} MiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
     parser.add_argument("--assets", type=Path, default=Path("tiue_jax/assets"))
+    parser.add_argument("--student", type=Path, help="instead: a distilled pipeline folder, shipped as emoji-tiue")
     args = parser.parse_args()
 
+    if args.student is not None:
+        save_student(args.assets, args.student)
+        return
     clip_config, clip = load(args.out / "clip", CLIPModel, CLIPConfig)
     save_pipeline(
         args.assets / "emoji",
@@ -73,9 +97,8 @@ def main() -> None:
     texts = dict.fromkeys(text for concept in load_texts(args.out) for text in concept)  # to distil on
     (args.assets / "emoji" / "prompts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     save_clip(args.assets / "emoji-clip", clip_config, clip, args.out / "tokenizer")
-    for folder in (args.assets / "emoji", args.assets / "emoji-clip"):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{folder}: {size / 2**20:.1f} MiB")
+    report(args.assets / "emoji")
+    report(args.assets / "emoji-clip")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the UNet of the emoji model, the teacher: {out}/unet (diffusers format).
 
-    python examples/emoji/train_unet.py --out runs/emoji --minutes 55
+    python examples/emoji/train_unet.py --out runs/emoji --minutes 64
 
 Noise prediction in the latents of {out}/vae, conditioned on the text encoder of {out}/clip, with Stable Diffusion's
 noise schedule; a tenth of the prompts is empty, for guidance. Latents and text states are computed once. Writes
@@ -116,7 +116,7 @@ def make_loss(graphdef):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--minutes", type=float, default=55)
+    parser.add_argument("--minutes", type=float, default=64)
     args = parser.parse_args()
 
     latents, encode, texts = encode_pictures(args.out), load_text_encoder(args.out), load_texts(args.out)

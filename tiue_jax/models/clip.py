@@ -116,7 +116,9 @@ class CLIPTextConfig:
         return cls(**_read(cls, d, "clip_text_model"))
 
     def to_dict(self) -> dict:
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **dataclasses.asdict(self)}
+        kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        # else transformers computes in the dtype of the file, float16 say, beside a float32 UNet
+        return {**kind, "dtype": "float32", **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
