@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from tiue_jax.checkpoint import check_config
 from tiue_jax.settings import Settings
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*_tiue.py"))
 
 
 def load(path: Path) -> ConfigDict:

@@ -1,0 +1,1 @@
+"""Training recipes: one get_config() each, launched as its docstring says."""
