@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         }
     )
     # An 8M-parameter UNet: larger steps, adapters on all of its few attention projections, no memory to save. At a
-    # constant 3e-5 the colours drift; with "trailing", which multiplies every change of the weights by 3.5, they do so sooner.
+    # constant 3e-5 the colours drift. With "trailing", which multiplies every change by 3.5, they do so sooner.
     config.distill.update(
         {
             "lora_targets": ("to_q", "to_k", "to_v", "to_out.0"),
