@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "a fire engine",
                 "a smiling face with sunglasses",
             ),
-            "validation_guidance_scale": 3.0,
+            "validation_guidance_scale": 4.0,
         }
     )
     # An 8M-parameter UNet: larger steps, adapters on all of its few attention projections, no memory to save. At a

@@ -3,7 +3,7 @@
     python examples/demo.py [--minutes 4] [--outdir runs/demo]
 
 Everything comes with the package; nothing is downloaded. The distillation is the shipped student's own recipe,
-configs/emoji_tiue.py, stopped after a few minutes: enough to see it work, not to reach the shipped student.
+configs/emoji_tiue.py, stopped after a few minutes if it is not done before.
 """
 
 import argparse
@@ -88,13 +88,13 @@ def main() -> int:
     print(f"  -> {outdir / 'shipped.png'}: first row student, second row teacher")
     print(f"  columns: {', '.join(PROMPTS)}")
 
-    print(f"\n2. Distilling the teacher for {args.minutes:g} minutes")
+    print(f"\n2. Distilling the teacher, for {args.minutes:g} minutes at most")
     distil(workdir, args.minutes)
 
     print("\n3. What that changed")
     loop_free = dataclasses.replace(teacher, sampling=student.sampling)
     before = sample("teacher's weights, sampled without a loop", loop_free)
-    after = sample(f"the same after {args.minutes:g} minutes of distillation", distilled(teacher, student, workdir))
+    after = sample("the same after this distillation", distilled(teacher, student, workdir))
     write(outdir / "distilled.png", [before, after, shipped, guided])
     print(f"  -> {outdir / 'distilled.png'}: rows before, after, shipped student, teacher")
     print(f"\nGrids made while training: {workdir / 'samples'}; curves: tensorboard --logdir {workdir / 'tensorboard'}")
