@@ -5,25 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import UNET
 from tiue_jax import student
 from tiue_jax.models import functional
-from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.models.unet import UNet
 from tiue_jax.schedule import SPACINGS, Schedule
-
-CONFIG = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-    cross_attention_dim=8,
-    attention_head_dim=2,
-)
 
 
 @pytest.fixture(scope="module")
 def model():
-    graphdef, shapes = functional.abstract(UNet, CONFIG)
+    graphdef, shapes = functional.abstract(UNet, UNET)
     return graphdef, functional.init(shapes, 0)
 
 

@@ -5,18 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import UNET
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet, UNetConfig
 
-TINY = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-    cross_attention_dim=8,
-    attention_head_dim=2,
-)
 SD21 = UNetConfig(
     cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True, sample_size=96
 )
@@ -44,7 +36,7 @@ def test_features_have_the_shapes_of_stable_diffusion():
 
 
 def test_bfloat16_parameters_compute_in_bfloat16():
-    graphdef, shapes = functional.abstract(UNet, TINY)
+    graphdef, shapes = functional.abstract(UNet, UNET)
     params = functional.init(shapes, 0)
     rng = np.random.default_rng(0)
     args = rng.standard_normal((1, 8, 8, 4), np.float32), np.array([500]), rng.standard_normal((1, 3, 8), np.float32)
@@ -57,7 +49,7 @@ def test_bfloat16_parameters_compute_in_bfloat16():
 
 
 def test_config_round_trip():
-    for cfg in (UNetConfig(), SD21, TINY):
+    for cfg in (UNetConfig(), SD21, UNET):
         assert UNetConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
@@ -100,7 +92,7 @@ def test_widths_that_do_not_divide_are_named():
 
 
 def test_init_depends_on_the_seed_and_on_each_path_alone():
-    _, shapes = functional.abstract(UNet, TINY)
+    _, shapes = functional.abstract(UNet, UNET)
     a, b, c = functional.init(shapes, 0), functional.init(shapes, 0), functional.init(shapes, 1)
     same = jax.tree.map(np.array_equal, a, b)
     assert all(jax.tree.leaves(same))
