@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -48,8 +49,24 @@ def test_bfloat16_parameters_compute_in_bfloat16():
     np.testing.assert_allclose(rounded.astype(jnp.float32), exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
+def test_guidance_embedding_is_a_module_of_the_config():
+    """Without time_cond_proj_dim there is no weight; with it, the condition changes the output, and zeros do not."""
+    _, plain = functional.abstract(UNet, UNET)
+    graphdef, shapes = functional.abstract(UNet, dataclasses.replace(UNET, time_cond_proj_dim=6))
+    assert shapes["time_embedding"].pop("cond_proj")["kernel"].shape == (6, 8)
+    assert jax.tree.structure(shapes) == jax.tree.structure(plain)
+
+    params = functional.init(functional.abstract(UNet, dataclasses.replace(UNET, time_cond_proj_dim=6))[1], 0)
+    rng = np.random.default_rng(0)
+    latents, text = rng.standard_normal((1, 8, 8, 4), np.float32), rng.standard_normal((1, 3, 8), np.float32)
+    run = jax.jit(lambda cond: functional.bind(graphdef, params)(latents, np.array([500]), text, cond))
+    zero, one = run(np.zeros((1, 6), np.float32)), run(np.ones((1, 6), np.float32))
+    np.testing.assert_allclose(zero, run(None), atol=1e-6)
+    assert float(jnp.abs(one - zero).max()) > 1e-3
+
+
 def test_config_round_trip():
-    for cfg in (UNetConfig(), SD21, UNET):
+    for cfg in (UNetConfig(), SD21, UNET, dataclasses.replace(UNET, time_cond_proj_dim=256)):
         assert UNetConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
@@ -57,7 +74,7 @@ def test_config_round_trip():
     ("field", "value"),
     [
         ("class_embed_type", "timestep"),
-        ("time_cond_proj_dim", 256),
+        ("time_embedding_type", "fourier"),
         ("addition_embed_type", "text_time"),
         ("act_fn", "gelu"),
         ("mid_block_type", "UNetMidBlock2D"),

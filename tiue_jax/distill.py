@@ -19,8 +19,9 @@ from flax import nnx
 from tiue_jax import losses, optim, student
 from tiue_jax.models import functional, lora
 from tiue_jax.models.functional import Params
-from tiue_jax.models.layers import LoRAConfig
+from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.samplers import guided
 from tiue_jax.schedule import SPACINGS, Schedule
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -46,7 +47,7 @@ class DistillConfig:
     timestep_weighting: str = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
     lora_rank: int = 64
     lora_alpha: float = 108.0  # the adapters' scale is alpha / rank
-    lora_targets: tuple[str, ...] = ("to_q", "to_v")
+    lora_targets: tuple[str, ...] = ("to_q", "to_v")  # ends of the names of linear and convolution layers, as in peft
     kl_weight: float = 0.1  # lambda_kl; 0 leaves the term out
     kl_batch_size: float = 8.0  # the KL term is its mean over the batch times this, see losses.kl
     clip_weight: float = 0.0  # of L_clip at step 0, falling linearly to 0; 0 leaves the term out
@@ -193,8 +194,6 @@ def init_state(config: DistillConfig, unet: UNetConfig, params: Params, seed: in
     """
     _, shapes = functional.abstract(UNet, unet, lora=config.lora)
     _, lora_shapes = lora.split(shapes)
-    if not lora_shapes:
-        raise ValueError(f"lora_targets {list(config.lora_targets)} match no attention projection of this UNet")
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
     adapters = copy(lora.init(lora_shapes, seed))
     of_student, of_lora = config.optimizers()
@@ -213,6 +212,16 @@ def make_encode_text(graphdef: nnx.GraphDef, null_input_ids: np.ndarray) -> Enco
         return encoder(batch["input_ids"]).last_hidden_state, encoder(null).last_hidden_state
 
     return encode_text
+
+
+def make_read_text(null_text: np.ndarray) -> EncodeText:
+    """Text embeddings that were made beforehand: `batch["text"]` [b l d]; `null_text` [l d] is the empty prompt's."""
+
+    def read_text(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        dtype = jax.tree.leaves(frozen.unet)[0].dtype  # as the text encoder's, kept in the compute dtype
+        return batch["text"].astype(dtype), jnp.asarray(null_text).astype(dtype)[None]
+
+    return read_text
 
 
 def make_clip_features(
@@ -257,6 +266,10 @@ class Distillation:
         size = config.latent_size or unet.sample_size
         if size is None:
             raise ValueError("latent_size must be given, since the UNet's config has no sample_size, got None")
+        if unet.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"the teacher must take no guidance embedding, got time_cond_proj_dim {unet.time_cond_proj_dim}"
+            )
         if config.max_timestep >= schedule.num_train_timesteps:
             limit = schedule.num_train_timesteps - 1
             raise ValueError(f"max_timestep must be at most the schedule's last, {limit}, got {config.max_timestep}")
@@ -380,27 +393,6 @@ class Distillation:
     def _epsilon(self, unet: UNet) -> Epsilon:
         """The network as a float32 noise prediction of (latents, t, text), whatever it was trained to predict."""
         return lambda latents, t, text: self.schedule.to_epsilon(unet(latents, t, text).astype(jnp.float32), latents, t)
-
-
-def guided(
-    epsilon: Epsilon,
-    latents: jax.Array,
-    t: jax.Array,
-    text: jax.Array,
-    null: jax.Array,
-    guidance_scale: float,
-) -> jax.Array:
-    """e(null) + w (e(text) - e(null)) (arXiv 2207.12598), both from one evaluation of twice the batch: [b h w c].
-
-    The two lie side by side, sample by sample, rather than one batch after the other: where the batch is sharded each
-    device then holds both halves of its own samples, and nothing has to move.
-    """
-    if guidance_scale == 1:
-        return epsilon(latents, t, text)
-    twice = lambda x: jnp.repeat(x, 2, axis=0)
-    texts = jnp.stack([text, null], axis=1).reshape(-1, *text.shape[1:])  # [2b l d]
-    both = epsilon(twice(latents), twice(t), texts).reshape(-1, 2, *latents.shape[1:])
-    return both[:, 1] + guidance_scale * (both[:, 0] - both[:, 1])
 
 
 def make_train_step(

@@ -10,7 +10,7 @@ from peft import get_peft_model_state_dict
 
 from tests.parity.conftest import from_torch, relative_error, spread_
 from tiue_jax.models import functional, lora
-from tiue_jax.models.layers import LoRAConfig
+from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import UNet, UNetConfig
 
 CFG = UNetConfig(
@@ -23,7 +23,9 @@ CFG = UNetConfig(
     norm_num_groups=4,
     cross_attention_dim=16,
 )
-CONFIG = LoRAConfig(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+CONFIG = LoRAConfig(rank=3, alpha=5.0, targets=(*ATTENTION, *CONVOLUTIONS, "proj_in", "time_emb_proj", "ff.net.0.proj"))
 RNG = np.random.default_rng(0)
 LATENTS = RNG.standard_normal((2, 8, 8, 4), np.float32)
 TEXT = RNG.standard_normal((2, 5, 16), np.float32)
@@ -94,7 +96,7 @@ def test_the_start_is_pefts(ours):
     assert not any(x.any() for x in b) and not any(x.any() for x in mine["lora_B"])
     scaled = [
         np.concatenate([(x * np.sqrt(fan)).ravel() for x, fan in pairs])
-        for pairs in ([(x, x.shape[1]) for x in a], [(x, x.shape[0]) for x in mine["lora_A"]])
+        for pairs in ([(x, x[0].size) for x in a], [(x, x[..., 0].size) for x in mine["lora_A"]])
     ]
     for values in scaled:
         assert 0.95 < np.abs(values).max() <= 1.0001

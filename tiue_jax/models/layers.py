@@ -5,29 +5,12 @@ softmaxes reduce in float32 inside. Module and list names follow diffusers, so t
 leaf rename and a transpose (convert.py).
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on attention projections, as peft defines them: y = W x + (alpha / rank) B A x."""
-
-    rank: int = 64
-    alpha: float = 108.0
-    targets: tuple[str, ...] = ("to_q", "to_v")
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank must be >= 1, got {self.rank}")
-        known = {"to_q", "to_k", "to_v", "to_out.0"}
-        if unknown := set(self.targets) - known:
-            raise ValueError(f"LoRA targets must be among {sorted(known)}, got {sorted(unknown)}")
 
 
 def conv2d(
@@ -64,27 +47,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = Fal
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two-layer MLP on the sinusoidal embedding: [b c] -> [b d]."""
+    """Two-layer MLP on the sinusoidal embedding and, where it has a `cond_dim`, a condition [b p]: [b c] -> [b d]."""
 
-    def __init__(self, cin: int, dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, cin: int, dim: int, cond_dim: int | None = None, *, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(cin, dim, rngs=rngs)
+        self.cond_proj = None if cond_dim is None else nnx.Linear(cond_dim, cin, use_bias=False, rngs=rngs)
         self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
+        if cond is not None:
+            assert self.cond_proj is not None, "a condition for an embedding without cond_dim"
+            x = x + self.cond_proj(cond)
         return self.linear_2(nnx.silu(self.linear_1(x)))
-
-
-class LoRALinear(nnx.Linear):
-    """A linear layer with a low-rank adapter beside it, named as in peft (`lora_A`, `lora_B`)."""
-
-    def __init__(self, cin: int, cout: int, lora: LoRAConfig, *, use_bias: bool, rngs: nnx.Rngs):
-        super().__init__(cin, cout, use_bias=use_bias, rngs=rngs)
-        self.lora_A = nnx.Linear(cin, lora.rank, use_bias=False, rngs=rngs)
-        self.lora_B = nnx.Linear(lora.rank, cout, use_bias=False, rngs=rngs)
-        self.scale = lora.alpha / lora.rank
-
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
 
 
 class Attention(nnx.Module):
@@ -97,22 +71,15 @@ class Attention(nnx.Module):
         context_dim: int | None = None,
         *,
         qkv_bias: bool = False,
-        lora: LoRAConfig | None = None,
         rngs: nnx.Rngs,
     ):
         if dim % heads:
             raise ValueError(f"attention width must be a multiple of the number of heads, got {dim} for {heads} heads")
         self.heads = heads
-
-        def linear(name: str, cin: int, use_bias: bool) -> nnx.Linear:
-            if lora is not None and name in lora.targets:
-                return LoRALinear(cin, dim, lora, use_bias=use_bias, rngs=rngs)
-            return nnx.Linear(cin, dim, use_bias=use_bias, rngs=rngs)
-
-        self.to_q = linear("to_q", dim, qkv_bias)
-        self.to_k = linear("to_k", context_dim or dim, qkv_bias)
-        self.to_v = linear("to_v", context_dim or dim, qkv_bias)
-        self.to_out = nnx.List([linear("to_out.0", dim, True)])
+        self.to_q = nnx.Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
@@ -145,11 +112,11 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention over the text, feed-forward; pre-norm: [b l d] -> [b l d]."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, *, lora: LoRAConfig | None, rngs: nnx.Rngs):
+    def __init__(self, dim: int, heads: int, context_dim: int, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(dim, rngs=rngs)
-        self.attn1 = Attention(dim, heads, lora=lora, rngs=rngs)
+        self.attn1 = Attention(dim, heads, rngs=rngs)
         self.norm2 = layer_norm(dim, rngs=rngs)
-        self.attn2 = Attention(dim, heads, context_dim, lora=lora, rngs=rngs)
+        self.attn2 = Attention(dim, heads, context_dim, rngs=rngs)
         self.norm3 = layer_norm(dim, rngs=rngs)
         self.ff = FeedForward(dim, rngs=rngs)
 
@@ -171,7 +138,6 @@ class Transformer2DModel(nnx.Module):
         layers: int = 1,
         groups: int = 32,
         use_linear_projection: bool = False,
-        lora: LoRAConfig | None = None,
         rngs: nnx.Rngs,
     ):
         self.norm = group_norm(channels, groups, 1e-6, rngs=rngs)
@@ -182,7 +148,7 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_in = project()
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(channels, heads, context_dim, lora=lora, rngs=rngs) for _ in range(layers)]
+            [BasicTransformerBlock(channels, heads, context_dim, rngs=rngs) for _ in range(layers)]
         )
         self.proj_out = project()
 

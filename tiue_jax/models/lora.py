@@ -1,27 +1,114 @@
-"""The LoRA tree of a UNet: its own parameters beside frozen ones, and its file as peft and diffusers write it.
+"""Low-rank adapters on a UNet (LoRA, arXiv 2106.09685) as peft defines them: layers, parameter tree, and file.
 
-`UNet(cfg, lora=...)` has the parameters of `UNet(cfg)` and, inside every adapted projection, `lora_A` and `lora_B`
-(layers.LoRALinear). Only those are trained: they are kept as a tree of their own, and `merge` lays them over the one
-frozen copy of the weights that the plain teacher uses as well.
+`UNet(cfg, lora=...)` has the parameters of `UNet(cfg)` and, inside every adapted layer, `lora_A` and `lora_B`. Only
+those are trained: they are kept as a tree of their own, and `merge` lays them over the one frozen copy of the weights
+that the plain teacher uses as well.
 """
 
+import dataclasses
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tiue_jax.files import writing_aside
 from tiue_jax.models.functional import Params
-from tiue_jax.models.layers import LoRAConfig
 
 ADAPTERS = ("lora_A", "lora_B")
 FILENAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # rank, alpha and targets, as diffusers' save_lora_weights records them
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers carry an adapter, y = W x + (alpha / rank) B A x, and of what size.
+
+    Targets are peft's `target_modules`: every linear or convolution layer whose dotted name is a target or ends in one,
+    such as "to_q", "to_out.0", "ff.net.2", "conv1".
+    """
+
+    rank: int = 64
+    alpha: float = 108.0
+    targets: tuple[str, ...] = ("to_q", "to_v")
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be >= 1, got {self.rank}")
+        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+            raise ValueError(f"LoRA targets must be at least one name of a layer, got {list(self.targets)}")
+
+    def match(self, name: str) -> str | None:
+        """The target that a layer's dotted name meets, None where there is none."""
+        return next((t for t in self.targets if name == t or name.endswith("." + t)), None)
+
+
+class LoRALinear(nnx.Linear):
+    """A linear layer like `base` with an adapter beside it, named as in peft."""
+
+    def __init__(self, base: nnx.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
+        super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs)
+        self.lora_A = nnx.Linear(base.in_features, config.rank, use_bias=False, rngs=rngs)
+        self.lora_B = nnx.Linear(config.rank, base.out_features, use_bias=False, rngs=rngs)
+        self.scale = config.alpha / config.rank
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
+
+
+class LoRAConv(nnx.Conv):
+    """A convolution like `base` with an adapter beside it: A has its kernel size and stride, B is 1x1."""
+
+    def __init__(self, base: nnx.Conv, config: LoRAConfig, *, rngs: nnx.Rngs):
+        shape: dict[str, Any] = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
+        super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs, **shape)
+        self.lora_A = nnx.Conv(base.in_features, config.rank, use_bias=False, rngs=rngs, **shape)
+        self.lora_B = nnx.Conv(config.rank, base.out_features, (1, 1), use_bias=False, rngs=rngs)
+        self.scale = config.alpha / config.rank
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
+
+
+def adapt(module: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
+    """Gives the target layers of a module under construction their adapters.
+
+    Raises:
+        ValueError: targets that no linear or convolution layer meets.
+    """
+    met = set()
+
+    def visit(parent: nnx.Module, prefix: str) -> None:
+        for key, child in _children(parent):
+            target = config.match(prefix + str(key))
+            if target is not None and isinstance(child, nnx.Linear | nnx.Conv):
+                met.add(target)
+                adapted = (
+                    LoRALinear(child, config, rngs=rngs)
+                    if isinstance(child, nnx.Linear)
+                    else LoRAConv(child, config, rngs=rngs)
+                )
+                if isinstance(parent, nnx.List):
+                    parent[key] = adapted
+                else:
+                    setattr(parent, key, adapted)
+            else:
+                visit(child, f"{prefix}{key}.")
+
+    visit(module, "")
+    if unmet := [target for target in config.targets if target not in met]:
+        raise ValueError(f"LoRA targets {unmet} match no linear or convolution layer of the {type(module).__name__}")
+
+
+def _children(module: nnx.Module) -> Iterator[tuple[Any, nnx.Module]]:
+    items = list(enumerate(module) if isinstance(module, nnx.List) else vars(module).items())
+    return ((key, child) for key, child in items if isinstance(child, nnx.Module | nnx.List))
 
 
 def split(params: Params) -> tuple[Params, Params]:
@@ -64,7 +151,7 @@ def init(shapes: Params, seed: int) -> Params:
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-2].key == "lora_B":
             return np.zeros(leaf.shape, np.float32)
-        bound = 1 / np.sqrt(leaf.shape[0])  # [in rank]
+        bound = 1 / np.sqrt(np.prod(leaf.shape[:-1]))  # [in rank] or [h w in rank]
         rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
         return rng.uniform(-bound, bound, leaf.shape).astype(np.float32)
 
@@ -73,12 +160,15 @@ def init(shapes: Params, seed: int) -> Params:
 
 def to_peft_names(lora: Params, prefix: str = "unet.") -> dict[str, np.ndarray]:
     """The LoRA tree under peft's names, torch's layout: `unet.down_blocks.0....to_q.lora_A.weight` [rank in]."""
-    return {name: np.ascontiguousarray(np.asarray(leaf).T) for name, leaf in _named(lora, prefix).items()}
+    return {
+        name: np.ascontiguousarray(np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)))
+        for name, leaf in _named(lora, prefix).items()
+    }
 
 
 def from_peft_names(tensors: dict[str, np.ndarray], shapes: Params, prefix: str = "unet.") -> Params:
     """The inverse of `to_peft_names`, float32; ValueError naming all that is missing, unused or wrong-shaped."""
-    expected = {name: leaf.shape[::-1] for name, leaf in _named(shapes, prefix).items()}
+    expected = {name: (*leaf.shape[:-3:-1], *leaf.shape[:-2]) for name, leaf in _named(shapes, prefix).items()}
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unused {name}" for name in tensors if name not in expected]
     problems += [
@@ -88,7 +178,7 @@ def from_peft_names(tensors: dict[str, np.ndarray], shapes: Params, prefix: str 
     ]
     if problems:
         raise ValueError("LoRA weights do not fit the UNet: " + "; ".join(problems))
-    leaves = [tensors[name].T.astype(np.float32) for name in expected]
+    leaves = [np.moveaxis(tensors[name], (0, 1), (-1, -2)).astype(np.float32) for name in expected]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tiue_jax.models import functional, layers
-from tiue_jax.models.layers import LoRAConfig
+from tiue_jax.models.lora import LoRAConfig, adapt
 
+_CLASS = "UNet2DConditionModel"
 # Fields of UNet2DConditionModel that select something this UNet does not have, with the one value it stands for.
 _FIXED: dict[str, Any] = {
     "act_fn": "silu",
@@ -41,7 +42,6 @@ _FIXED: dict[str, Any] = {
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
     "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
@@ -76,6 +76,7 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
+    time_cond_proj_dim: int | None = None  # width of the guidance embedding that latent consistency models take
 
     def __post_init__(self):
         n = len(self.block_out_channels)
@@ -102,6 +103,8 @@ class UNetConfig:
         Raises:
             ValueError: a field that this UNet does not support, with its name and value; an inconsistent config.
         """
+        if (kind := config.get("_class_name", _CLASS)) != _CLASS:
+            raise ValueError(f"unet config field '_class_name' is {kind!r}: only {_CLASS!r} is supported")
         known = {field.name for field in dataclasses.fields(cls)}
         kept: dict[str, Any] = {}
         for name, value in config.items():
@@ -115,7 +118,7 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """The diffusers config, loadable by UNet2DConditionModel."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {"_class_name": "UNet2DConditionModel", **fields}
+        return {"_class_name": _CLASS, **fields}
 
     def per_block(self, name: str) -> tuple[int, ...]:
         """A field that is one number or one per block, as one per block."""
@@ -160,8 +163,8 @@ class UpBlock(nnx.Module):
 class _Common:
     """What all blocks of one level share while they are built."""
 
-    def __init__(self, cfg: UNetConfig, level: int, lora: LoRAConfig | None, rngs: nnx.Rngs):
-        self.cfg, self.level, self.lora, self.rngs = cfg, level, lora, rngs
+    def __init__(self, cfg: UNetConfig, level: int, rngs: nnx.Rngs):
+        self.cfg, self.level, self.rngs = cfg, level, rngs
 
     def resnet(self, cin: int, cout: int) -> layers.ResnetBlock2D:
         cfg = self.cfg
@@ -177,7 +180,6 @@ class _Common:
             layers=cfg.per_block("transformer_layers_per_block")[self.level],
             groups=cfg.norm_num_groups,
             use_linear_projection=cfg.use_linear_projection,
-            lora=self.lora,
             rngs=self.rngs,
         )
 
@@ -187,7 +189,7 @@ class UNet(nnx.Module):
 
     Args:
         cfg: the architecture.
-        lora: where given, attention projections carry low-rank adapters (the LoRA teacher of method.md, step 8).
+        lora: where given, its target layers carry low-rank adapters (the LoRA teacher of method.md, step 8).
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
 
@@ -199,10 +201,10 @@ class UNet(nnx.Module):
             cfg.per_block("attention_head_dim"),
         )
         last = len(widths) - 1
-        common = [_Common(cfg, level, lora, rngs) for level in range(len(widths))]
+        common = [_Common(cfg, level, rngs) for level in range(len(widths))]
 
         self.conv_in = layers.conv2d(cfg.in_channels, widths[0], rngs=rngs)
-        self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], rngs=rngs)
+        self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], cfg.time_cond_proj_dim, rngs=rngs)
         self.down_blocks = nnx.List(
             [
                 DownBlock(
@@ -231,10 +233,15 @@ class UNet(nnx.Module):
         )
         self.conv_norm_out = layers.group_norm(widths[0], cfg.norm_num_groups, cfg.norm_eps, rngs=rngs)
         self.conv_out = layers.conv2d(widths[0], cfg.out_channels, rngs=rngs)
+        if lora is not None:
+            adapt(self, lora, rngs=rngs)
 
-    def encode(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> Features:
-        """conv_in, down blocks and mid block: latents [b h w c], t [b], text [b l d] -> Features."""
-        temb, text = self._embed_time(t), self._cast(text)
+    def encode(self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None) -> Features:
+        """conv_in, down blocks and mid block: latents [b h w c], t [b], text [b l d] -> Features.
+
+        `time_cond` [b p], here and below, goes into the time embedding of a UNet with a `time_cond_proj_dim` p.
+        """
+        temb, text = self._embed_time(t, time_cond), self._cast(text)
         h = self.conv_in(self._cast(latents))
         skips = [h]
         for block in self.down_blocks:
@@ -251,9 +258,11 @@ class UNet(nnx.Module):
         h = self._run(self.mid_block.resnets[1], h, temb)
         return Features(h, tuple(skips))
 
-    def decode(self, features: Features, t: jax.Array, text: jax.Array) -> jax.Array:
+    def decode(
+        self, features: Features, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
+    ) -> jax.Array:
         """Up blocks and output convolution: Features, t [b], text [b l d] -> predicted noise or v [b h w c]."""
-        temb, text = self._embed_time(t), self._cast(text)
+        temb, text = self._embed_time(t, time_cond), self._cast(text)
         h, skips = features.mid, list(features.skips)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
@@ -266,15 +275,16 @@ class UNet(nnx.Module):
                 h = upsampler(h, (height, width))
         return self.conv_out(nnx.silu(self.conv_norm_out(h)))
 
-    def __call__(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
+    def __call__(
+        self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
+    ) -> jax.Array:
         """One plain diffusion step's network evaluation: latents [b h w c], t [b], text [b l d] -> [b h w c]."""
-        return self.decode(self.encode(latents, t, text), t, text)
+        return self.decode(self.encode(latents, t, text, time_cond), t, text, time_cond)
 
-    def _embed_time(self, t: jax.Array) -> jax.Array:
+    def _embed_time(self, t: jax.Array, time_cond: jax.Array | None) -> jax.Array:
         cfg = self.cfg
-        return self.time_embedding(
-            self._cast(layers.timestep_embedding(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift))
-        )
+        sinusoids = layers.timestep_embedding(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
+        return self.time_embedding(self._cast(sinusoids), None if time_cond is None else self._cast(time_cond))
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x.astype(functional.dtype_of(self.conv_in))
