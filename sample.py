@@ -2,6 +2,7 @@
 
     python sample.py --model emoji-tiue --prompt "a red apple" --seed 0 --out apple.png
     python sample.py --model emoji --prompt_file prompts.txt --num_images_per_prompt 4 --out pictures/
+    python sample.py --model emoji --sampler faster_diffusion --prompt "a rocket" --latents noise.npy
 
 `--out` ending in .png gets one picture, a grid where there are several; anything else is a folder that gets one file
 for each picture. The PNG files carry how they were made as text chunks.
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from tiue_jax import images
 from tiue_jax.data.prompts import load_prompts
 from tiue_jax.pipeline import DTYPES, Pipeline, number_images
-from tiue_jax.sampling import STEPS, Sampling
+from tiue_jax.sampling import SAMPLERS, Sampling
 from tiue_jax.schedule import SPACINGS
 
 
@@ -29,16 +30,19 @@ def define_flags() -> flags.FlagValues:
     """The command line's flags, in a registry of their own so that importing this file defines none."""
     f = flags.FlagValues()
     add: dict[str, Any] = {"flag_values": f}
-    flags.DEFINE_string("model", "emoji-tiue", "shipped model, folder in diffusers' layout, or hub repository", **add)
+    flags.DEFINE_string("model", "emoji-tiue", "shipped model or alias, folder, or hub repository", **add)
     flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated", **add)
     flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line", **add)
     flags.DEFINE_string("out", "sample.png", "a .png file (several pictures: a grid), or a folder", **add)
     flags.DEFINE_integer("num_images_per_prompt", 1, "pictures of each prompt", **add)
     flags.DEFINE_integer("seed", 0, "0 to 2^32 - 1", **add)
-    flags.DEFINE_enum("sampler", None, list(STEPS), "the model's own by default", **add)
+    flags.DEFINE_string("latents", None, ".npy file of initial noise, float32 [n h w c] or torch's [n c h w]", **add)
+    flags.DEFINE_enum("sampler", None, list(SAMPLERS), "the model's own by default", **add)
     flags.DEFINE_integer("num_inference_steps", None, "K of the student; the model's own by default", **add)
-    flags.DEFINE_float("guidance_scale", None, "for --sampler ddim; 1 is no guidance", **add)
+    flags.DEFINE_float("guidance_scale", None, "for ddim, lcm and faster_diffusion; 1 is no guidance", **add)
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "the model's own by default", **add)
+    keys = "for faster_diffusion: the steps that run the encoder, as 0,1,2,5,10; one number n is every n-th"
+    flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of weights and computation", **add)
     flags.DEFINE_integer("batch_size", None, "pictures at a time, 8 by default", **add)
     flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
@@ -62,7 +66,10 @@ def run(args: flags.FlagValues) -> None:
     pipe = Pipeline.from_pretrained(args.model, args.dtype)
     given = lambda *names: {name: getattr(args, name) for name in names}
     how = given("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
-    stream = pipe.stream(prompts, **how, **given("seed", "num_images_per_prompt", "batch_size", "height", "width"))
+    how["key_steps"] = read_key_steps(args.key_steps)
+    latents = None if args.latents is None else read_latents(args.latents, pipe.unet.cfg.in_channels)
+    what = given("seed", "num_images_per_prompt", "batch_size", "height", "width")
+    stream = pipe.stream(prompts, latents=latents, **how, **what)
 
     each = args.num_images_per_prompt
     drawn = number_images(prompts, each)
@@ -102,6 +109,38 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     return prompts
 
 
+def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
+    """The numbers of the flag, or the one number. ValueError where they are none."""
+    if given is None:
+        return None
+    try:
+        numbers = [int(text) for text in given]
+    except ValueError as error:
+        raise ValueError(f"key_steps must be whole numbers, got {','.join(given)!r}") from error
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def read_latents(path: str, channels: int) -> np.ndarray:
+    """Latents [n h w c] of a .npy file that holds them so or as PyTorch does, [n c h w]: `channels` says which.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, where it is none of the two, or could be both.
+    """
+    try:
+        latents = np.lib.format.open_memmap(path, mode="r")  # unpickles nothing, allocates nothing a header promises
+    except OSError:
+        raise
+    except Exception as error:  # on broken headers numpy raises what Python's own tokenizer and parser do
+        raise ValueError(f"{path}: expected a whole .npy file of numbers: {error}") from error
+    shape = " ".join(map(str, latents.shape))
+    if latents.ndim != 4 or channels not in (latents.shape[1], latents.shape[3]):
+        expected = f"latents [n h w {channels}] or PyTorch's [n {channels} h w]"
+        raise ValueError(f"{path}: expected {expected}, got [{shape}]")
+    if latents.shape[1] == latents.shape[3]:
+        raise ValueError(f"{path}: [{shape}] may be [n h w c] and [n c h w]: give it to Pipeline in Python instead")
+    return np.asarray(latents if latents.shape[3] == channels else latents.transpose(0, 2, 3, 1))
+
+
 def check_output(out: Path) -> None:
     """Raises OSError or ValueError where `out` cannot be written, creating nothing."""
     if out.suffix == ".png" and out.is_dir():
@@ -123,6 +162,7 @@ def metadata(
     """What a PNG file says about how it was made; a grid's prompts are one a line."""
     about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
     which = {"num_images_per_prompt": args.num_images_per_prompt} if number is None else {"image_number": number}
+    about |= {} if args.latents is None else {"latents": args.latents}
     return about | which | {"dtype": args.dtype, "software": "tiue-jax"}
 
 

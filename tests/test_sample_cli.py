@@ -85,10 +85,46 @@ def test_single_files(cli, pipe):
         assert (about["prompt"], about["image_number"], about["guidance_scale"]) == (prompt, number, "3.0")
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 3, 1, 2)])
+def test_given_latents_in_our_layout_or_in_pytorchs(cli, pipe, axes):
+    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    np.save("noise.npy", latents.transpose(axes))
+    prompts = ("--prompt", "red", "--prompt", "apple")
+    assert cli(*prompts, "--latents", "noise.npy", "--out", "pictures")[0] == 0
+    for i, want in enumerate(pipe(["red", "apple"], latents=latents)):
+        picture, about = images.read_png(f"pictures/{i:05d}.png")
+        np.testing.assert_array_equal(picture, want)
+        assert about["latents"] == "noise.npy"
+
+
+def test_key_steps(cli):
+    how = ("--sampler", "faster_diffusion", "--num_inference_steps", 4, "--guidance_scale", 2)
+    for given, steps in (("0,1", "(0, 1)"), ("3", "(0, 3)")):
+        assert cli("--prompt", "red", *how, "--key_steps", given, "--out", "a.png")[0] == 0
+        assert images.read_png("a.png")[1]["key_steps"] == steps
+
+
 def test_long_prompts_are_warned_about(cli, caplog):
     with caplog.at_level(logging.WARNING, logger="tiue_jax"):
         status, _, _ = cli("--prompt", "red apple pear red", "--out", "a.png")
     assert status == 0 and "ignored: 'red'" in caplog.text
+
+
+def write_broken_latents():
+    zeros = lambda *shape, dtype=np.float32: np.zeros(shape, dtype)
+    for name, latents in (
+        ("cut", zeros(1, 8, 8, 4)),
+        ("flat", zeros(8, 8, 4)),
+        ("three", zeros(1, 8, 8, 3)),
+        ("both", zeros(1, 4, 4, 4)),
+        ("two", zeros(2, 4, 8, 8)),
+        ("double", zeros(1, 8, 8, 4, dtype=np.float64)),
+        ("nan", zeros(1, 8, 8, 4) * np.nan),
+        ("objects", np.array([{}])),
+    ):
+        np.save(f"{name}.npy", latents)
+    with open("cut.npy", "r+b") as file:
+        file.truncate(600)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +148,23 @@ def test_long_prompts_are_warned_about(cli, caplog):
         (["--width", "-2"], "width must be a positive multiple of the VAE's factor 2, got -2"),
         (["--seed", "-1"], "seed must be between 0 and 4294967295, got -1"),
         (["--sampler", "euler"], "sampler"),
-        (["--guidance_scale", "3"], "guidance_scale is a setting of sampler 'ddim', got 3.0 with 'tiue'"),
+        (["--guidance_scale", "3"], "guidance_scale is a setting of samplers"),
+        (["--sampler", "lcm", "--timestep_spacing", "leading"], "timestep_spacing is a setting of samplers"),
+        (["--key_steps", "2"], "key_steps is a setting of samplers ['faster_diffusion'], got 2 with 'tiue'"),
+        (["--sampler", "faster_diffusion", "--key_steps", "0,two"], "key_steps must be whole numbers, got '0,two'"),
+        (["--latents", "absent.npy"], "absent.npy"),
+        (["--latents", "file.txt"], "file.txt: expected a whole .npy file of numbers"),
+        (["--latents", "cut.npy"], "cut.npy: expected a whole .npy file of numbers"),
+        (["--latents", "objects.npy"], "objects.npy: expected a whole .npy file of numbers"),
+        (["--latents", "flat.npy"], "flat.npy: expected latents [n h w 4] or PyTorch's [n 4 h w], got [8 8 4]"),
+        (["--latents", "three.npy"], "three.npy: expected latents [n h w 4] or PyTorch's [n 4 h w], got [1 8 8 3]"),
+        (["--latents", "both.npy"], "both.npy: [1 4 4 4] may be [n h w c] and [n c h w]"),
+        (
+            ["--latents", "two.npy"],
+            "latents must be float32 [1 8 8 4], [n h w c] with one for each image, got float32 [2",
+        ),
+        (["--latents", "double.npy"], "got float64 [1 8 8 4]"),
+        (["--latents", "nan.npy"], "latents must be finite, got nan at [0, 0, 0, 0]"),
         (["--dtype", "int8"], "dtype"),
         (["--columns", "0"], "columns must be >= 1, got 0"),
         (["--upscale", "0"], "upscale must be >= 1, got 0"),
@@ -125,6 +177,7 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, args, message):
     Path("empty.txt").write_text("\n \n")
     Path("latin1.txt").write_bytes(b"caf\xe9\n")
     Path("folder.png").mkdir()
+    write_broken_latents()
     before = sorted(Path().rglob("*"))
     prompt = [] if "--prompt_file" in args else ["--prompt", "red"]
     status, out, err = cli(*prompt, "--out", "a.png", *args)

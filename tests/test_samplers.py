@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiue_jax import samplers
+from tests.tiny import UNET
+from tiue_jax import samplers, sampling
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet
 from tiue_jax.schedule import Schedule
 
 
@@ -39,6 +42,100 @@ def test_image_noise_is_the_same_on_several_devices():
     ids, numbers = np.arange(6, dtype=np.uint32), np.zeros(6, np.int32)
     jitted = jax.jit(lambda i, n: samplers.image_noise(3, i, n, (4, 4, 4)))(ids, numbers)
     np.testing.assert_array_equal(jitted, samplers.image_noise(3, ids, numbers, (4, 4, 4)))
+
+
+def test_step_noise_is_an_images_own_at_every_step():
+    keys = samplers.image_keys(0, np.array([7, 9], np.uint32), np.array([0, 0]))
+    noise = samplers.step_noise(keys, 3, (8, 8, 4))
+    assert noise.shape == (2, 3, 8, 8, 4) and samplers.step_noise(keys, 0, (8, 8, 4)).shape == (2, 0, 8, 8, 4)
+    np.testing.assert_array_equal(samplers.step_noise(keys[1:], 2, (8, 8, 4)), noise[1:, :2])
+    initial = samplers.image_noise(0, np.array([7, 9], np.uint32), np.array([0, 0]), (8, 8, 4))
+    everything = np.concatenate([noise, initial[:, None]], axis=1).reshape(8, -1)
+    assert np.abs(np.corrcoef(everything) - np.eye(8)).max() < 0.3
+
+
+def test_guidance_is_interleaved_so_that_a_sharded_batch_stays_where_it_is():
+    seen = []
+
+    def network(latents, t, text):
+        seen.append((latents, t, text))
+        return jnp.stack([latents * text[:, :1, :1, None]] * 3, axis=1)  # [b k h w c], as from several timesteps
+
+    latents, text, null = (
+        np.arange(2.0, dtype=np.float32).reshape(2, *[1] * n) + i for n, i in ((3, 1), (2, 5), (2, 9))
+    )
+    got = samplers.guided(network, latents, np.array([3, 4]), text, null, 2.0)
+    ((twice, t, texts),) = seen
+    assert twice.ravel().tolist() == [1, 1, 2, 2] and t.tolist() == [3, 3, 4, 4]
+    assert texts.ravel().tolist() == [5, 9, 6, 10]
+    assert got.shape == (2, 3, 1, 1, 1)
+    np.testing.assert_array_equal(got[:, 0].ravel(), [9 + 2 * (5 - 9), 2 * (10 + 2 * (6 - 10))])
+
+
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(1, 2), (1.0, 2), (1.5, 4)])
+def test_no_guidance_evaluates_no_second_branch(guidance_scale, rows):
+    calls = []
+
+    def network(latents, t, text):
+        calls.append(len(latents))
+        return latents
+
+    latents, text = np.zeros((2, 1, 1, 1), np.float32), np.zeros((2, 1, 1), np.float32)
+    samplers.guided(network, latents, np.zeros(2), text, text, guidance_scale)
+    assert calls == [rows]
+
+
+@pytest.fixture(scope="module")
+def unet():
+    graphdef, shapes = functional.abstract(UNet, UNET)
+    return functional.bind(graphdef, jax.tree.map(jnp.asarray, functional.init(shapes, 0)))
+
+
+def batch(n=2):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((n, 8, 8, 4), np.float32), *rng.standard_normal((2, n, 5, 8), np.float32)
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_faster_diffusion_with_every_step_a_key_is_ddim(unet):
+    noise, text, null = batch()
+    both = jax.jit(
+        lambda w: (
+            samplers.faster_diffusion(unet, noise, text, null, Schedule(), 4, w, range(4), noise_injection=0),
+            samplers.ddim(unet, noise, text, null, Schedule(), 4, w),
+        )
+    )
+    close(*both(3.0))
+
+
+def test_faster_diffusion_with_one_key_and_no_guidance_is_the_student(unet):
+    noise, text, null = batch()
+    schedule = Schedule(timestep_spacing="trailing")
+    both = jax.jit(
+        lambda: (
+            samplers.faster_diffusion(unet, noise, text, null, schedule, 4, 1, (0,), noise_injection=0),
+            samplers.tiue(unet, noise, text, schedule, 4),
+        )
+    )
+    close(*both())
+
+
+def test_faster_diffusion_runs_the_encoder_at_key_steps_only(unet):
+    """Its work, counted in the traced program: one scan for each run of equal spans, one encoder in each."""
+    noise, text, null = batch()
+    traced = jax.make_jaxpr(
+        lambda: samplers.faster_diffusion(unet, noise, text, null, Schedule(), 50, 7.5, sampling.KEY_STEPS)
+    )()
+    scans = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
+    assert [eqn.params["length"] for eqn in scans] == [3, 1, 2, 2, 1]  # spans 1 1 1 2 5 5 10 10 15
+    assert sum(eqn.params["length"] for eqn in scans) == len(sampling.KEY_STEPS)
+
+
+def test_every_sampler_has_its_settings():
+    assert list(samplers.SAMPLERS) == list(sampling.SAMPLERS)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

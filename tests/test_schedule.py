@@ -78,10 +78,23 @@ def test_config_of_another_solver():
     assert Schedule.from_dict(sd15) == SD
 
 
+def test_configs_of_the_few_step_models():
+    """What SD-Turbo and LCM_Dreamshaper_v7 publish, less what every file has."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+    turbo = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
+    turbo |= {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False, "sigma_max": None}
+    assert Schedule.from_dict(betas | turbo) == Schedule(timestep_spacing="trailing")
+    lcm = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
+    lcm |= {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "clip_sample_range": 1.0}
+    assert Schedule.from_dict(betas | lcm) == Schedule(steps_offset=0, set_alpha_to_one=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"clip_sample": True}, "'clip_sample' is True"),
+        ({"original_inference_steps": 25}, "'original_inference_steps' is 25: only 50"),
+        ({"timestep_scaling": 1.0}, "'timestep_scaling' is 1.0"),
         ({"trained_betas": [0.1]}, "'trained_betas'"),
         ({"rescale_betas_zero_snr": True}, "'rescale_betas_zero_snr'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be .* got 'squaredcos_cap_v2'"),
@@ -92,6 +105,26 @@ def test_config_of_another_solver():
 def test_unsupported_config_is_named(config, message):
     with pytest.raises(ValueError, match=message):
         Schedule.from_dict(config)
+
+
+def test_euler_steps_end_at_sigma_0_whatever_the_spacing():
+    forms = [dataclasses.replace(SD, timestep_spacing=spacing).euler_form(4) for spacing in SPACINGS]
+    assert {tuple(form.timesteps.tolist()) for form in forms} == {(999, 749, 499, 249)}
+    assert SD.euler_form(1).timesteps.tolist() == [999]
+    a = SD.alphas_cumprod[249]
+    np.testing.assert_allclose([forms[0].c[-1], forms[0].d[-1]], [a**-0.5, -(((1 - a) / a) ** 0.5)])
+
+
+def test_lcm_timesteps_of_the_published_examples():
+    assert SD.lcm_timesteps(4).tolist() == [999, 759, 499, 259]
+    assert SD.lcm_timesteps(1).tolist() == [999]
+    assert len(set(SD.lcm_timesteps(50).tolist())) == 50
+
+
+@pytest.mark.parametrize("k", [0, 51])
+def test_number_of_lcm_steps_out_of_range(k):
+    with pytest.raises(ValueError, match=f"between 1 and 50 for sampler 'lcm', got {k}"):
+        SD.lcm_timesteps(k)
 
 
 @pytest.mark.parametrize("k", [0, -1, 1001])

@@ -14,12 +14,20 @@ import numpy as np
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+# Latent consistency models, arXiv 2310.04378: the steps of the solver they were distilled with, and the constants of
+# their boundary condition. All published ones share them.
+LCM_STEPS = 50
+LCM_TIMESTEP_SCALING = 10.0
+LCM_SIGMA_DATA = 0.5
+
 # scheduler_config.json fields that would change the mathematics; the other unknown ones belong to solvers not used here
 _FIXED: dict[str, Any] = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
     "clip_sample": False,
     "thresholding": False,
+    "original_inference_steps": LCM_STEPS,
+    "timestep_scaling": LCM_TIMESTEP_SCALING,
 }
 
 
@@ -118,8 +126,40 @@ class Schedule:
         abar = self.alphas_cumprod
         successors = timesteps - self.num_train_timesteps // num_inference_steps
         final = 1.0 if self.set_alpha_to_one else abar[0]
-        a_t = abar[timesteps]
-        a_s = np.where(successors >= 0, abar[np.maximum(successors, 0)], final)
+        return self._closed_form(timesteps, np.where(successors >= 0, abar[np.maximum(successors, 0)], final))
+
+    def euler_form(self, num_inference_steps: int) -> ClosedForm:
+        """Euler steps in sigma = sqrt(1 - abar) / sqrt(abar) at "trailing" timesteps, the last one to sigma 0.
+
+        In latents z, where Euler steps in z / sqrt(abar), they are DDIM steps from each timestep to the next (section
+        4.3 of arXiv 2010.02502). diffusers' EulerDiscreteScheduler with the configuration of SD-Turbo.
+        """
+        timesteps = dataclasses.replace(self, timestep_spacing="trailing").timesteps(num_inference_steps)
+        return self._closed_form(timesteps, np.append(self.alphas_cumprod[timesteps[1:]], 1.0))
+
+    def lcm_timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """The timesteps of a latent consistency model, as diffusers' LCMScheduler picks them, int32 [k], descending.
+
+        Raises:
+            ValueError: num_inference_steps is not in 1 ... LCM_STEPS.
+        """
+        if not 1 <= num_inference_steps <= LCM_STEPS:
+            limits = f"between 1 and {LCM_STEPS} for sampler 'lcm'"
+            raise ValueError(f"num_inference_steps must be {limits}, got {num_inference_steps}")
+        solver = np.arange(LCM_STEPS, 0, -1) * (self.num_train_timesteps // LCM_STEPS) - 1
+        picked = np.floor(np.linspace(0, LCM_STEPS, num_inference_steps, endpoint=False))
+        return solver[picked.astype(int)].astype(np.int32)
+
+    @staticmethod
+    def lcm_boundary(timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """c_skip and c_out of the consistency function c_skip z + c_out z_0(z, t): timesteps [k] -> float64 [k]."""
+        scaled = LCM_TIMESTEP_SCALING * timesteps
+        total = scaled**2 + LCM_SIGMA_DATA**2
+        return LCM_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
+
+    def _closed_form(self, timesteps: np.ndarray, a_s: np.ndarray) -> ClosedForm:
+        """The DDIM steps from timesteps [k], each to where abar is a_s [k]."""
+        a_t = self.alphas_cumprod[timesteps]
         if self.prediction_type == "epsilon":
             c = np.sqrt(a_s / a_t)
             d = np.sqrt(1 - a_s) - np.sqrt(a_s * (1 - a_t) / a_t)

@@ -17,7 +17,7 @@ class UNetLike(Protocol):
     def __call__(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array: ...
 
 
-def predict(unet: UNetLike, noise: jax.Array, text: jax.Array, timesteps: np.ndarray) -> jax.Array:
+def predict(unet: UNetLike, noise: jax.Array, text: jax.Array, timesteps: np.ndarray | jax.Array) -> jax.Array:
     """The decoder's output at every timestep, from one encoder pass on pure noise.
 
     Args:
