@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "prompts": "data/journeydb/train_anno.jsonl",
             "field": "Task2.Caption",
+            "embeddings": config_dict.placeholder(str),  # a folder that data.embed made; None encodes in the step
         }
     )
     config.train = ml_collections.ConfigDict(

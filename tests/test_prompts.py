@@ -1,11 +1,23 @@
-"""data/prompts.py: what is read and dropped, the errors with their lines, and the order of the stream."""
+"""data/prompts.py and data/corpus.py: what is read and dropped, the errors with their places, corpora on disk."""
 
+import io
 import json
+import os
+import resource
+import shutil
+import struct
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
 
-from tiue_jax.data.prompts import PromptBatches, load_prompts
+from tiue_jax.data import corpus, prepare, storage
+from tiue_jax.data.prompts import PromptReader, load_prompts
 
 
 def write(path, content: str | bytes):
@@ -15,9 +27,10 @@ def write(path, content: str | bytes):
 
 def test_text_file(tmp_path):
     path = write(tmp_path / "p.txt", "\ufeffa red apple\r\n\n  a cat  \na  red apple\ncafe\u0301\ncaf\u00e9\n")
-    prompts, dropped = load_prompts(path)
-    assert prompts == ["a red apple", "a cat", "caf\u00e9"]
-    assert dropped == {"empty": 1, "repeated": 2}
+    loaded = load_prompts(path)
+    assert loaded.prompts == ["a red apple", "a cat", "caf\u00e9"]
+    assert loaded.dropped == {"empty": 1, "repeated": 2}
+    assert len(loaded) == 3 and loaded.read([2, 0, 2]) == ["caf\u00e9", "a red apple", "caf\u00e9"]
 
 
 @pytest.mark.parametrize("field", ["Task2.Caption", "task2.caption"])
@@ -25,7 +38,7 @@ def test_json_lines_in_every_spelling(tmp_path, field):
     rows = [
         {"Task2": {"Caption": "one"}},
         {"Task2": {"Caption:": "two"}},
-        {"Task2": {"caption": "three"}},
+        {"Task2": {"caption": ["three", "3"]}},
         {"Task2": {"Caption": "four", "caption": "five"}}
         if field == "Task2.Caption"
         else {"Task2": {"Caption": "four"}},
@@ -35,25 +48,27 @@ def test_json_lines_in_every_spelling(tmp_path, field):
         {"Task2": {"Caption": " "}},
     ]
     path = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
-    prompts, dropped = load_prompts(path, field)
-    assert prompts == ["one", "two", "three", "four"]
-    assert dropped == {"without the field": 3, "empty": 1}
+    loaded = load_prompts(path, field)
+    assert loaded.prompts == ["one", "two", "three", "3", "four"]
+    assert loaded.dropped == {"without the field": 3, "empty": 1}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "field", "message"),
-    [
-        ("p.txt", "", None, "p.txt: expected at least one prompt, got none \\(it is empty\\)"),
-        ("p.txt", "\n \n", None, "got none \\(2 rows empty\\)"),
-        ("p.txt", b"fine\nna\xefve\n", None, "p.txt:2: expected UTF-8 text, got byte 0xef"),
-        ("p.txt", "a", "caption", "expected field None unless"),
-        ("p.jsonl", '{"a": "b"}', None, "expected the prompt's field, such as 'Task2.Caption', got field None"),
-        ("p.jsonl", '{"a": "b"}\n{"a": ', "a", "p.jsonl:2: expected a JSON object on every line"),
-        ("p.jsonl", '["b"]', "a", "p.jsonl:1: expected a JSON object on every line, got list"),
-        ("p.jsonl", '{"a": 3}', "a", "p.jsonl:1: expected text in 'a', got int"),
-        ("p.jsonl", '{"a": "b"}', "c", "expected at least one prompt in 'c', got none \\(1 rows without the field\\)"),
-    ],
-)
+BAD_FILES = [
+    ("p.txt", "", None, "p.txt: expected at least one prompt, got none \\(it is empty\\)"),
+    ("p.txt", "\n \n", None, "got none \\(2 empty\\)"),
+    ("p.txt", b"fine\nna\xefve\n", None, "p.txt:2: expected UTF-8 text, got byte 0xef"),
+    ("p.txt", "a", "caption", "expected field None unless"),
+    ("p.jsonl", '{"a": "b"}', None, "expected the prompt's field, such as 'Task2.Caption', got field None"),
+    ("p.jsonl", '{"a": "b"}\n{"a": ', "a", "p.jsonl:2: expected a JSON object on every line"),
+    ("p.jsonl", '["b"]', "a", "p.jsonl:1: expected a JSON object on every line, got list"),
+    ("p.jsonl", '{"a": 3}', "a", "p.jsonl:1: expected text or a list of texts in 'a', got int"),
+    ("p.jsonl", '{"a": ["b", null]}', "a", "p.jsonl:1: expected text or a list of texts in 'a', got NoneType"),
+    ("p.jsonl", '{"a": "b\\ud800"}', "a", "p.jsonl:1: expected Unicode text, got the lone surrogate U\\+D800"),
+    ("p.jsonl", '{"a": "b"}', "c", "expected at least one prompt in 'c', got none \\(1 without the field\\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "field", "message"), BAD_FILES)
 def test_bad_files(tmp_path, name, content, field, message):
     with pytest.raises(ValueError, match=message):
         load_prompts(write(tmp_path / name, content), field)
@@ -64,58 +79,247 @@ def test_missing_file(tmp_path):
         load_prompts(tmp_path / "nowhere.txt")
 
 
-PROMPTS = [str(i) for i in range(10)]
+def test_several_files_are_one_set(tmp_path):
+    first, second = write(tmp_path / "a.txt", "one\ntwo\n"), write(tmp_path / "b.jsonl", '{"p": "two"}\n{"p": "three"}')
+    reader = PromptReader([first, second], "p")
+    assert list(reader) == ["one", "two", "three"] and reader.dropped == {"repeated": 1}
+    reader = PromptReader([second, first, first], "p")
+    assert list(reader) == ["two", "three", "one"] and reader.dropped == {"repeated": 3}
+    with pytest.raises(ValueError, match="c.txt: expected at least one prompt in 'p', got none \\(1 empty\\)"):
+        list(PromptReader([first, second, write(tmp_path / "c.txt", "\n")], "p"))
 
 
-def batches(batch_size: int = 4, seed: int = 0, prompts: list[str] = PROMPTS) -> PromptBatches:
-    tokenizers = {"input_ids": lambda chosen: np.array([[int(p)] for p in chosen])}
-    return PromptBatches(prompts, tokenizers, batch_size, seed)
+# ---- corpora --------------------------------------------------------------------------------------------------------
 
 
-def draw(iterator: PromptBatches, count: int) -> list[list[int]]:
-    return [next(iterator)["input_ids"][:, 0].tolist() for _ in range(count)]
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(corpus, "PROMPTS_PER_SHARD", 4)
+    monkeypatch.setattr(corpus, "WRITTEN_AT_ONCE", 3)
 
 
-def test_every_epoch_holds_every_prompt_once():
-    stream = np.concatenate(draw(batches(), 5))  # two epochs, the third batch in both
-    first, second = stream[:10], stream[10:]
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first.tolist() != second.tolist() != sorted(second)
+def test_a_corpus_is_the_sequence_of_its_files(tmp_path, small_shards, capsys):
+    path = write(tmp_path / "p.txt", "".join(f"prompt é {i}\n" for i in range(10)) + "\nprompt é 1\n")
+    out = tmp_path / "corpus"
+    assert prepare.main(["--prompts", str(path), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 10 prompts, 1 left out: empty, 1 left out: repeated\n"
+    assert len(list(out.glob("*array_record*"))) == 3
+    metadata = json.loads((out / "metadata.json").read_text())
+    assert metadata["dropped"] == {"empty": 1, "repeated": 1} and metadata["sources"] == [str(path)]
+
+    on_disk, in_memory = corpus.open_prompts(out), corpus.open_prompts(path)
+    assert len(on_disk) == len(in_memory) == 10
+    assert on_disk.read([9, 0, 4, 0]) == in_memory.read([9, 0, 4, 0]) == [f"prompt é {i}" for i in (9, 0, 4, 0)]
+    assert on_disk.fingerprint == in_memory.fingerprint and on_disk.dropped == in_memory.dropped
+    records = tfds.builder_from_directory(out).as_data_source(split="train")
+    assert records[7]["prompt"].decode() == "prompt é 7"
 
 
-def test_batches_larger_than_the_set():
-    (batch,) = draw(batches(batch_size=25), 1)
-    assert sorted(batch[:10]) == sorted(batch[10:20]) == list(range(10)) and len(batch) == 25
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, capsys):
+    path = write(tmp_path / "p.txt", "".join(f"{i} {i * i}\n" for i in range(9000)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        assert prepare.main(["--prompts", str(path), "--out", str(tmp_path / "corpus")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'corpus'}: cannot write: ") and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
 
 
-def test_order_depends_on_the_seed_alone():
-    assert draw(batches(), 7) == draw(batches(), 7)
-    assert draw(batches(), 7) != draw(batches(seed=1), 7)
-
-
-def test_resumes_from_a_step_number():
-    whole = draw(batches(), 9)
-    iterator = batches()
-    draw(iterator, 4)
-    state = json.loads(json.dumps(iterator.get_state()))
-    assert state == {"step": 4}
-    resumed = batches()
-    resumed.set_state(state)
-    assert draw(resumed, 5) == whole[4:]
-
-
-def test_token_batches_are_int32():
-    assert next(batches())["input_ids"].dtype == np.int32 and next(batches())["input_ids"].shape == (4, 1)
+def test_the_fingerprint_follows_every_prompt_and_their_order(tmp_path):
+    texts = ["a\nb\n", "b\na\n", "a\n", "a b\n", "a\nc\n"]
+    assert len({load_prompts(write(tmp_path / "p.txt", text)).fingerprint for text in texts}) == len(texts)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be >= 1"),
-        ({"seed": -1}, "seed must be >= 0"),
-        ({"prompts": []}, "got none"),
+        (["--prompts", "nowhere.txt"], "no prompt file at nowhere.txt"),
+        (["--prompts", "p.jsonl"], "expected the prompt's field"),
+        (["--prompts", "p.jsonl", "--field", "b"], "got none (1 without the field)"),
+        (["--prompts", "good.txt", "empty.txt"], "empty.txt: expected at least one prompt, got none (it is empty)"),
+        (["--prompts", "good.txt", "latin.txt"], "latin.txt:1: expected UTF-8 text, got byte 0xef"),
+        (["--prompts", "other", "--field", "b"], "other: no dataset_info.json in it"),
+        (["--prompts", "good.txt", "--out", "other"], "other: exists, expected a new folder"),
+        (["--prompts", "good.txt", "--out", "good.txt"], "good.txt: exists, expected a new folder"),
+        (["--prompts", "gs://bucket/p.txt"], "gs://bucket/p.txt: cannot read such a path"),
     ],
 )
-def test_bad_settings(change, message):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "p.jsonl", '{"a": "b"}')
+    write(tmp_path / "good.txt", "fine\n")
+    write(tmp_path / "empty.txt", "")
+    write(tmp_path / "latin.txt", b"na\xefve\n")
+    write((tmp_path / "other").mkdir() or tmp_path / "other" / "photo.png", "")
+    before = sorted(tmp_path.rglob("*"))
+    assert prepare.main(["--out", "new", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "prompts-train.array_record-00001").unlink(), "no prompts-train.array_record-00001"),
+        (lambda f: os.truncate(f / "prompts-train.array_record-00001", 100), "00001: not a whole array_record file"),
+        (
+            lambda f: shutil.copy(f / "prompts-train.array_record-00002", f / "prompts-train.array_record-00000"),
+            "00000: expected 4 prompts, got 2",
+        ),
+        (lambda f: (f / "dataset_info.json").unlink(), "no dataset_info.json in it, expected a folder that data.prep"),
+        (lambda f: (f / "metadata.json").write_text("{}"), "run data.prepare on it first"),
+    ],
+)
+def test_a_damaged_corpus_is_refused_when_it_is_opened(tmp_path, small_shards, damage, message):
+    corpus.write([write(tmp_path / "p.txt", "".join(f"{i}\n" for i in range(10)))], tmp_path / "corpus")
+    damage(tmp_path / "corpus")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        corpus.open_prompts(tmp_path / "corpus")
+
+
+# ---- caption sets of tensorflow-datasets ------------------------------------------------------------------------
+
+
+class CocoLike(tfds.core.GeneratorBasedBuilder):
+    """The features of coco_captions that matter: an image, and several captions of it."""
+
+    name = "coco_like"
+    VERSION = tfds.core.Version("1.1.0")
+
+    def _info(self):
+        features = tfds.features
+        captions = features.Sequence({"id": np.int64, "text": features.Text()})
+        named = {"image": features.Image(), "captions": captions, "title": features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=features.FeaturesDict(named), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(3), "val": self._generate_examples(1)}
+
+    def _generate_examples(self, count):
+        png = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(png, "png")
+        for i in range(count):
+            captions = [{"id": j, "text": f"caption é {i} {j}"} for j in range(2)]
+            yield i, {"image": io.BytesIO(png.getvalue()), "captions": captions, "title": "same"}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory) -> Path:
+    builder = CocoLike(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+    tfds.disable_progress_bar()
+    builder.download_and_prepare()
+    return Path(builder.data_path)
+
+
+def as_tfrecord(folder: Path, target: Path) -> Path:
+    """The same set in the other file format, whose checksums nobody reads here."""
+    shutil.copytree(folder, target)
+    records = tfds.builder_from_directory(folder).as_data_source(split="train").data_source
+    shard = "".join(str(path.name) for path in target.glob("*train.array_record*"))
+    body = b"".join(struct.pack("<Q4x", len(r)) + r + bytes(4) for r in (records[i] for i in range(len(records))))
+    (target / shard.replace("array_record", "tfrecord")).write_bytes(body)
+    write(target / "dataset_info.json", (target / "dataset_info.json").read_text().replace("array_record", "tfrecord"))
+    return target
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_caption_sets_of_tensorflow_datasets(captions, tmp_path, file_format):
+    folder = captions if file_format == "array_record" else as_tfrecord(captions, tmp_path / "set")
+    reader = PromptReader([folder], "captions.text")
+    assert list(reader) == [f"caption é {i} {j}" for i in range(3) for j in range(2)] and reader.dropped == {}
+    reader = PromptReader([folder], "title")
+    assert list(reader) == ["same"] and reader.dropped == {"repeated": 2}
+
+
+def test_another_split(captions):
+    assert list(PromptReader([captions], "captions.text", "val")) == ["caption é 0 0", "caption é 0 1"]
+
+
+def test_a_tfrecord_file_cut_short(captions, tmp_path):
+    folder = as_tfrecord(captions, tmp_path / "set")
+    (shard,) = folder.glob("*.tfrecord*")
+    os.truncate(shard, shard.stat().st_size - 10)
+    with pytest.raises(ValueError, match="not a whole tfrecord file"):
+        list(PromptReader([folder], "title"))
+
+
+@pytest.mark.parametrize(
+    ("field", "split", "message"),
+    [
+        ("prompt", "train", "expected a field of FeaturesDict.* 'title': Text.*, got 'prompt'"),
+        ("captions.caption", "train", "got 'captions.caption'"),
+        ("captions.id", "train", r"1.1.0\[0\]: expected text or a list of texts in 'captions.id', got int"),
+        ("captions", "train", "in 'captions', got dict"),
+        ("title", "test", r"expected one of the splits \['train', 'val'\], got 'test'"),
+    ],
+)
+def test_bad_fields_of_caption_sets(captions, field, split, message):
     with pytest.raises(ValueError, match=message):
-        batches(**change)
+        list(PromptReader([captions], field, split))
+
+
+def test_a_caption_set_is_no_corpus_yet(captions):
+    with pytest.raises(ValueError, match="holds the dataset 'coco_like', run data.prepare on it first"):
+        corpus.open_prompts(captions)
+
+
+# ---- buckets --------------------------------------------------------------------------------------------------------
+
+
+class Bucket(DirFileSystem):
+    """A folder in the place of Google Cloud Storage."""
+
+    protocol = ("gs", "gcs")
+    cachable = False
+    root = ""
+
+    def __init__(self, **kwargs):
+        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
+
+    def _join(self, path):
+        return super()._join(path.removeprefix("gs://") if isinstance(path, str) else path)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    from etils.epath import backend
+
+    monkeypatch.setattr(Bucket, "root", str(tmp_path / "gcs"))
+    (tmp_path / "gcs" / "bucket").mkdir(parents=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    yield tmp_path / "gcs" / "bucket"
+    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_a_corpus_in_a_bucket(bucket, small_shards, capsys):
+    write(bucket / "p.txt", "one\ntwo\nthree\n\nfour\nfive\n")
+    arguments = ["--prompts", "gs://bucket/p.txt", "--out", "gs://bucket/made/corpus"]
+    assert prepare.main(arguments) == 0
+    assert "gs://bucket/made/corpus: 5 prompts, 1 left out: empty" in capsys.readouterr().out
+    assert (bucket / "made" / "corpus" / "dataset_info.json").is_file()
+    opened = corpus.open_prompts("gs://bucket/made/corpus")
+    assert opened.read([4, 0]) == ["five", "one"]
+
+    assert prepare.main(arguments) == 2
+    assert "gs://bucket/made/corpus: exists, expected a new folder" in capsys.readouterr().err
+
+
+def test_a_copy_to_a_bucket_that_is_cut_off_has_no_marker(bucket, monkeypatch):
+    copy = storage.copy
+
+    def copy_some(source, target):
+        copy(source, target)
+        if len(list((bucket / "corpus").iterdir())) == 3:
+            raise OSError("connection lost")
+
+    path = write(bucket / "p.txt", "one\n")
+    monkeypatch.setattr(storage, "copy", copy_some)
+    with pytest.raises(OSError, match="connection lost"):
+        corpus.write([path], "gs://bucket/corpus")
+    assert len(list((bucket / "corpus").iterdir())) == 3 and not (bucket / "corpus" / "dataset_info.json").exists()

@@ -119,6 +119,18 @@ def place(tree: Any, placement: Any) -> Any:
     return jax.tree.map(put, tree, placement)
 
 
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold, int64 [b], ascending; whatever their order."""
+    of_devices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in of_devices]))
+
+
+def place_rows(batch: Any, batch_size: int, mesh: Mesh) -> Any:
+    """The global batch [batch_size ...], of which each process has the rows that `local_rows` names."""
+    split = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (batch_size, *x.shape[1:])), batch)
+
+
 def structs(shapes: Any, placement: Any) -> Any:
     """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)

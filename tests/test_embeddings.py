@@ -1,0 +1,226 @@
+"""data/embeddings.py and data/embed.py: the cache holds what the encoder says, goes on, and is refused when stale."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import tiny
+from tiue_jax import convert, distill
+from tiue_jax.data import embed, embeddings
+from tiue_jax.data.loader import PromptBatches
+from tiue_jax.data.prompts import Prompts
+from tiue_jax.models.clip import CLIPTextModel
+from tiue_jax.tokenizer import Tokenizer
+
+KEY = {"prompts": "p", "tokenizer": "t", "text_encoder": "e"}
+SHAPE = (3, 4)
+PROMPTS = Prompts([f"{i}" for i in range(10)], {}, "p")
+
+
+def encode(prompts: list[str]) -> np.ndarray:
+    """Embeddings float32 [b 3 4] that say which prompt they are of; of the empty prompt -1."""
+    assert len(prompts) == 4
+    return np.array([np.full(SHAPE, int(prompt or -1)) for prompt in prompts], np.float32) + np.float32(1e-3)
+
+
+def write(folder, **changed) -> embeddings.Embeddings:
+    settings = {"prompts": PROMPTS, "encode": encode, "key": KEY, "batch_size": 4, "per_shard": 3} | changed
+    return embeddings.write(folder, **settings)
+
+
+def test_every_prompt_has_its_embedding_in_bfloat16(tmp_path):
+    made = write(tmp_path / "e")
+    read = made.read([9, 0, 3, 9])
+    assert read.dtype == ml_dtypes.bfloat16 and read.shape == (4, *SHAPE)
+    np.testing.assert_array_equal(read[:, 2, 3].astype(int), [9, 0, 3, 9])
+    assert made.null.shape == SHAPE and made.null[0, 0] == -1
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        embeddings.MANIFEST,
+        *(f"text-{i:05d}-of-00004.array_record" for i in range(4)),
+    ]
+
+
+@pytest.mark.parametrize("count", [5, 6])  # the empty prompt ends a shard, or has one of its own
+def test_any_number_of_prompts_fills_its_shards(tmp_path, count):
+    made = write(tmp_path / "e", prompts=Prompts(PROMPTS.prompts[:count], {}, "p"))
+    np.testing.assert_array_equal(made.read(range(count))[:, 0, 0].astype(int), range(count))
+    assert made.null[0, 0] == -1
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    calls = []
+
+    def stops(prompts):
+        calls.append(prompts)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "e", encode=stops)
+    assert [p.name for p in sorted((tmp_path / "e").glob("*.array_record"))] == [
+        "text-00000-of-00004.array_record",
+        "text-00001-of-00004.array_record",
+    ]
+    assert not list((tmp_path / "e").glob(".*"))
+    with pytest.raises(FileNotFoundError, match="2 of 4 shards are there, text-00002-of-00004.array_record is not"):
+        embeddings.Embeddings(tmp_path / "e", KEY)
+
+    calls.clear()
+    calls.extend([None] * 10)
+    np.testing.assert_array_equal(write(tmp_path / "e", encode=stops).read(range(10))[:, 0, 0].astype(int), range(10))
+    assert [c for c in calls if c] == [[""] * 4, ["6", "7", "8", "8"], ["9", "9", "9", "9"]]
+
+
+def test_a_stale_cache_is_refused_and_says_what_changed(tmp_path):
+    write(tmp_path / "e")
+    changed = KEY | {"prompts": "other", "text_encoder": "other"}
+    for attempt in (lambda: embeddings.Embeddings(tmp_path / "e", changed), lambda: write(tmp_path / "e", key=changed)):
+        with pytest.raises(ValueError, match="stale text embeddings, made from other prompts, text_encoder;"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: os.truncate(next(f.glob("*1-of*")), 50), "not a whole array_record file"),
+        (
+            lambda f: shutil.copy(f / "text-00003-of-00004.array_record", f / "text-00000-of-00004.array_record"),
+            "expected 11 embeddings, the empty prompt's included, got 10",
+        ),
+        (lambda f: (f / embeddings.MANIFEST).unlink(), "no embeddings.json in it"),
+        (lambda f: (f / embeddings.MANIFEST).write_text('{"key": []}'), "not a file that data.embed wrote"),
+        (lambda f: (f / embeddings.MANIFEST).write_text("{"), "not a file that data.embed wrote"),
+    ],
+)
+def test_a_damaged_cache_is_refused(tmp_path, damage, message):
+    write(tmp_path / "e")
+    damage(tmp_path / "e")
+    with pytest.raises((ValueError, OSError), match=message):
+        embeddings.Embeddings(tmp_path / "e", KEY)
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").touch()
+    with pytest.raises(FileExistsError, match="photos: exists and has no embeddings.json"):
+        write(tmp_path / "photos")
+    with pytest.raises(ValueError, match="expected finite embeddings"):
+        write(tmp_path / "e", encode=lambda prompts: encode(prompts) * np.float32(np.inf))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=263))  # 11 of 24 bytes are 264
+    with pytest.raises(OSError, match="the embeddings need 0.0 GB, only 0.0 GB are free"):
+        write(tmp_path / "e")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+def test_a_full_disk_is_said_and_whole_shards_stay(tmp_path):
+    folder = tmp_path / "e"
+    write(folder).read([0])
+    for shard in sorted(folder.glob("*.array_record"))[1:]:
+        shard.unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="text-00001-of-00004.array_record: cannot write: .*File too large"):
+            write(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in folder.iterdir()) == [embeddings.MANIFEST, "text-00000-of-00004.array_record"]
+
+
+def test_the_loader_gives_the_embeddings_of_the_prompts_it_draws(tmp_path):
+    made = write(tmp_path / "e")
+    columns = {"number": np.array, "text": made.read}
+    batches = PromptBatches(PROMPTS, columns, 7, seed=0)
+    for _ in range(3):
+        batch = next(batches)
+        np.testing.assert_array_equal(batch["text"][:, 0, 0].astype(int), batch["number"])
+
+
+# ---- with a text encoder --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.write_tokenizer(folder / "tokenizer")
+    params = tiny.random_params(CLIPTextModel, tiny.TEXT, 2)
+    convert.save(folder / "text_encoder", params, tiny.TEXT.to_dict(), filename="model.safetensors")
+    (folder / "prompts.txt").write_text("a red apple\nred\n\nb\n")
+    return folder
+
+
+def arguments(model: Path, out: Path) -> list[str]:
+    return ["--model", str(model), "--prompts", str(model / "prompts.txt"), "--out", str(out), "--batch_size", "2"]
+
+
+def key(model: Path) -> dict[str, str]:
+    return embeddings.make_key(Prompts([], {}, "p"), model / "tokenizer", model / "text_encoder")
+
+
+def test_the_command_and_the_step_agree_on_the_embeddings(model, tmp_path, capsys):
+    assert embed.main(arguments(model, tmp_path / "e")) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'e'}: text embeddings [8, 8] of 3 prompts\n"
+    made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
+    made = embeddings.Embeddings(tmp_path / "e", made_from)
+
+    encoder = embed.pipeline.load_text_encoder(model)
+    tokenize = Tokenizer(model / "tokenizer", tiny.CONTEXT)
+    frozen = distill.Frozen(unet={"w": jnp.zeros(1)}, text_encoder=encoder.params)
+    in_step = distill.make_encode_text(encoder.graphdef, tokenize([""])[0])
+    expected = jax.jit(in_step)(frozen, {"input_ids": jnp.asarray(tokenize(["b", "a red apple"]))})
+    read = distill.make_read_text(made.null)(frozen, {"text": jnp.asarray(made.read([2, 0]))})
+    for one, other in zip(read, expected, strict=True):
+        assert one.dtype == jnp.float32 and one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=2**-8, atol=1e-6)  # bfloat16's rounding
+
+
+def test_the_key_follows_tokenizer_weights_and_config(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert key(copy) == key(model)
+    (copy / "text_encoder" / "README.md").write_text("which nobody encodes with")
+    assert key(copy) == key(model)
+    (copy / "tokenizer" / "merges.txt").write_text((copy / "tokenizer" / "merges.txt").read_text() + "r o\n")
+    assert [name for name in key(model) if key(copy)[name] != key(model)[name]] == ["tokenizer"]
+    for name in ("config.json", "model.safetensors"):
+        again = shutil.copytree(model, tmp_path / name)
+        with (again / "text_encoder" / name).open("ab") as file:
+            file.write(b" ")
+        assert [field for field in key(model) if key(again)[field] != key(model)[field]] == ["text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--model", "./nothing"], "nothing"),
+        (["--prompts", "nowhere.txt"], "no prompt file at nowhere.txt"),
+        (["--field", "a.b"], "expected field None"),
+        (["--batch_size", "0"], "batch_size must be a positive multiple"),
+    ],
+)
+def test_bad_input_is_one_line(model, tmp_path, capsys, changed, message):
+    assert embed.main([*arguments(model, tmp_path / "e"), *changed]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_command_refuses_a_stale_cache(model, tmp_path, capsys):
+    copy = shutil.copytree(model, tmp_path / "model")
+    assert embed.main(arguments(copy, tmp_path / "e")) == 0
+    (copy / "prompts.txt").write_text("other\n")
+    other = dataclasses.replace(tiny.TEXT, num_hidden_layers=1)
+    params = tiny.random_params(CLIPTextModel, other, 2)
+    convert.save(copy / "text_encoder", params, other.to_dict(), filename="model.safetensors")
+    assert embed.main(arguments(copy, tmp_path / "e")) == 2
+    assert "made from other prompts, text_encoder; make them anew" in capsys.readouterr().err

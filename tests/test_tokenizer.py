@@ -1,0 +1,50 @@
+"""tokenizer.py: the ids that transformers gives, padded and cut, from any number of threads."""
+
+import logging
+from concurrent import futures
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from tests import tiny
+from tiue_jax import hub
+from tiue_jax.tokenizer import Tokenizer
+
+SHIPPED = hub.ASSETS / "emoji" / "tokenizer"
+PROMPTS = ["a red apple", "", "A  RED apple!", "caf\u00e9 \U0001f34e", "red " * 40, "it's 3,000 o'clock"]
+
+
+@pytest.mark.parametrize("length", [8, 16, 77])
+def test_the_ids_are_those_of_transformers(length):
+    theirs = CLIPTokenizer.from_pretrained(SHIPPED)
+    limit = min(length, theirs.model_max_length)
+    expected = theirs(PROMPTS, padding="max_length", truncation=True, max_length=limit, return_tensors="np").input_ids
+    ours = Tokenizer(SHIPPED, length)(PROMPTS)
+    assert ours.dtype == np.int32
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_what_is_cut_is_logged(tmp_path, caplog):
+    tokenize = Tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer"), tiny.CONTEXT)
+    with caplog.at_level(logging.WARNING, logger="tiue_jax"):
+        assert tokenize(["red apple pear red", "red"]).shape == (2, tiny.CONTEXT)
+    (record,) = caplog.records
+    assert record.getMessage() == "prompt 'red apple pear red' is longer than 8 tokens, ignored: 'red'"
+
+
+def test_a_truncation_that_the_file_sets_does_not_matter(tmp_path):
+    theirs = CLIPTokenizer.from_pretrained(SHIPPED)
+    theirs.backend_tokenizer.enable_truncation(4)
+    theirs.backend_tokenizer.enable_padding(length=5)
+    theirs.save_pretrained(tmp_path)
+    assert '"max_length": 4' in (tmp_path / "tokenizer.json").read_text()
+    np.testing.assert_array_equal(Tokenizer(tmp_path, 77)(PROMPTS), Tokenizer(SHIPPED, 77)(PROMPTS))
+
+
+def test_threads_may_share_one():
+    tokenize = Tokenizer(SHIPPED, 16)
+    batches = [[f"{word} number {i}" for word in ("apple", "dog", "red " * 30)] for i in range(200)]
+    with futures.ThreadPoolExecutor(8) as pool:
+        for ids, batch in zip(pool.map(tokenize, batches), batches, strict=True):
+            np.testing.assert_array_equal(ids, tokenize(batch))

@@ -1,0 +1,123 @@
+"""Prompt corpora on disk: datasets of tensorflow-datasets in array_record, for millions of prompts read in any order.
+
+Written and read without TensorFlow. To keep the order, tensorflow-datasets' builder class would hold a whole corpus in
+memory; its SequentialWriter streams. So a prepared corpus is the same sequence as the files that it was made from.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tiue_jax.data import storage
+from tiue_jax.data.prompts import DATASET_INFO, PathLike, PromptReader, PromptSource, load_prompts
+
+NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
+PROMPTS_PER_SHARD = 2**17
+WRITTEN_AT_ONCE = 2**12
+
+
+def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
+    """The prompts of a file, in memory (see PromptReader), or of a corpus that `write` made, on disk.
+
+    Args:
+        path: a file of text or JSON lines, or a corpus' folder.
+        field: the prompt's field in JSON lines. A corpus knows its own.
+    """
+    return Corpus(path) if storage.at(path).is_dir() else load_prompts(path, field)
+
+
+def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, split: str = "train") -> "Corpus":
+    """Makes a corpus of all prompts of some files; each prompt once.
+
+    Args:
+        paths, field, split: what PromptReader takes.
+        out: the new folder, here or in a bucket.
+
+    Raises:
+        FileExistsError: `out` is not empty.
+        FileNotFoundError, ValueError: as PromptReader.
+        OSError: a full disk. Whatever it is, nothing is left behind.
+    """
+    import tensorflow_datasets as tfds  # a second to import
+
+    reader = PromptReader(paths, field, split)
+    with storage.new_folder(out, DATASET_INFO) as folder:
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.dataset_info.DatasetIdentity(
+                name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=__name__
+            ),
+            description="Unique, non-empty, NFC-normalised prompts.",
+            features=tfds.features.FeaturesDict({FEATURE: tfds.features.Text()}),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+        writer = tfds.core.SequentialWriter(info, PROMPTS_PER_SHARD, file_format="array_record")
+        writer.initialize_splits([SPLIT])
+        prompts = iter(tqdm(reader, unit=" prompts", dynamic_ncols=True, disable=None))  # silent where no terminal is
+        while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
+            with storage.writing(out):
+                writer.add_examples({SPLIT: chunk})
+        sources = [str(path) for path in paths]
+        info.metadata.update(
+            fingerprint=reader.fingerprint, dropped=reader.dropped, sources=sources, field=field, split=split
+        )
+        with storage.writing(out):
+            writer.close_all()
+    return Corpus(out)
+
+
+class Corpus:
+    """A corpus that `write` made, read at random. One in a bucket is copied to this disk for as long as it is open.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        ValueError: the folder holds something else, or a file of it is cut short.
+    """
+
+    def __init__(self, folder: PathLike):
+        import tensorflow_datasets as tfds  # a second to import
+
+        self._folder = storage.at(folder)
+        if not (self._folder / DATASET_INFO).is_file():
+            raise FileNotFoundError(f"{folder}: no {DATASET_INFO} in it, expected a folder that data.prepare made")
+        if storage.is_remote(self._folder):
+            self._copy = tempfile.TemporaryDirectory(prefix="tiue-jax-")
+            for file in self._folder.iterdir():
+                storage.copy(file, Path(self._copy.name) / file.name)
+            builder = tfds.builder_from_directory(self._copy.name)
+        else:
+            builder = tfds.builder_from_directory(self._folder)
+        metadata: dict[str, Any] = builder.info.metadata or {}
+        if builder.info.name != NAME or "fingerprint" not in metadata:
+            raise ValueError(f"{folder}: holds the dataset {builder.info.name!r}, run data.prepare on it first")
+        self._check(builder)
+        self.fingerprint: str = metadata["fingerprint"]
+        self.dropped: dict[str, int] = metadata["dropped"]
+        self._records = builder.as_data_source(split=SPLIT)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, indices: Sequence[int]) -> list[str]:
+        return [row[FEATURE].decode("utf-8") for row in self._records.__getitems__(indices)]
+
+    def _check(self, builder: Any) -> None:
+        """That every file is there and whole: else training would fail on some later day."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        split = builder.info.splits[SPLIT]
+        for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+            if not path.is_file():
+                raise FileNotFoundError(f"{self._folder}: no {path.name} in it")
+            try:
+                reader = ArrayRecordReader(str(path))
+                count = reader.num_records()
+                reader.close()
+            except RuntimeError as error:
+                raise ValueError(f"{self._folder / path.name}: not a whole array_record file: {error}") from error
+            if count != expected:
+                raise ValueError(f"{self._folder / path.name}: expected {expected} prompts, got {count}")
