@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from tiue_jax import convert
@@ -210,14 +210,15 @@ def test_old_vae_attention_names(folder, shapes):
         convert.load(folder, shapes)
 
 
-def test_only_the_known_buffers_may_be_left_over(tmp_path, shapes):
-    convert.save(tmp_path, random_like(shapes), {}, prefix="text_model.")
-    position_ids = {"text_model.embeddings.position_ids": np.arange(77)[None]}
+@pytest.mark.parametrize("encoder", ["text_model", "vision_model"])
+def test_only_the_known_buffers_may_be_left_over(tmp_path, shapes, encoder):
+    convert.save(tmp_path, random_like(shapes), {}, prefix=f"{encoder}.")
+    position_ids = {f"{encoder}.embeddings.position_ids": np.arange(77)[None]}
     rewrite(tmp_path, lambda x: x.update(position_ids))
-    convert.load(tmp_path, shapes, prefix="text_model.")
+    convert.load(tmp_path, shapes, prefix=f"{encoder}.")
     rewrite(tmp_path, lambda x: x.update({"other.position_ids": np.arange(77)}))
     with pytest.raises(ValueError, match="1 unused: other.position_ids$"):
-        convert.load(tmp_path, shapes, prefix="text_model.")
+        convert.load(tmp_path, shapes, prefix=f"{encoder}.")
 
 
 @pytest.mark.parametrize(
@@ -266,9 +267,9 @@ def test_failed_save_leaves_the_old_files(folder, shapes, monkeypatch):
 
     def fail(tensors, path, metadata):
         path.write_bytes(b"half")
-        raise convert.SafetensorError("No space left on device")
+        raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", fail)
+    monkeypatch.setattr(convert.folder, "save_file", fail)
     with pytest.raises(OSError, match=f"{convert.WEIGHTS}: cannot write: No space left"):
         convert.save(folder, random_like(shapes, seed=1), {"width": 9})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

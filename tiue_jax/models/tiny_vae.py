@@ -73,7 +73,7 @@ class TinyVAEConfig:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
         """From diffusers' config.json. Raises ValueError naming any field or value that is not supported."""
-        return parse_config(cls, d)
+        return parse_config(cls, d, "AutoencoderTiny")
 
     def to_dict(self) -> dict[str, Any]:
         return dump_config(self, "AutoencoderTiny")

@@ -67,14 +67,16 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
         """From diffusers' config.json. Raises ValueError naming any field or value that is not supported."""
-        return parse_config(cls, d)
+        return parse_config(cls, d, "AutoencoderKL")
 
     def to_dict(self) -> dict[str, Any]:
         return dump_config(self, "AutoencoderKL")
 
 
-def parse_config(cls: type, d: dict[str, Any]) -> Any:
+def parse_config(cls: type, d: dict[str, Any], class_name: str) -> Any:
     """A config dataclass from diffusers' JSON: known fields are passed on, the others must equal those in `fixed`."""
+    if (kind := d.get("_class_name", class_name)) != class_name:
+        raise ValueError(f"_class_name must be {class_name!r}, got {kind!r}")
     d = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k not in JSON_NOTES}
     fields = {f.name for f in dataclasses.fields(cls)}
     cfg = cls(**{k: v for k, v in d.items() if k in fields})

@@ -1,0 +1,74 @@
+"""Writes a pipeline folder's weights as one file in the original repositories' layout."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests import tiny
+from tiue_jax.convert import original
+
+UNET_MODULES, VAE_MODULES = original.unet_modules(tiny.UNET), original.vae_modules(tiny.VAE)
+
+
+def renamed(tensors: dict[str, np.ndarray], modules: dict[str, str], prefix: str) -> dict[str, np.ndarray]:
+    """Tensors in diffusers' names under the original ones. The parity tests show that diffusers reads those too."""
+    found = {}
+    for name, tensor in tensors.items():
+        module = max((m for m in modules if name.startswith(f"{m}.")), key=len)
+        found[prefix + modules[module] + name.removeprefix(module)] = tensor
+    return found
+
+
+def open_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
+    """A text encoder as OpenCLIP has it: fused projections, a layer more, and what its loss uses."""
+    at = lambda name: tensors[f"text_model.{name}"]
+    embeddings = "embeddings.{}_embedding.weight"
+    found = {
+        "positional_embedding": at(embeddings.format("position")),
+        "token_embedding.weight": at(embeddings.format("token")),
+    }
+    for kind in ("weight", "bias"):
+        found[f"ln_final.{kind}"] = at(f"final_layer_norm.{kind}")
+        for i in range(layers):
+            ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            fused = [at(f"{ours}.self_attn.{which}_proj.{kind}") for which in "qkv"]
+            found[f"{theirs}.attn.in_proj_{kind}"] = np.concatenate(fused)
+            found[f"{theirs}.attn.out_proj.{kind}"] = at(f"{ours}.self_attn.out_proj.{kind}")
+            for a, b in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                found[f"{theirs}.{a}.{kind}"] = at(f"{ours}.{b}.{kind}")
+    last = f"resblocks.{layers - 1}."
+    found |= {name.replace(last, f"resblocks.{layers}."): x + 1 for name, x in found.items() if last in name}
+    width = found["ln_final.bias"].shape[0]
+    found |= {"text_projection": np.eye(width, dtype=np.float32), "logit_scale": np.float32(4.6)[None]}
+    return {original.OPEN_CLIP + name: tensor for name, tensor in found.items()}
+
+
+def tensors_of(folder: Path, sd2: bool = False) -> dict[str, np.ndarray]:
+    """All tensors of the file: SD 1.x's layout, or SD 2.x's."""
+    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
+    text = load_file(folder / "text_encoder" / "model.safetensors")
+    single = renamed(unet, UNET_MODULES, original.UNET)
+    for name, tensor in renamed(vae, VAE_MODULES, original.VAE).items():
+        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+        single[name] = tensor[:, :, None, None] if attention else tensor  # 1x1 convolutions there
+    if sd2:
+        single |= open_clip(text, tiny.TEXT.num_hidden_layers)
+    else:
+        ids = np.arange(tiny.CONTEXT)[None]
+        single |= {original.CLIP + name: x for name, x in text.items()}
+        single[f"{original.CLIP}text_model.embeddings.position_ids"] = ids
+    schedule = {name: np.ones(1000, np.float32) for name in ("betas", "alphas_cumprod")}
+    ema = {"model_ema.diffusion_modelout2bias": np.ones(4, np.float32), "model_ema.decay": np.ones((), np.float32)}
+    return single | schedule | ema
+
+
+def write(folder: Path, path: Path, sd2: bool = False) -> Path:
+    save_file(tensors_of(folder, sd2), path)
+    return path

@@ -1,0 +1,218 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests import tiny
+from tiue_jax import convert
+from tiue_jax.convert import __main__ as cli
+from tiue_jax.convert.lora import apply, merge_lora, read_lora
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPTextModel
+from tiue_jax.models.unet import UNet
+
+RANK, SCALE = 2, 0.5
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+UNET_LAYERS = {  # torch's shapes
+    f"{ATTENTION}.to_q": (8, 8),
+    f"{ATTENTION}.to_out.0": (8, 8),
+    "down_blocks.0.attentions.0.proj_in": (8, 8, 1, 1),
+    "down_blocks.0.resnets.0.conv1": (8, 8, 3, 3),
+}
+TEXT_LAYERS = {"text_model.encoder.layers.1.self_attn.q_proj": (8, 8), "text_model.encoder.layers.1.mlp.fc1": (16, 8)}
+SHAPES = {
+    "unet": functional.abstract(UNet, tiny.UNET)[1],
+    "text_encoder": functional.abstract(CLIPTextModel, tiny.TEXT)[1],
+}
+
+
+def halves(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """up [o r] and down [r i], in the shape that their layer's weight has."""
+    rng = np.random.default_rng(seed)
+    down = rng.standard_normal((RANK, *shape[1:]), np.float32)
+    return rng.standard_normal((shape[0], RANK, *(1 for _ in shape[2:])), np.float32), down
+
+
+def change(up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    return np.tensordot(up.reshape(len(up), RANK), down, axes=1)
+
+
+def peft(part: str, module: str) -> tuple[str, str]:
+    return tuple(f"{part}.{module}.lora_{side}.weight" for side in "BA")
+
+
+def older(part: str, module: str) -> tuple[str, str]:
+    middle = "lora" if part == "unet" else "lora_linear_layer"
+    return tuple(f"{part}.{module}.{middle}.{side}.weight" for side in ("up", "down"))
+
+
+def kohya(part: str, module: str) -> tuple[str, str]:
+    name = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + module.replace(".", "_")
+    return tuple(f"{name}.lora_{side}.weight" for side in ("up", "down"))
+
+
+def oldest(part: str, module: str) -> tuple[str, str]:
+    attention, _, which = module.removesuffix(".0").rpartition(".to_")
+    return tuple(f"{attention}.processor.to_{which}_lora.{side}.weight" for side in ("up", "down"))
+
+
+def lora_file(path, naming, layers, alpha=None, metadata=None):
+    tensors = {}
+    for i, (part, module, shape) in enumerate(layers):
+        up_name, down_name = naming(part, module)
+        up, down = halves(shape, i)
+        tensors |= {up_name: up, down_name: down}
+        if alpha is not None:
+            tensors[f"{down_name.removesuffix('.lora_down.weight')}.alpha"] = np.array(alpha, np.float16)
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+ALL = [("unet", *item) for item in UNET_LAYERS.items()] + [("text_encoder", *item) for item in TEXT_LAYERS.items()]
+METADATA = {"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 5}, "text_encoder.lora_alpha": 1}
+
+
+@pytest.mark.parametrize(
+    ("naming", "layers", "alpha", "metadata"),
+    [
+        (peft, ALL, None, None),
+        (peft, ALL, None, METADATA),
+        (older, ALL, None, None),
+        (kohya, ALL, 8, None),
+        (oldest, ALL[:2], None, None),
+    ],
+)
+def test_each_naming_adds_scale_alpha_over_rank_times_b_a(tmp_path, naming, layers, alpha, metadata):
+    kept = metadata and {"lora_adapter_metadata": json.dumps(metadata)}
+    path = lora_file(tmp_path / "lora.safetensors", naming, layers, alpha, kept)
+    deltas = read_lora(path, SHAPES)
+    for part, shapes in SHAPES.items():
+        zeros = convert.to_torch_names(apply(functional.init(shapes, 0), {}, SCALE))
+        got = convert.to_torch_names(apply(functional.init(shapes, 0), deltas.get(part, {}), SCALE))
+        own = {f"{module}.weight": (i, shape) for i, (p, module, shape) in enumerate(layers) if p == part}
+        for name, before in zeros.items():
+            if name not in own:
+                np.testing.assert_array_equal(got[name], before)
+                continue
+            alpha_of_layer = alpha or RANK
+            if metadata:
+                alpha_of_layer = 1 if part == "text_encoder" else 5 if "to_q" in name else 3
+            want = before + SCALE * alpha_of_layer / RANK * change(*halves(own[name][1], own[name][0]))
+            np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_names_of_transformers_5_and_other_dtypes(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    up, down = halves((8, 8), 0)
+    names = peft("text_encoder", "encoder.layers.0.self_attn.v_proj")
+    save_file(dict(zip(names, (up.astype(np.float16), down.astype(np.float16)), strict=True)), path)
+    deltas = read_lora(path, SHAPES)["text_encoder"]
+    kernel = ("text_model", "encoder", "layers", 0, "self_attn", "v_proj", "kernel")
+    assert list(deltas) == [kernel]
+    params = functional.cast(functional.init(SHAPES["text_encoder"], 0), np.float16)
+    assert (
+        convert.to_torch_names(apply(params, deltas, 1.0))[".".join(map(str, kernel[:-1])) + ".weight"].dtype
+        == np.float16
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda x: x.update({"unet.nowhere.to_q.lora_A.weight": x["a"]}), "unused unet.nowhere.to_q.lora_A.weight"),
+        (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "unused unet.*dora_scale"),
+        (lambda x: x.pop(f"unet.{ATTENTION}.to_q.lora_B.weight"), rf"unet.{ATTENTION}.to_q lacks up"),
+        (
+            lambda x: x.update({f"unet.{ATTENTION}.to_q.lora_B.weight": np.zeros((9, 2), np.float32)}),
+            rf"unet.{ATTENTION}.to_q is \[9, 2\] @ \[2, 8\], expected a product \[8, 8\]",
+        ),
+        (
+            lambda x: x.update(
+                {"unet.down_blocks.0.resnets.0.conv1.lora_A.weight": np.zeros((2, 8, 1, 1), np.float32)}
+            ),
+            r"conv1 is \[8, 2, 1, 1\] @ \[2, 8, 1, 1\], expected a product \[8, 8, 3, 3\]",
+        ),
+        (
+            lambda x: x.update({f"unet.{ATTENTION}.to_q.lora_B.weight": np.zeros((8, 2), np.int8)}),
+            rf"unet.{ATTENTION}.to_q.lora_B.weight is I8",
+        ),
+    ],
+)
+def test_everything_that_does_not_fit_is_in_one_error(tmp_path, damage, message):
+    path = lora_file(tmp_path / "lora.safetensors", peft, ALL)
+    tensors = load_file(path)
+    tensors["a"] = np.zeros((2, 8), np.float32)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message) as error:
+        read_lora(path, SHAPES)
+    assert str(error.value).startswith(f"{path}: the LoRA does not fit the model: unused a; ") or "unused a" in str(
+        error.value
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_other_kinds_of_file_are_refused(tmp_path):
+    for field in ("use_dora", "use_rslora"):
+        kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": True})}
+        path = lora_file(tmp_path / f"{field}.safetensors", peft, ALL, metadata=kept)
+        with pytest.raises(ValueError, match=f"{field}.safetensors: metadata field unet.{field} is true: only plain"):
+            read_lora(path, SHAPES)
+    for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan"))):
+        kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})}
+        path = lora_file(tmp_path / "alpha.safetensors", peft, ALL, metadata=kept)
+        with pytest.raises(ValueError, match=r"alpha.safetensors: alpha of unet.\S+ must be a finite number, got"):
+            read_lora(path, SHAPES)
+    for written in ("{", "[]"):
+        path = lora_file(tmp_path / "x.safetensors", peft, ALL, metadata={"lora_adapter_metadata": written})
+        with pytest.raises(ValueError, match="x.safetensors: metadata field lora_adapter_metadata is "):
+            read_lora(path, SHAPES)
+    path = lora_file(tmp_path / "alphas.safetensors", kohya, ALL, alpha=[1, 2])
+    with pytest.raises(ValueError, match=r"alphas.safetensors: alpha of \S+ is F16 \[2\], not a number"):
+        read_lora(path, SHAPES)
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match="empty.safetensors: holds no LoRA"):
+        read_lora(tmp_path / "empty.safetensors", SHAPES)
+    (tmp_path / "lora.pt").touch()
+    with pytest.raises(ValueError, match="lora.pt: expected a .safetensors file"):
+        read_lora(tmp_path / "lora.pt", SHAPES)
+    with pytest.raises(FileNotFoundError, match="pytorch_lora_weights.safetensors: no such file"):
+        read_lora(tmp_path, SHAPES)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    path = lora_file(tmp_path / "lora.safetensors", peft, ALL)
+    tensors = load_file(path)
+    tensors[f"unet.{ATTENTION}.to_q.lora_B.weight"][0, 0] = np.nan
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=rf"lora.safetensors: values not finite in the LoRA of {ATTENTION}.to_q.weight"
+    ):
+        apply(functional.init(SHAPES["unet"], 0), read_lora(path, SHAPES)["unet"], 1.0)
+
+
+def test_command_line(tmp_path, capsys):
+    teacher = tiny.write_pipeline(tmp_path / "teacher", tiue_config={"sampler": "tiue", "num_inference_steps": 2})
+    path = lora_file(tmp_path / "pytorch_lora_weights.safetensors", peft, ALL)
+    command = [
+        "convert",
+        "merge-lora",
+        "--model",
+        str(teacher),
+        "--lora",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main([*command, "--scale", "0.5"]) == 0
+    assert f"at scale 0.5 in {len(ALL)} weights, in float32" in capsys.readouterr().out
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / unet) for folder in (teacher, tmp_path / "out"))
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == {
+        f"{x}.weight" for x in UNET_LAYERS
+    }
+    assert (tmp_path / "out" / "tiue_config.json").read_bytes() == (teacher / "tiue_config.json").read_bytes()
+    assert cli.main(command) == cli.BAD_INPUT
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        merge_lora(teacher, path, tmp_path / "new", scale=float("nan"))

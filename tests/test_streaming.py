@@ -1,0 +1,169 @@
+"""Weights are read tensor by tensor, straight to where they belong."""
+
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tiue_jax import convert, sharding
+from tiue_jax.convert import stored, tree
+
+ROOT = Path(__file__).parents[1]
+ARRAYS = {
+    "conv.weight": np.arange(8 * 3 * 2 * 2, dtype=np.float32).reshape(8, 3, 2, 2),
+    "linear.weight": np.arange(16 * 4, dtype=np.float32).reshape(16, 4),
+    "norm.weight": np.arange(8, dtype=np.float32),
+    "logit_scale": np.array(3, np.float32),
+}
+SHAPES = {
+    "conv": {"kernel": jax.ShapeDtypeStruct((2, 2, 3, 8), np.float32)},
+    "linear": {"kernel": jax.ShapeDtypeStruct((4, 16), np.float32)},
+    "norm": {"scale": jax.ShapeDtypeStruct((8,), np.float32)},
+    "logit_scale": jax.ShapeDtypeStruct((), np.float32),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file(ARRAYS, tmp_path / convert.WEIGHTS)
+    return tmp_path
+
+
+def test_a_stored_tensor_reads_its_rows_and_no_others(folder, monkeypatch):
+    tensors = stored.open_file(folder / convert.WEIGHTS)
+    counts = []
+    real = np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *args, **kw: counts.append(args[2]) or real(*args, **kw))
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(np.asarray(tensors[name]), array)
+    linear = tensors["linear.weight"]
+    np.testing.assert_array_equal(linear[3:5], ARRAYS["linear.weight"][3:5])
+    np.testing.assert_array_equal(linear[:], ARRAYS["linear.weight"])
+    view = linear.rows(4, 12)
+    np.testing.assert_array_equal(view[2:4], ARRAYS["linear.weight"][6:8])
+    assert counts[len(ARRAYS) :] == [8, 64, 8]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_each_float_is_read_as_it_lies(tmp_path, dtype):
+    save_file({"x": ARRAYS["norm.weight"].astype(dtype)}, tmp_path / "x.safetensors")
+    x = np.asarray(stored.open_file(tmp_path / "x.safetensors")["x"])
+    assert x.dtype == dtype
+    np.testing.assert_array_equal(x.astype(np.float32), ARRAYS["norm.weight"])
+
+
+def test_nothing_is_read_where_names_or_shapes_do_not_fit(folder, monkeypatch):
+    monkeypatch.setattr(np, "fromfile", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="1 missing: other.weight; 1 unused: norm.weight"):
+        convert.load(folder, {**{k: v for k, v in SHAPES.items() if k != "norm"}, "other": SHAPES["norm"]})
+
+
+def test_placed_tensors_are_the_same(folder):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    want = convert.load(folder, SHAPES, ml_dtypes.bfloat16)
+    for where in (sharding.replicated(mesh), sharding.shardings(SHAPES, mesh)):
+        got = convert.load(folder, SHAPES, ml_dtypes.bfloat16, shardings=where)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert isinstance(a, jax.Array) and a.dtype == b.dtype and a.committed
+            np.testing.assert_array_equal(np.asarray(a), b)
+
+
+class OneHostOfTwo:
+    """A sharding over two hosts, of which this one holds some rows of the file (the last axis here)."""
+
+    def __init__(self, *parts: slice):
+        self.parts = parts
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (slice(None),) * (len(shape) - 1) + (part,) for i, part in enumerate(self.parts)}
+
+
+def test_a_host_reads_only_the_rows_that_its_devices_hold(folder, monkeypatch):
+    tensors = stored.open_file(folder / convert.WEIGHTS)
+    read = []
+    real = stored.StoredTensor.__getitem__
+    monkeypatch.setattr(stored.StoredTensor, "__getitem__", lambda self, rows: read.append(rows) or real(self, rows))
+    here = OneHostOfTwo(slice(4, 6), slice(6, 8))
+    monkeypatch.setattr(
+        jax,
+        "make_array_from_callback",
+        lambda shape, s, part: [part(index) for index in s.addressable_devices_indices_map(shape).values()],
+    )
+    first, second = tree._read(tensors["conv.weight"], ("conv", "kernel"), (2, 2, 3, 8), np.float32, here)[0]
+    whole = ARRAYS["conv.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(first, whole[..., 4:6])
+    np.testing.assert_array_equal(second, whole[..., 6:8])
+    assert read == [slice(4, 8)]
+
+
+EIGHT = """
+import sys; import jax, numpy as np
+from tests.test_streaming import SHAPES
+from tiue_jax import convert, sharding
+assert jax.device_count() == 8
+placed = sharding.shardings(SHAPES, sharding.make_mesh(data=1, fsdp=8), replicate_below=2)
+placed["logit_scale"] = sharding.replicated(sharding.make_mesh(data=1, fsdp=8))
+want, got = convert.load(sys.argv[1], SHAPES), convert.load(sys.argv[1], SHAPES, shardings=placed)
+assert got["linear"]["kernel"].addressable_shards[0].data.shape == (4, 2)
+for a, b, s in zip(*map(jax.tree.leaves, (got, want, placed)), strict=True):
+    assert a.sharding == s
+    np.testing.assert_array_equal(np.asarray(a), b)
+"""
+
+
+def test_eight_devices(folder):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", EIGHT, str(folder)], check=True, env=env)
+
+
+def test_beside_the_result_one_tensor_is_held_at_a_time(tmp_path):
+    side, count = 512, 16  # 1 MB each
+    tensors = {f"layer{i}.weight": np.full((side, side), i, np.float32) for i in range(count)}
+    save_file(tensors, tmp_path / convert.WEIGHTS)
+    del tensors
+    shapes = {f"layer{i}": {"kernel": jax.ShapeDtypeStruct((side, side), np.float32)} for i in range(count)}
+    tracemalloc.start()
+    try:
+        for dtype in (np.float32, np.float16):
+            tracemalloc.reset_peak()
+            start = tracemalloc.get_traced_memory()[0]
+            params = convert.load(tmp_path, shapes, dtype)
+            beyond = tracemalloc.get_traced_memory()[1] - start - count * side**2 * np.dtype(dtype).itemsize
+            assert beyond < 2.5 * side**2 * 4, f"{beyond / 2**20:.1f} MB beside the parameters"
+            del params
+    finally:
+        tracemalloc.stop()
+
+
+def test_problems_name_the_shard(folder):
+    names = sorted(ARRAYS)
+    for i in range(2):
+        save_file({name: ARRAYS[name] for name in names[i::2]}, folder / f"part-{i}.safetensors")
+    weight_map = {name: f"part-{i}.safetensors" for i in range(2) for name in names[i::2]}
+    (folder / f"{convert.WEIGHTS}.index.json").write_text(f'{{"weight_map": {weight_map}}}'.replace("'", '"'))
+    (folder / convert.WEIGHTS).unlink()
+    convert.load(folder, SHAPES)
+    broken = {name: np.full_like(ARRAYS[name], np.nan) for name in names[1::2]}
+    save_file(broken, folder / "part-1.safetensors")
+    index = f"{convert.WEIGHTS}.index.json"
+    said = rf"{index}: .* not finite in float32: {names[1]} \(part-1.safetensors\), {names[3]} \(part-1.safetensors\)$"
+    with pytest.raises(ValueError, match=said):
+        convert.load(folder, SHAPES)
+
+
+@pytest.mark.parametrize("root", ["text_model", "vision_model"])
+@pytest.mark.parametrize("prefix", ["", "cond."])
+def test_an_encoder_saved_by_transformers_5_lacks_its_own_name(tmp_path, root, prefix):
+    save_file({f"{prefix}{name}": x for name, x in ARRAYS.items()}, tmp_path / convert.TRANSFORMERS_WEIGHTS)
+    got = convert.load(tmp_path, {root: SHAPES}, prefix=prefix)
+    np.testing.assert_array_equal(got[root]["linear"]["kernel"], ARRAYS["linear.weight"].T)
+    with pytest.raises(ValueError, match=f"4 missing: {prefix}other.conv.weight"):
+        convert.load(tmp_path, {"other": SHAPES}, prefix=prefix)

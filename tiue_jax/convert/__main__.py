@@ -1,0 +1,154 @@
+"""Checkpoints in and out.
+
+    python -m tiue_jax.convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
+    python -m tiue_jax.convert import --file community.safetensors --out teacher
+    python -m tiue_jax.convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
+
+`python -m tiue_jax.convert COMMAND --help` says more. Exit status: 0 done; 1 written, but PyTorch computes something
+else; 2 a wrong argument, file or folder.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from tiue_jax.convert.lora import merge_lora
+from tiue_jax.convert.single_file import import_single_file
+from tiue_jax.export import run
+from tiue_jax.schedule import PREDICTION_TYPES
+
+DIFFERENT, BAD_INPUT = 1, 2
+
+
+class Command(NamedTuple):
+    """A subcommand: its help, what defines its flags, and what runs it and returns the exit status."""
+
+    help: str
+    define: Callable[[flags.FlagValues], None]
+    run: Callable[[flags.FlagValues], int]
+
+
+def define_export(f: flags.FlagValues) -> None:
+    add: dict[str, Any] = {"flag_values": f}
+    flags.DEFINE_string("checkpoint", None, "a run's folder; or a pipeline: shipped, a folder, from the hub", **add)
+    flags.DEFINE_string("out", None, "folder to write, for diffusers and for tiue_jax", **add)
+    flags.DEFINE_integer("step", None, "of a run: which checkpoint, the newest by default", **add)
+    flags.DEFINE_enum("weights", "ema", list(run.WEIGHTS), "of a run: the moving average, or not averaged", **add)
+    flags.DEFINE_bool("lora", False, "of a run: also write its LoRA teacher, to OUT/lora_teacher", **add)
+    flags.DEFINE_enum("dtype", "float32", list(run.DTYPES), "of the weights on disk", **add)
+    flags.DEFINE_bool("verify", False, "compare with PyTorch, part by part; needs pip install 'tiue-jax[torch]'", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
+
+
+def export(args: flags.FlagValues) -> int:
+    """Writes a student or a pipeline as a folder for PyTorch diffusers, EMA weights by default."""
+    _require(args, "checkpoint", "out")
+    if args.verify:
+        verify = _verifier()
+    if run.is_run(args.checkpoint):
+        how = {"step": args.step, "weights": args.weights, "lora_teacher": args.lora}
+        step = run.export_run(args.checkpoint, args.out, **how, dtype=args.dtype, overwrite=args.overwrite)
+        what = f"the student of step {step:,} ({args.weights})"
+    else:
+        for name in ("step", "weights", "lora"):
+            if args[name].present:
+                raise ValueError(f"--{name} is for a run of train.py, and {args.checkpoint!r} is none")
+        run.export_pipeline(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        what = f"the pipeline {args.checkpoint}"
+    print(f"{args.out}: {what} in {args.dtype}")
+    if not args.verify:
+        return 0
+    report = verify(args.out)
+    print(report.table())
+    return 0 if report.passed else DIFFERENT
+
+
+def define_import(f: flags.FlagValues) -> None:
+    add: dict[str, Any] = {"flag_values": f}
+    flags.DEFINE_string("file", None, "a .safetensors file in the original repositories' layout", **add)
+    flags.DEFINE_string("out", None, "folder to write, for diffusers and for tiue_jax", **add)
+    flags.DEFINE_string("base", None, "where the tokenizer and the configurations come from; by the file's kind", **add)
+    flags.DEFINE_enum("prediction_type", None, list(PREDICTION_TYPES), "of SD 2.x, whose files do not say it", **add)
+    flags.DEFINE_enum("dtype", "float32", list(run.DTYPES), "of the weights on disk", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
+
+
+def import_file(args: flags.FlagValues) -> int:
+    """Writes the pipeline folder of a community checkpoint of Stable Diffusion 1.x or 2.x in one file."""
+    _require(args, "file", "out")
+    how = {name: getattr(args, name) for name in ("base", "prediction_type", "dtype", "overwrite")}
+    kind = import_single_file(args.file, args.out, **how)
+    print(f"{args.out}: {args.file}, like {kind}, in {args.dtype}")
+    return 0
+
+
+def define_merge_lora(f: flags.FlagValues) -> None:
+    add: dict[str, Any] = {"flag_values": f}
+    flags.DEFINE_string("model", None, "a pipeline: an alias, a folder, from the hub", **add)
+    flags.DEFINE_string("lora", None, "LoRA weights: a .safetensors file, or a folder that diffusers wrote", **add)
+    flags.DEFINE_string("out", None, "folder to write, for diffusers and for tiue_jax", **add)
+    flags.DEFINE_float("scale", 1.0, "1 is the LoRA as it was trained", **add)
+    flags.DEFINE_enum("dtype", "float32", list(run.DTYPES), "of the weights on disk", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
+
+
+def merge(args: flags.FlagValues) -> int:
+    """Writes a pipeline with a LoRA merged into its UNet and its text encoder."""
+    _require(args, "model", "lora", "out")
+    how = {name: getattr(args, name) for name in ("scale", "dtype", "overwrite")}
+    count = merge_lora(args.model, args.lora, args.out, **how)
+    print(f"{args.out}: {args.model} with {args.lora} at scale {args.scale:g} in {count} weights, in {args.dtype}")
+    return 0
+
+
+def _require(args: flags.FlagValues, *names: str) -> None:
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing, see --help")
+
+
+def _verifier() -> Callable[..., Any]:
+    """The function that compares with PyTorch. ValueError where that is not installed."""
+    try:
+        from tiue_jax.export.verify import verify
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--verify needs PyTorch ({error}): pip install 'tiue-jax[torch]'") from error
+    return verify
+
+
+COMMANDS = {
+    "export": Command("a run's student, or a pipeline, to a folder for diffusers", define_export, export),
+    "import": Command("a checkpoint in one file to a pipeline folder", define_import, import_file),
+    "merge-lora": Command("a LoRA into a pipeline, to a new folder", define_merge_lora, merge),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status; prints one line on stderr about what was wrong."""
+    name, rest = (argv[1], argv[2:]) if len(argv) > 1 else (None, [])
+    overview = "\n".join(f"    {name}: {command.help}" for name, command in COMMANDS.items())
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nCommands:\n{overview}")
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"expected a command, one of {list(COMMANDS)}, got {name!r}; see --help")
+        command, args = COMMANDS[name], flags.FlagValues()
+        command.define(args)
+        flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=args)
+        stray = args([f"{argv[0]} {name}", *rest])[1:]
+        if args.help:
+            print(f"{command.run.__doc__}\n{args.get_help()}")
+            return 0
+        if stray:
+            raise ValueError(f"unexpected argument {stray[0]!r}")
+        return command.run(args)
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

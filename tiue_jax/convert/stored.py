@@ -1,0 +1,140 @@
+"""Tensors in safetensors files, unread: which files of a folder hold them, and what can be wrong with those."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tiue_jax.files import read_json
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name: UNet and VAE
+TRANSFORMERS_WEIGHTS = "model.safetensors"  # transformers' name: text and image encoders
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file. `tensor[i:j]` reads those rows, and no others, into memory.
+
+    Plain reads, since the pages of a memory-mapped file count as the process's own. Views are made by
+    `dataclasses.replace`: another shape of as many elements, or rows further on at another offset.
+    """
+
+    path: Path
+    dtype: str  # safetensors' name for it
+    shape: tuple[int, ...]
+    offset: int  # of the first byte in the file
+    size: int  # in bytes
+    shard: str | None = None  # the file's name, where the model has more than one
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1, "rows are read as they lie in the file"
+        kept = (max(stop - start, 0), *self.shape[1:])
+        return self._read(kept, start * math.prod(self.shape[1:]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._read(self.shape, 0)
+
+    def rows(self, start: int, stop: int) -> "StoredTensor":
+        """A view of some rows, unread."""
+        row, kept = self.size // self.shape[0], stop - start
+        shape = (kept, *self.shape[1:])
+        return dataclasses.replace(self, shape=shape, offset=self.offset + start * row, size=kept * row)
+
+    def _read(self, shape: tuple[int, ...], skip: int) -> np.ndarray:
+        kind = np.dtype(_NUMPY[self.dtype])
+        x = np.fromfile(self.path, kind, math.prod(shape), offset=self.offset + skip * kind.itemsize)
+        return x.reshape(shape)
+
+
+def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """Every tensor of a model folder by name, unread, and the file or index that names them.
+
+    Raises:
+        FileNotFoundError: no folder, no weights in it, or a shard that the index names is absent.
+        ValueError: a truncated or corrupt file, an index that does not fit.
+    """
+    source = _find_weights(folder)
+    if source.suffix != ".json":
+        return source, open_file(source)
+    tensors: dict[str, StoredTensor] = {}
+    for path, listed in _shards(source).items():
+        held = open_file(path)
+        if absent := sorted(set(listed) - set(held)):
+            raise ValueError(f"{path}: lacks tensors that the index places there: {', '.join(absent)}")
+        tensors |= {name: dataclasses.replace(held[name], shard=path.name) for name in listed}
+    return source, tensors
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file by name, unread. ValueError where the file is truncated or no such file."""
+    try:
+        with safe_open(path, framework="np"):
+            pass  # it checks that names, shapes and offsets fit one another and fill the file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({_diagnose(path, error)})") from error
+    header, start = _header(path)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, about in header.items():
+        first, end = about["data_offsets"]
+        tensors[name] = StoredTensor(path, about["dtype"], tuple(about["shape"]), start + first, end - first)
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a safetensors file that `open_file` has read."""
+    return _header(path)[0].get("__metadata__", {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the offset at which its data start."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _diagnose(path: Path, error: Exception) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "it is a git-lfs pointer: fetch the real file with `git lfs pull`"
+    return f"{size} bytes: {error}"
+
+
+def _find_weights(folder: Path) -> Path:
+    """The safetensors file of a model folder, or the index of its shards."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, expected a model folder with safetensors weights")
+    tried = []
+    for variant in ("", ".fp16"):
+        for stem in (Path(WEIGHTS).stem, Path(TRANSFORMERS_WEIGHTS).stem):
+            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+                if (folder / name).is_file():
+                    return folder / name
+                tried.append(name)
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"; {', '.join(pickles)}: pickles are not read, convert to safetensors first" if pickles else ""
+    raise FileNotFoundError(f"{folder}: no safetensors weights, looked for {', '.join(tried)}{hint}")
+
+
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """The files that an index names, and which tensors to take from each."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a `weight_map` from tensor names to file names, got {weight_map!r}")
+    shards: dict[Path, list[str]] = {}
+    for name, filename in weight_map.items():
+        if not isinstance(filename, str) or Path(filename).name != filename:
+            raise ValueError(f"{index}: expected the name of a file beside the index for {name}, got {filename!r}")
+        shards.setdefault(index.parent / filename, []).append(name)
+    if absent := sorted(path.name for path in shards if not path.is_file()):
+        raise FileNotFoundError(f"{index}: names files that are not there: {', '.join(absent)}")
+    return shards
