@@ -34,16 +34,20 @@ from tqdm import tqdm
 
 from tiue_jax import convert, distill, hub, images, sharding
 from tiue_jax.checkpoint import Checkpoints, check_config
-from tiue_jax.data.prompts import PromptBatches, Tokenize, load_prompts
+from tiue_jax.data import corpus, embeddings
+from tiue_jax.data.loader import Column, PromptBatches, Tokenize, tokens
+from tiue_jax.data.prompts import describe
+from tiue_jax.export.card import Training
+from tiue_jax.export.folder import check_writable
+from tiue_jax.export.run import export_student, student_sampling
 from tiue_jax.metrics import MetricsWriter
 from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet
-from tiue_jax.models.vae import AutoencoderKL
-from tiue_jax.pipeline import Pipeline, load_tokenizer, save_pipeline
-from tiue_jax.sampling import Sampling
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.settings import Settings
+from tiue_jax.tokenizer import Tokenizer
 
 BAD_INPUT, NOT_FINITE = 2, 3
 GRID_COLUMNS = 8
@@ -54,36 +58,45 @@ CUT_PROMPT_WARNINGS = 5
 def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
     settings, workdir = read_flags(argv)
+    check_writable(workdir / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
 
     # ---- mesh -----------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
     sharding.check_batch_size(train.batch_size, mesh)
-    replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    replicated = sharding.replicated(mesh)
 
     # ---- models ---------------------------------------------------------------------------------------------------
     folder = hub.resolve(settings.model.pretrained_model_name_or_path)
     teacher = Pipeline.from_pretrained(folder, config.compute_dtype)
-    sampling = Sampling("tiue", config.num_inference_steps, timestep_spacing=config.timestep_spacing)
-    student = dataclasses.replace(teacher, sampling=sampling)
+    student = dataclasses.replace(teacher, sampling=student_sampling(settings))
     _, unet_shapes = functional.abstract(UNet, teacher.unet.cfg)
-    encode_text = distill.make_encode_text(teacher.text_encoder.graphdef, teacher.tokenize([""])[0])
-    frozen = distill.Frozen(unet=teacher.unet.params, text_encoder=teacher.text_encoder.params)
-    tokenizers: dict[str, Tokenize] = {"input_ids": teacher.tokenize}
-    clip_features = None
+    frozen = distill.Frozen(unet=teacher.unet.params)
+    clip_features = tokenize_clip = None
     if config.clip_weight:
-        clip_features, parts, tokenizers["clip_input_ids"] = load_clip(settings)
+        clip_features, parts, tokenize_clip = load_clip(settings)
         frozen = frozen._replace(**parts)
-    step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
-    frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
     say(f"teacher: {folder}, {functional.count(unet_shapes):,} parameters in its UNet")
 
     # ---- data -----------------------------------------------------------------------------------------------------
-    prompts, dropped = load_prompts(settings.data.prompts, settings.data.field)
-    batches = PromptBatches(prompts, tokenizers, train.batch_size, train.seed)
-    limit_warnings("tiue_jax.pipeline", CUT_PROMPT_WARNINGS)
-    left_out = "".join(f", {count} left out: {reason}" for reason, count in dropped.items())
-    say(f"prompts: {len(prompts):,} from {settings.data.prompts}{left_out}")
+    prompts = corpus.open_prompts(settings.data.prompts, settings.data.field)
+    columns: dict[str, Column] = {}
+    if settings.data.embeddings:
+        key = embeddings.make_key(prompts, folder / "tokenizer", folder / "text_encoder")
+        cache = embeddings.Embeddings(settings.data.embeddings, key)
+        columns["text"], encode_text = cache.read, distill.make_read_text(cache.null)
+    else:
+        columns["input_ids"] = tokens(prompts, teacher.tokenize)
+        encode_text = distill.make_encode_text(teacher.text_encoder.graphdef, teacher.tokenize([""])[0])
+        frozen = frozen._replace(text_encoder=teacher.text_encoder.params)
+    if tokenize_clip is not None:
+        columns["clip_input_ids"] = tokens(prompts, tokenize_clip)
+    rows = sharding.local_rows(train.batch_size, mesh)
+    batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
+    limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS)
+    say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
+    step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
+    frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
 
     # ---- state ----------------------------------------------------------------------------------------------------
     init = functools.partial(distill.init_state, config, teacher.unet.cfg, seed=train.seed)
@@ -104,7 +117,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- step -----------------------------------------------------------------------------------------------------
     key = jax.device_put(jax.random.key(train.seed), replicated)
     position = batches.get_state()
-    example = sharding.place(next(batches), split)
+    example = sharding.place_rows(next(batches), train.batch_size, mesh)
     batches.set_state(position)
     began = time.monotonic()
     traced = jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated)).trace(state, frozen, example, key)
@@ -127,7 +140,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     done = logged = start
     last, metrics = start >= train.max_train_steps, None
     while not last:
-        batch = sharding.place(next(batches), split)
+        batch = sharding.place_rows(next(batches), train.batch_size, mesh)
         jax.block_until_ready(metrics)  # one step runs while the next one's batch is made; no more are queued
         state, metrics = train_step(state, frozen, batch, key)
         done += 1
@@ -160,7 +173,8 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         name = signal.Signals(stop_signals[0]).name
         say(f"stopped by {name}: saved {checkpoints.folder / str(done)}, resume with the same command")
         return 128 + stop_signals[0]
-    export_student(workdir / "student", teacher, folder, jax.device_get(state.ema), sampling)
+    made = Training(settings.to_dict(), done, "ema")
+    export_student(workdir / "student", folder, jax.device_get(state.ema), settings, made, overwrite=True)
     say(f"done: {done} steps, student: {workdir / 'student'}, pictures: {workdir / 'samples'}")
     return 0
 
@@ -191,7 +205,7 @@ def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, funct
     def given(name: str) -> Path:
         if (path := getattr(settings.model, name)) is None:
             raise ValueError(f"clip_weight = {settings.distill.clip_weight} needs model.{name}, got None")
-        return Path(path)
+        return hub.resolve(path)
 
     clip_folder, vae_folder = given("clip_model_name_or_path"), given("tiny_vae_name_or_path")
     clip_cfg = CLIPConfig.from_dict(convert.read_config(clip_folder))
@@ -204,13 +218,7 @@ def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, funct
         "clip": convert.load(clip_folder, clip_shapes, dtype),
         "tiny_vae": convert.load(vae_folder, vae_shapes, dtype),
     }
-    tokenizer, length = load_tokenizer(clip_folder), text_cfg.max_position_embeddings
-
-    def tokenize(prompts: list[str]) -> np.ndarray:
-        return tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="np"
-        ).input_ids
-
+    tokenize = Tokenizer(clip_folder, text_cfg.max_position_embeddings)
     normalize = settings.distill.clip_normalize
     return distill.make_clip_features(vae, clip, vision_cfg.image_size, normalize=normalize), parts, tokenize
 
@@ -237,23 +245,6 @@ def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
             blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
             rows += [pictures, blank]
     return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))
-
-
-def export_student(target: Path, teacher: Pipeline, folder: Path, unet: functional.Params, sampling: Sampling) -> None:
-    """Writes the student as a pipeline folder; what is not the UNet comes from the teacher's `folder`, in float32."""
-
-    def read(part: str, cls: Any, cfg: Any) -> tuple[Any, functional.Params]:
-        return cfg, convert.load(folder / part, functional.abstract(cls, cfg)[1])
-
-    save_pipeline(
-        target,
-        unet=(teacher.unet.cfg, unet),
-        vae=read("vae", AutoencoderKL, teacher.vae.cfg),
-        text_encoder=read("text_encoder", CLIPTextModel, teacher.text_encoder.cfg),
-        tokenizer_dir=teacher.tokenizer_dir,
-        schedule=teacher.schedule,
-        tiue_config=sampling.to_dict(),
-    )
 
 
 @contextlib.contextmanager

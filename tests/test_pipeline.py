@@ -13,6 +13,8 @@ import pytest
 
 from tests import tiny
 from tiue_jax import convert, images, pipeline, samplers
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import Sampling
 from tiue_jax.schedule import Schedule
@@ -35,6 +37,10 @@ def pipe(folder):
 def broken(folder, tmp_path):
     """A copy of the folder to break."""
     return shutil.copytree(folder, tmp_path / "broken")
+
+
+def noise(*shape):
+    return np.ones(shape, np.float32)
 
 
 def assert_close(a, b):
@@ -104,15 +110,57 @@ def test_seeds(pipe):
         assert (pipe(["red"], seed=seed) != zero).any()
 
 
-def test_compiles_once_for_prompts_seeds_guidance_and_partial_batches(folder):
+def test_compiles_once_for_prompts_seeds_guidance_latents_and_partial_batches(folder):
     pipe = Pipeline.from_pretrained(folder)
-    for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 1)):
-        pipe(prompts, seed=seed, sampler="ddim", num_inference_steps=2, guidance_scale=scale, batch_size=2)
+    given = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
+    how = {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 2}
+    for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 0.5)):
+        pipe(prompts, seed=seed, guidance_scale=scale, **how)
+    pipe(["red"] * 3, guidance_scale=2, latents=given, **how)
     (compiled,) = pipe._compiled.values()
     assert compiled._cache_size() == 1
 
 
-@pytest.mark.parametrize("sampler", ["tiue", "ddim", "one_step"])
+def test_given_latents_take_the_place_of_the_seeds(pipe):
+    ids, numbers = np.array([RED_APPLE] * 3), np.arange(3)
+    noise = np.array(samplers.image_noise(7, ids, numbers, (8, 8, 4)))
+    how = {"prompts": ["red apple"], "num_images_per_prompt": 3}
+    want = pipe(**how, seed=7)
+    np.testing.assert_array_equal(pipe(**how, latents=noise), want)
+    assert_close(pipe(**how, latents=noise, batch_size=2), want)  # the second batch is filled up
+    assert_close(pipe(**how, latents=noise[::-1], batch_size=1), want[::-1])
+
+
+def test_lcm_draws_each_images_own_noise_between_steps(pipe):
+    """From the same initial latents other seeds give other pictures, and another batch size gives the same."""
+    latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
+    run = lambda **kwargs: pipe(
+        ["red", "apple", "red"], sampler="lcm", num_inference_steps=3, latents=latents, **kwargs
+    )
+    whole = run(batch_size=3)
+    assert_close(run(batch_size=2), whole)
+    assert (run(batch_size=3, seed=1) != whole).any(axis=(1, 2, 3)).all()
+
+
+def test_a_unet_that_embeds_guidance_is_sampled_as_lcm(pipe, tmp_path):
+    cfg = dataclasses.replace(tiny.UNET, time_cond_proj_dim=6)
+    graphdef, _ = functional.abstract(UNet, cfg)
+    told = dataclasses.replace(
+        pipe, sampling=Sampling("lcm"), unet=pipeline.Component(cfg, graphdef, tiny.random_params(UNet, cfg, 0))
+    )
+    told.save_pretrained(tmp_path / "lcm")
+    (tmp_path / "lcm" / "tiue_config.json").unlink()  # as any other model folder
+    again = Pipeline.from_pretrained(tmp_path / "lcm")
+    assert again.settings() == Sampling("lcm", 4, 8.5)
+    one, other = (again(["red"], num_inference_steps=2, guidance_scale=w) for w in (8.5, 2.0))
+    assert (one != other).any()
+    (compiled,) = again._compiled.values()
+    assert compiled._cache_size() == 1
+    with pytest.raises(ValueError, match="must be 'lcm' for a UNet with time_cond_proj_dim, got 'ddim'"):
+        again(["red"], sampler="ddim")
+
+
+@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
 def test_every_sampler_at_other_sizes(pipe, sampler):
     got = pipe(["red"], sampler=sampler, num_inference_steps=1, height=12, width=20)
     assert got.shape == (1, 12, 20, 3)
@@ -158,12 +206,18 @@ def test_the_models_own_settings_and_what_overrides_them(pipe):
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"height": 15}, "height must be a positive multiple of the VAE's factor 2, got 15"),
         ({"width": 0}, "width must be a positive multiple of the VAE's factor 2, got 0"),
-        ({"sampler": "euler"}, r"sampler must be among \['tiue', 'ddim', 'one_step'\], got 'euler'"),
+        ({"sampler": "euler"}, r"sampler must be among \['tiue', 'ddim', .*\], got 'euler'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
         ({"num_inference_steps": 1001}, "between 1 and 1000, got 1001"),
-        ({"guidance_scale": 2.0}, "guidance_scale is a setting of sampler 'ddim', got 2.0 with 'tiue'"),
+        ({"guidance_scale": 2.0}, "guidance_scale is a setting of samplers .* got 2.0 with 'tiue'"),
         ({"timestep_spacing": "even"}, "timestep_spacing must be among .* got 'even'"),
         ({"sampler": "one_step", "num_inference_steps": 2}, "one step"),
+        ({"sampler": "faster_diffusion", "key_steps": [1, 2]}, r"increasing numbers from 0, got \(1, 2\)"),
+        ({"latents": noise(2, 8, 8, 4)}, r"float32 \[1 8 8 4\], .* got float32 \[2 8 8 4\]"),
+        ({"latents": noise(1, 4, 8, 8)}, r"got float32 \[1 4 8 8\]"),
+        ({"latents": noise(1, 8, 8, 4), "height": 12}, r"float32 \[1 6 8 4\]"),
+        ({"latents": noise(1, 8, 8, 4).astype(np.float64)}, r"got float64 \[1 8 8 4\]"),
+        ({"latents": noise(1, 8, 8, 4) * np.inf}, r"latents must be finite, got inf at \[0, 0, 0, 0\]"),
     ],
 )
 def test_wrong_arguments_are_named_before_any_work(pipe, kwargs, message):
@@ -182,10 +236,12 @@ def test_save_pretrained_round_trip(pipe, folder, tmp_path):
 
 
 def test_saving_replaces_a_pipeline_and_keeps_other_files(pipe, broken, tmp_path):
-    (broken / "README.md").write_text("mine")
+    (broken / "notes.txt").write_text("mine")
     (broken / "unet" / "stale.safetensors").write_text("")
-    dataclasses.replace(pipe, sampling=Sampling()).save_pretrained(broken, jnp.bfloat16)
-    assert (broken / "README.md").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="broken: exists, expected a new folder"):
+        pipe.save_pretrained(broken)
+    dataclasses.replace(pipe, sampling=Sampling()).save_pretrained(broken, jnp.bfloat16, overwrite=True)
+    assert (broken / "notes.txt").read_text() == "mine"
     assert sorted(p.name for p in (broken / "unet").iterdir()) == ["config.json", convert.WEIGHTS]
     assert json.loads((broken / "tiue_config.json").read_text()) == {"sampler": "ddim"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
@@ -195,8 +251,8 @@ def test_saving_replaces_a_pipeline_and_keeps_other_files(pipe, broken, tmp_path
 def test_saving_leaves_other_folders_and_failures_alone(pipe, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.png").touch()
-    with pytest.raises(ValueError, match="photos: not empty and no pipeline"):
-        pipe.save_pretrained(tmp_path / "photos")
+    with pytest.raises(FileExistsError, match="photos: not empty and no model_index.json"):
+        pipe.save_pretrained(tmp_path / "photos", overwrite=True)
     huge = jax.tree.map(lambda x: x + 1e6, pipe.vae.params)
     with pytest.raises(ValueError, match="not finite in float16"):
         dataclasses.replace(pipe, vae=pipe.vae._replace(params=huge)).save_pretrained(tmp_path / "new", np.float16)

@@ -21,7 +21,9 @@ import train
 from tests import tiny
 from tests.events import scalars
 from tiue_jax import convert
+from tiue_jax.data import embed, prepare
 from tiue_jax.distill import DistillConfig, Frozen
+from tiue_jax.export.folder import save_pipeline
 from tiue_jax.images import read_png
 from tiue_jax.metrics import MetricsWriter
 from tiue_jax.models import functional
@@ -29,7 +31,7 @@ from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisio
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
-from tiue_jax.pipeline import Pipeline, save_pipeline
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
 from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
@@ -132,6 +134,8 @@ def test_the_exported_student_is_the_average_and_samples(whole, model):
     teacher = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
     assert np.any(teacher["conv_in.bias"] != average["conv_in"]["bias"])
     assert student(["a red apple"]).shape == (1, 16, 16, 3)
+    assert f"| teacher | `{model}` |\n" in (card := (whole / "student" / "README.md").read_text())
+    assert "| training steps | 4 |" in card and (whole / "student" / "pipeline.py").is_file()
 
 
 def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, model, tmp_path, monkeypatch, capsys):
@@ -227,6 +231,14 @@ def test_a_workdir_that_cannot_be_written(model, tmp_path, capsys):
     assert "file" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_student_folder_that_holds_something_else_is_found_before_the_run(model, tmp_path, capsys):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "notes.txt").touch()
+    assert train.main(command(model, tmp_path)) == 2
+    assert "student: not empty and no model_index.json in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
 def test_help(capsys):
     assert train.main(["train.py", "--help"]) == 0
     assert "--config configs/emoji_tiue.py" in capsys.readouterr().out
@@ -259,6 +271,24 @@ def test_the_clip_loss_is_loaded_from_its_folders(tmp_path):
     batch = {"clip_input_ids": jnp.asarray(ids, jnp.int32)}
     of_text, of_image = jax.jit(features)(Frozen(unet={}, **parts), batch, latents)
     assert of_text.shape == of_image.shape == (2, 6) and np.isfinite(of_image).all()
+
+
+def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, tmp_path, capsys):
+    prompts, text = tmp_path / "corpus", tmp_path / "embeddings"
+    assert prepare.main(["--prompts", str(model / "prompts.txt"), "--out", str(prompts)]) == 0
+    assert embed.main(["--model", str(model), "--prompts", str(prompts), "--out", str(text), "--batch_size", "4"]) == 0
+    data = {"data__prompts": prompts, "data__embeddings": text, "train__max_train_steps": 1}
+    assert train.main(command(model, tmp_path / "run", **data)) == 0
+    first = {at: value for at, value in losses(whole).items() if at[0] == 1}
+    got = losses(tmp_path / "run")
+    assert got.keys() == first.keys()
+    for at, value in first.items():  # the cache holds bfloat16
+        np.testing.assert_allclose(got[at], value, rtol=2e-2, atol=1e-6, err_msg=str(at))
+
+    (model / "prompts.txt").with_name("other.txt").write_text("b\n")
+    stale = command(model, tmp_path / "other", data__prompts=model / "other.txt", data__embeddings=text)
+    assert train.main(stale) == 2
+    assert "stale text embeddings, made from other prompts" in capsys.readouterr().err
 
 
 def test_eight_devices_give_the_same_losses_as_one(whole, model, tmp_path):

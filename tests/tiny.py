@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_jax import pipeline
+from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
@@ -64,14 +64,20 @@ def random_params(cls, cfg, seed: int):
     return spread(functional.init(functional.abstract(cls, cfg)[1], seed))
 
 
-def write_pipeline(folder: Path, tiue_config: dict | None = None, schedule: Schedule | None = None) -> Path:
+def write_pipeline(
+    folder: Path,
+    tiue_config: dict | None = None,
+    schedule: Schedule | None = None,
+    unet: UNetConfig = UNET,
+    text_encoder: CLIPTextConfig = TEXT,
+) -> Path:
     """A pipeline folder; a student's where `tiue_config` is given."""
     folder = Path(folder)
-    pipeline.save_pipeline(
+    save_pipeline(
         folder,
-        unet=(UNET, random_params(UNet, UNET, 0)),
+        unet=(unet, random_params(UNet, unet, 0)),
         vae=(VAE, random_params(AutoencoderKL, VAE, 1)),
-        text_encoder=(TEXT, random_params(CLIPTextModel, TEXT, 2)),
+        text_encoder=(text_encoder, random_params(CLIPTextModel, text_encoder, 2)),
         tokenizer_dir=write_tokenizer(folder.parent / f"{folder.name}-tokenizer"),
         schedule=Schedule() if schedule is None else schedule,
         tiue_config=tiue_config,

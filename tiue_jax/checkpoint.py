@@ -79,6 +79,15 @@ class Checkpoints:
         return restored.state, restored.data
 
 
+def saved_steps(workdir: str | epath.PathLike) -> list[int]:
+    """Steps of a run's checkpoints, ascending. FileNotFoundError where it has none."""
+    folder = epath.Path(workdir).absolute() / FOLDER
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {folder}")
+    return steps
+
+
 def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "ema", step: int | None = None) -> Any:
     """One field of the state that a run saved, and nothing else: its moving average for evaluation or export.
 
@@ -92,10 +101,7 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
         FileNotFoundError: the run has no checkpoint, or not this one.
         ValueError: the checkpoint's tree has other names or shapes.
     """
-    folder = epath.Path(workdir).absolute() / FOLDER
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {folder}")
+    folder, steps = epath.Path(workdir).absolute() / FOLDER, saved_steps(workdir)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}, which has {steps}")

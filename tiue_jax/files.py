@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ def writing_aside(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # of the user's umask; safetensors makes files that only their owner may read
         yield aside
+        aside.chmod(mode)
         os.replace(aside, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -25,6 +30,61 @@ def writing_aside(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.strerror and error.filename in (None, str(aside)):
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def writing_folder_aside(
+    path: str | Path, marker: str, own: Collection[str], overwrite: bool = False
+) -> Iterator[Path]:
+    """A new folder beside `path`, renamed to it when the block succeeds and removed when it fails.
+
+    With `overwrite` it takes the place of an older one, of which the entries not in `own` are copied over first.
+
+    Args:
+        path: does not exist, or is an empty folder.
+        marker: the file by which an older one is known: nothing else is ever overwritten.
+        own: names in the folder that are the writer's, so that none of them outlives what it belonged to.
+        overwrite: `path` may also be a folder with `marker`.
+
+    Raises:
+        FileExistsError: `path` is something else; before the block runs.
+    """
+    path = check_new_folder(path, marker, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+        new, old = Path(aside) / "new", Path(aside) / "old"
+        new.mkdir()
+        yield new
+        if not path.exists():
+            new.rename(path)
+            return
+        for entry in path.iterdir():
+            if entry.name in own:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, new / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+        try:
+            path.rename(old)
+            new.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+
+
+def check_new_folder(path: str | Path, marker: str, overwrite: bool = False) -> Path:
+    """The folder that `writing_folder_aside` may write, links followed. FileExistsError where it may not."""
+    path = Path(path).expanduser().resolve()
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / marker).is_file():
+            raise FileExistsError(f"{path}: not empty and no {marker} in it, expected a new folder")
+        if not overwrite:
+            raise FileExistsError(f"{path}: exists, expected a new folder (or the option to overwrite)")
+    elif path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: a file, expected a new folder")
+    return path
 
 
 def read_text(path: str | Path) -> str:

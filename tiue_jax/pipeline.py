@@ -5,10 +5,6 @@ A folder has the layout of PyTorch diffusers' StableDiffusionPipeline, and loads
 """
 
 import dataclasses
-import logging
-import os
-import shutil
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,15 +17,14 @@ import numpy as np
 from flax import nnx
 
 from tiue_jax import convert, hub, images, samplers, sharding
-from tiue_jax.files import write_json
+from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling import Sampling
 from tiue_jax.schedule import Schedule
-
-logger = logging.getLogger(__name__)
+from tiue_jax.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_SIZE = 8
@@ -53,7 +48,7 @@ class Pipeline:
     """Text-to-image Stable Diffusion, with a TiUE student or its teacher as the UNet.
 
     Batches are split over all local devices. One function is compiled for each image size, sampler, number of steps
-    and batch size; guidance, seed and prompts are its arguments.
+    and batch size, and for guidance or none; guidance scale, seed, latents and prompts are its arguments.
     """
 
     name: str
@@ -65,23 +60,15 @@ class Pipeline:
     sampling: Sampling = Sampling()
 
     def __post_init__(self):
-        unet, vae, text = self.unet.cfg, self.vae.cfg, self.text_encoder.cfg
-        if set(widths := unet.per_block("cross_attention_dim")) != {text.hidden_size}:
-            raise ValueError(
-                f"{self.name}: unet cross_attention_dim must be the text encoder's hidden_size, {text.hidden_size}, "
-                f"got {list(widths)}"
-            )
-        if not unet.in_channels == unet.out_channels == vae.latent_channels:
-            raise ValueError(
-                f"{self.name}: unet in_channels and out_channels must be the vae's latent_channels, "
-                f"{vae.latent_channels}, got {unet.in_channels} and {unet.out_channels}"
-            )
-        self.tokenizer = load_tokenizer(self.tokenizer_dir)
+        check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
+        self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
         self._mesh = sharding.make_mesh(devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
         place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
         self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
         self._compiled: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
+        split = sharding.batch_sharding(self._mesh)
+        self._noise = jax.jit(samplers.image_noise, static_argnums=3, out_shardings=split)
         self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
@@ -97,36 +84,32 @@ class Pipeline:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be among {list(DTYPES)}, got {dtype!r}")
-        folder = hub.resolve(name)
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"{folder}: no model_index.json, expected a folder in diffusers' pipeline layout")
+        folder = hub.resolve(name, dtype)
+        convert.check_pipeline(folder)
+        # all that can be wrong with the small files is found before gigabytes are read
+        unet = read_config(folder / "unet", UNetConfig)
+        vae = read_config(folder / "vae", VAEConfig)
+        check_widths(str(name), unet, vae, read_config(folder / "text_encoder", CLIPTextConfig))
         config = folder / "tiue_config.json"
+        usual = Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
         return cls(
             name=str(name),
             tokenizer_dir=folder / "tokenizer",
-            text_encoder=_load(folder / "text_encoder", CLIPTextModel, CLIPTextConfig, dtype),
+            schedule=load_schedule(folder / "scheduler"),
+            sampling=Sampling.from_file(config) if config.is_file() else usual,
             unet=_load(folder / "unet", UNet, UNetConfig, dtype),
             vae=_load(folder / "vae", AutoencoderKL, VAEConfig, dtype),
-            schedule=_load_schedule(folder / "scheduler"),
-            sampling=Sampling.from_file(config) if config.is_file() else Sampling(),
+            text_encoder=load_text_encoder(folder, dtype),
         )
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the images the UNet was trained on."""
-        side = (self.unet.cfg.sample_size or self.vae.cfg.sample_size // self.vae.cfg.factor) * self.vae.cfg.factor
-        return side, side
+        return image_size(self.unet.cfg, self.vae.cfg)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [b l], padded to the text encoder's context; logs a warning for each prompt it cuts."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.cfg.max_position_embeddings)
-        whole = self.tokenizer(list(prompts), verbose=False)["input_ids"]
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if len(ids) > length:  # the last token kept is the end of text
-                cut = self.tokenizer.decode(ids[length - 1 : -1]).strip()
-                logger.warning("prompt %r is longer than %d tokens, ignored: %r", prompt, length, cut)
-        padded = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
-        return np.asarray(padded["input_ids"], np.int32)
+        return self.tokenizer(prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
         """Text embeddings [b l d] of the prompts."""
@@ -146,9 +129,11 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         timestep_spacing: str | None = None,
+        key_steps: int | Sequence[int] | None = None,
         batch_size: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        latents: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
         """Makes images batch by batch, in the order of the prompts: yields uint8 [n h w 3], n <= batch_size.
 
@@ -159,12 +144,16 @@ class Pipeline:
             prompts: at least one; "" is the unconditional image.
             seed: 0 ... 2^32 - 1.
             num_images_per_prompt: at least 1.
-            sampler: "tiue" (student), "ddim" (guided teacher) or "one_step"; None is the model's own, and so below.
+            sampler: "tiue" (student), "ddim" (guided teacher), "one_step", or another of samplers.SAMPLERS; None is the
+                model's own, and so below.
             num_inference_steps: K for "tiue".
-            guidance_scale: for "ddim" only; 1 is no guidance.
-            timestep_spacing: "leading", "trailing" or "linspace".
+            guidance_scale: for "ddim", "lcm" and "faster_diffusion"; 1 is no guidance.
+            timestep_spacing: "leading", "trailing" or "linspace"; for "tiue", "ddim" and "faster_diffusion".
+            key_steps: for "faster_diffusion", the steps that run the encoder, from 0; a number n is every n-th.
             batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices.
             height, width: in pixels, multiples of the VAE's factor; the UNet's training size by default.
+            latents: float32 [n h w c], the initial standard normal noise of each image in order, in place of the
+                seed's; h and w are height and width over the VAE's factor.
 
         Raises:
             ValueError: naming the argument, its value and what was expected; before any work is done.
@@ -183,11 +172,14 @@ class Pipeline:
         for side, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % factor:
                 raise ValueError(f"{side} must be a positive multiple of the VAE's factor {factor}, got {pixels}")
-        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing)
+        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
         numbered = number_images(prompts, num_images_per_prompt)
+        shape = (height // factor, width // factor, self.unet.cfg.in_channels)
+        if latents is not None:
+            check_latents(latents, (len(numbered), *shape))
         batch = min(BATCH_SIZE if batch_size is None else batch_size, len(numbered))
         batch += -batch % self._mesh.size
-        return self._stream(numbered, seed, settings, batch, (height // factor, width // factor))
+        return self._stream(numbered, seed, settings, batch, shape, latents)
 
     def settings(
         self,
@@ -195,6 +187,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         timestep_spacing: str | None = None,
+        key_steps: int | Sequence[int] | None = None,
     ) -> Sampling:
         """What `stream` samples with when given these: the model's own settings where None. ValueError as `stream`."""
         return self.sampling.override(
@@ -202,12 +195,14 @@ class Pipeline:
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             timestep_spacing=timestep_spacing,
-        ).resolve(self.schedule)
+            key_steps=tuple(key_steps) if isinstance(key_steps, Sequence) else key_steps,
+        ).resolve(self.schedule, embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
 
-    def save_pretrained(self, folder: str | Path, dtype: Any = np.float32) -> None:
-        """Writes the whole folder (see save_pipeline)."""
+    def save_pretrained(self, folder: str | Path, dtype: Any = np.float32, overwrite: bool = False) -> None:
+        """Writes the whole folder (see export.folder.save_pipeline)."""
         save_pipeline(
             folder,
+            overwrite=overwrite,
             unet=(self.unet.cfg, self.unet.params),
             vae=(self.vae.cfg, self.vae.params),
             text_encoder=(self.text_encoder.cfg, self.text_encoder.params),
@@ -218,9 +213,15 @@ class Pipeline:
         )
 
     def _stream(
-        self, numbered: list[tuple[str, int]], seed: int, settings: Sampling, batch: int, size: tuple[int, int]
+        self,
+        numbered: list[tuple[str, int]],
+        seed: int,
+        settings: Sampling,
+        batch: int,
+        shape: tuple[int, int, int],
+        latents: np.ndarray | None,
     ) -> Iterator[np.ndarray]:
-        sample = self._sampler(settings, size)
+        sample = self._sampler(settings)
         params = self.text_encoder.params, self.unet.params, self.vae.params
         split = sharding.batch_sharding(self._mesh)
         distinct = list(dict.fromkeys(prompt for prompt, _ in numbered))
@@ -233,21 +234,28 @@ class Pipeline:
             ids = np.stack([tokens[prompt] for prompt, _ in padded])
             prompt_ids = np.array([zlib.crc32(prompt.encode()) for prompt, _ in padded], np.uint32)
             numbers = np.array([number for _, number in padded], np.uint32)
-            rows = jax.device_put((ids, prompt_ids, numbers), split)
-            decoded = sample(params, *rows, null, np.uint32(seed), guidance_scale)
+            ids, prompt_ids, numbers = jax.device_put((ids, prompt_ids, numbers), split)
+            if latents is None:
+                noise = self._noise(np.uint32(seed), prompt_ids, numbers, shape)
+            else:
+                given = latents[start : start + len(part)]
+                noise = jax.device_put(np.pad(given, [(0, batch - len(part)), *[(0, 0)] * 3], mode="edge"), split)
+            decoded = sample(params, ids, noise, prompt_ids, numbers, null, np.uint32(seed), guidance_scale)
             yield images.to_uint8(np.asarray(decoded)[: len(part)])
 
-    def _sampler(self, settings: Sampling, size: tuple[int, int]) -> Callable[..., jax.Array]:
-        """The compiled function from prompts to float32 images [b h w 3]; kept for the next call."""
-        key = (settings.sampler, settings.num_inference_steps, settings.timestep_spacing, size)
+    def _sampler(self, settings: Sampling) -> Callable[..., jax.Array]:
+        """The compiled function from prompts and noise to float32 images [b h w 3]; kept for the next call."""
+        guided = settings.guidance_scale not in (None, 1)
+        key = dataclasses.replace(settings, guidance_scale=None), guided
         if key not in self._compiled:
-            schedule, steps = settings.respaced(self.schedule), settings.num_inference_steps
-            assert steps is not None  # settings are resolved
-            shape = (*size, self.unet.cfg.in_channels)
+            schedule = settings.respaced(self.schedule)
+            steps, key_steps = settings.num_inference_steps, settings.key_steps
+            assert steps is not None and not isinstance(key_steps, int)  # settings are resolved
 
             def sample(
                 params: Any,
                 ids: jax.Array,  # int32 [b l]
+                noise: jax.Array,  # float32 [b h w c]
                 prompt_ids: jax.Array,  # uint32 [b]
                 numbers: jax.Array,  # uint32 [b]
                 null: jax.Array,  # int32 [1 l]
@@ -257,21 +265,59 @@ class Pipeline:
                 parts = zip((self.text_encoder, self.unet, self.vae), params, strict=True)
                 encode, unet, vae = (part.bind(own) for part, own in parts)
                 text = encode(ids).last_hidden_state
-                noise = samplers.image_noise(seed, prompt_ids, numbers, shape)
-                if settings.sampler == "tiue":
-                    latents = samplers.tiue(unet, noise, text, schedule, steps)
-                elif settings.sampler == "one_step":
-                    latents = samplers.one_step(unet, noise, text, schedule)
-                else:
-                    null_text = jnp.broadcast_to(encode(null).last_hidden_state, text.shape)
-                    latents = samplers.ddim(unet, noise, text, null_text, schedule, steps, guidance_scale)
+                latents = samplers.SAMPLERS[settings.sampler](
+                    samplers.Inputs(
+                        unet=unet,
+                        noise=noise,
+                        keys=samplers.image_keys(seed, prompt_ids, numbers),
+                        text=text,
+                        null_text=jnp.broadcast_to(encode(null).last_hidden_state, text.shape),
+                        guidance_scale=guidance_scale if guided else 1,
+                        schedule=schedule,
+                        num_inference_steps=steps,
+                        key_steps=key_steps or (),
+                    )
+                )
                 return vae.decode(latents / self.vae.cfg.scaling_factor).astype(jnp.float32)
 
             self._compiled[key] = jax.jit(sample)
         return self._compiled[key]
 
 
-def _load_schedule(folder: Path) -> Schedule:
+def check_widths(name: str, unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> None:
+    """Raises ValueError, naming the model and the config field, where the parts of a pipeline do not fit together."""
+    if set(widths := unet.per_block("cross_attention_dim")) != {text.hidden_size}:
+        raise ValueError(
+            f"{name}: unet cross_attention_dim must be the text encoder's hidden_size, {text.hidden_size}, "
+            f"got {list(widths)}"
+        )
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise ValueError(
+            f"{name}: unet in_channels and out_channels must be the vae's latent_channels, "
+            f"{vae.latent_channels}, got {unet.in_channels} and {unet.out_channels}"
+        )
+
+
+def image_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that a UNet was trained on."""
+    side = (unet.sample_size or vae.sample_size // vae.factor) * vae.factor
+    return side, side
+
+
+def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError where latents are not float32 of this shape [n h w c], or not finite."""
+    if latents.dtype != np.float32 or latents.shape != shape:
+        expected, got = (" ".join(map(str, dims)) for dims in (shape, latents.shape))
+        raise ValueError(
+            f"latents must be float32 [{expected}], [n h w c] with one for each image, got {latents.dtype} [{got}]"
+        )
+    if not np.isfinite(latents).all():
+        first = np.argwhere(~np.isfinite(latents))[0].tolist()
+        raise ValueError(f"latents must be finite, got {latents[tuple(first)]} at {first}")
+
+
+def load_schedule(folder: Path) -> Schedule:
+    """The noise schedule in a scheduler folder. FileNotFoundError or ValueError naming the file."""
     filename = "scheduler_config.json"
     config = convert.read_config(folder, filename)
     try:
@@ -290,99 +336,31 @@ def number_images(prompts: Sequence[str], images_each: int) -> list[tuple[str, i
     return numbered
 
 
-def save_pipeline(
-    folder: str | Path,
-    *,
-    unet: tuple[UNetConfig, functional.Params],
-    vae: tuple[VAEConfig, functional.Params],
-    text_encoder: tuple[CLIPTextConfig, functional.Params],
-    tokenizer_dir: str | Path,
-    schedule: Schedule,
-    tiue_config: dict[str, Any] | None = None,
-    dtype: Any = np.float32,
-) -> None:
-    """Writes a pipeline folder that `Pipeline.from_pretrained` and PyTorch's StableDiffusionPipeline load.
-
-    Everything is written beside `folder` first and then moved there. Where the folder holds a pipeline its parts are
-    replaced, and other files stay.
-
-    Args:
-        folder: does not exist, is empty, or holds a pipeline.
-        unet, vae, text_encoder: configuration and parameters of each.
-        tokenizer_dir: its files are copied.
-        schedule: the noise schedule.
-        tiue_config: the fields of Sampling that the model is to be sampled with.
-        dtype: floating dtype of the weights on disk.
-
-    Raises:
-        ValueError: the folder holds something else; weights that are not finite in `dtype`.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty and no pipeline, expected a new folder or a pipeline to replace")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
-        new = Path(aside) / "new"
-        for part, (cfg, params), filename in (
-            ("unet", unet, convert.WEIGHTS),
-            ("vae", vae, convert.WEIGHTS),
-            ("text_encoder", text_encoder, convert.TRANSFORMERS_WEIGHTS),
-        ):
-            convert.save(new / part, params, cfg.to_dict(), dtype, filename)
-        shutil.copytree(tokenizer_dir, new / "tokenizer")
-        (new / "scheduler").mkdir()
-        write_json(new / "scheduler" / "scheduler_config.json", schedule.to_dict())
-        if tiue_config is not None:
-            write_json(new / "tiue_config.json", Sampling.from_dict(tiue_config).to_dict())
-        write_json(new / "model_index.json", _MODEL_INDEX)
-        if not folder.exists():
-            new.rename(folder)
-            return
-        old = Path(aside) / "old"
-        old.mkdir()
-        for name in _PARTS:
-            if (folder / name).exists():
-                (folder / name).rename(old / name)
-            if (new / name).exists():
-                (new / name).rename(folder / name)
+def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
+    """The text encoder of a pipeline folder alone. Errors as `Pipeline.from_pretrained`."""
+    return _load(Path(folder) / "text_encoder", CLIPTextModel, CLIPTextConfig, dtype)
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The CLIPTokenizer in a folder, as transformers reads it. FileNotFoundError or ValueError naming the folder."""
-    folder = Path(folder)
-    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
-        raise FileNotFoundError(f"{folder}: no tokenizer.json or vocab.json, expected the files of a CLIPTokenizer")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not installed
-    from transformers import CLIPTokenizer  # seconds to import
-
-    try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # its parsers, in Rust and Python, raise bare Exceptions on broken files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error
-
-
-def _load(folder: Path, cls: type[nnx.Module], config: type, dtype: str) -> Component:
+def read_config(folder: Path, config: Any) -> Any:
+    """The configuration of a model folder, of this class. FileNotFoundError or ValueError naming the file."""
     cfg_dict = convert.read_config(folder)
     try:
-        cfg = config.from_dict(cfg_dict)  # type: ignore[attr-defined]
-        graphdef, shapes = functional.abstract(cls, cfg)
+        return config.from_dict(cfg_dict)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    return Component(cfg, graphdef, convert.load(folder, shapes, DTYPES[dtype]))
 
 
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "tiue_config.json", "model_index.json")
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.42.1",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+def read_model(folder: Path, cls: type[nnx.Module], config: Any) -> tuple[Any, nnx.GraphDef, functional.Params]:
+    """Configuration, graph and parameter shapes of a model folder. FileNotFoundError or ValueError naming the file."""
+    cfg = read_config(folder, config)
+    try:
+        return cfg, *functional.abstract(cls, cfg)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _load(folder: Path, cls: type[nnx.Module], config: Any, dtype: str) -> Component:
+    """A model on every local device: each tensor goes there as it is read."""
+    cfg, graphdef, shapes = read_model(folder, cls, config)
+    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
+    return Component(cfg, graphdef, convert.load(folder, shapes, DTYPES[dtype], shardings=everywhere))

@@ -17,8 +17,9 @@ class ModelConfig:
 
     Attributes:
         pretrained_model_name_or_path: the teacher, which the student starts from: what hub.resolve takes.
-        clip_model_name_or_path: a local CLIP folder in transformers' layout, tokenizer included, for L_clip.
-        tiny_vae_name_or_path: a local AutoencoderTiny folder (TAESD), which decodes the student's latents for L_clip.
+        clip_model_name_or_path: a CLIP in transformers' layout, tokenizer included, for L_clip, such as
+            "clip-vit-base-patch32": what hub.resolve takes, and so the next.
+        tiny_vae_name_or_path: an AutoencoderTiny, which decodes the student's latents for L_clip, such as "taesd".
     """
 
     pretrained_model_name_or_path: str
@@ -31,12 +32,14 @@ class DataConfig:
     """The prompts.
 
     Attributes:
-        prompts: a file of them, text or JSON lines: what data.prompts.load_prompts takes.
+        prompts: a file of them, text or JSON lines, or a folder that data.prepare made, for millions of them.
         field: the prompt's field in JSON lines, such as "Task2.Caption"; None for text.
+        embeddings: a folder that data.embed made of these prompts, read instead of encoding them in the step.
     """
 
     prompts: str
     field: str | None = None
+    embeddings: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,13 @@ class Settings:
         train = TrainConfig(**config["train"])
         distill = DistillConfig.from_dict({**config["distill"], "max_train_steps": train.max_train_steps})
         return cls(ModelConfig(**config["model"]), DataConfig(**config["data"]), train, distill)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`, such as a run's config.json. ValueError as `from_config`."""
+        section, derived = _DERIVED
+        as_written = {name: value for name, value in config.get(section, {}).items() if name != derived}
+        return cls.from_config({**config, section: as_written})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: sections of plain values."""

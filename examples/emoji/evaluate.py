@@ -29,6 +29,7 @@ from tiue_jax.files import read_text, write_json
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.pipeline import Component, Pipeline
+from tiue_jax.sampling import SAMPLERS
 
 PROMPTS = Path(__file__).parent / "eval_prompts.txt"
 SHIFT = 2  # pixels
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, default=hub.ASSETS / "emoji-clip")
     parser.add_argument("--data", type=Path, default=Path("runs/emoji/data.npz"))
     parser.add_argument("--out", type=Path, required=True, help="folder for grids and results.json")
-    parser.add_argument("--sampler", choices=("tiue", "ddim", "one_step"))
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS))
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float)
     parser.add_argument("--seed", type=int, default=0)

