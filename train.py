@@ -93,7 +93,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, tokenize_clip)
     rows = sharding.local_rows(train.batch_size, mesh)
     batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
-    limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS)
+    stack.enter_context(limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
     step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
     frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
@@ -264,7 +264,8 @@ def catch_stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def limit_warnings(name: str, count: int) -> None:
+@contextlib.contextmanager
+def limit_warnings(name: str, count: int) -> Iterator[None]:
     """Lets the first `count` messages of a logger through: a corpus may hold thousands of prompts that are too long."""
     seen = 0
 
@@ -276,6 +277,10 @@ def limit_warnings(name: str, count: int) -> None:
         return seen <= count
 
     logging.getLogger(name).addFilter(allow)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(allow)
 
 
 def progress_bar(start: int, total: int) -> tqdm:
