@@ -9,8 +9,8 @@ For a look at it within five minutes:
 The one-step student it is compared with takes `--config.distill.num_inference_steps=1` and, since "leading" would give
 it timestep 1, `--config.distill.timestep_spacing=trailing`.
 
-What to expect is in docs/emoji.md: steps a second, grids and measured quality. `loss_vsd` starts at 0, since both
-teachers agree at first, rises, and then says nothing about quality: look at the pictures.
+What to expect is in docs/emoji.md: grids and measured quality. The 380 steps take seven minutes on one core of an AMD
+EPYC; the shipped student had more. `loss_vsd` says nothing about quality: look at the pictures.
 """
 
 import ml_collections
@@ -25,11 +25,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.train.update(
         {
             "batch_size": 16,
-            "max_train_steps": 2500,
+            "max_train_steps": 380,
             "log_every": 10,
-            "checkpoint_every": 250,
+            "checkpoint_every": 100,
             "checkpoints_total_limit": 2,
-            "validation_every": 250,
+            "validation_every": 100,
             "validation_prompts": (
                 "a red apple",
                 "a dog face",
@@ -46,15 +46,16 @@ def get_config() -> ml_collections.ConfigDict:
     # An 8M-parameter UNet: larger steps, adapters on every layer since few have attention, no memory to save.
     config.distill.update(
         {
-            "teacher_guidance_scale": 3.5,
+            "teacher_guidance_scale": 2.5,
             "lora_guidance_scale": 1.0,
+            "timestep_weighting": "uniform",
             "lora_rank": 32,
             "lora_alpha": 54.0,
             "lora_targets": (
                 *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
                 *("conv_in", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv", "conv_out"),
             ),
-            "ema_decay": 0.995,
+            "ema_decay": 0.99,
             "student_learning_rate": 5e-5,
             "student_learning_rate_schedule": "linear",
             "compute_dtype": "float32",
