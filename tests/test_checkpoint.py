@@ -161,7 +161,7 @@ def cut(folder: Path) -> None:
         flip_a_bit,
         cut,
         lambda folder: shutil.rmtree(folder / "state"),
-        lambda folder: shutil.rmtree(folder / "state" / "ocdbt.process_0"),
+        lambda folder: shutil.rmtree(folder / "state" / "d"),
         lambda folder: (folder / "state" / "_METADATA").unlink(),
         lambda folder: shutil.rmtree(folder / "config"),
         lambda folder: shutil.rmtree(folder / "checksums"),

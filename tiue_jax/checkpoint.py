@@ -6,6 +6,7 @@ holds a checksum of every array, since orbax's files do not: a flipped bit would
 """
 
 import contextlib
+import logging
 import math
 import re
 import time
@@ -63,14 +64,21 @@ class Checkpoints:
             best_mode=self._mode,
             preservation_policy=self._policy(total_limit),
         )
+        logging.getLogger("absl").addFilter(_no_traceback)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._failed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._reporting():
-            self._manager.close()
+        told = self._failed
+        try:
+            with self._reporting():
+                self._manager.close()
+        except NotSavedError:
+            if not told:  # else orbax raises the same once more
+                raise
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
@@ -203,7 +211,8 @@ class Checkpoints:
         policies: list[keep.PreservationPolicy] = [keep.LatestN(total_limit)]
         if self._metric:
             reverse = self._mode == "min"  # the last of the sorted ones is kept
-            policies.append(keep.BestN(self._value, reverse, n=1, keep_checkpoints_without_metrics=False))
+            without = {"keep_checkpoints_without_metrics": False}
+            policies.append(keep.BestN(get_metric_fn=self._value, reverse=reverse, n=1, **without))
         return keep.AnyPreservationPolicy(policies)
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -227,10 +236,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            self._failed = True
             whole = [path for path in self.folder.iterdir() if path.name.isdigit()]
             last = max(whole, key=lambda path: int(path.name), default=None)
             kept = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
             raise NotSavedError(f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; {kept}") from error
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps back orbax's pages of tracebacks, one from each thread, of what NotSavedError says in a line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -343,6 +358,7 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def _one_line(error: BaseException, length: int = 400) -> str:
-    """An error's text, whose beginning and end say the most: orbax's can be pages long."""
+    """An error's text without the pages of [name='...'] that tensorstore appends; long ones without their middle."""
     text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.split(r" \[\w+='", text)[0]
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
