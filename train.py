@@ -26,7 +26,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -99,7 +99,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, tokenize_clip)
     rows = sharding.local_rows(train.batch_size, mesh)
     batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
-    limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS)
+    stack.enter_context(limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
     step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
     put = jax.device_put if jax.process_count() == 1 else sharding.place  # which copies what is already in its place
@@ -289,7 +289,8 @@ def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
     return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))
 
 
-def limit_warnings(name: str, count: int) -> None:
+@contextlib.contextmanager
+def limit_warnings(name: str, count: int) -> Iterator[None]:
     """Lets the first `count` messages of a logger through: a corpus may hold thousands of prompts that are too long."""
     seen = 0
 
@@ -301,6 +302,10 @@ def limit_warnings(name: str, count: int) -> None:
         return seen <= count
 
     logging.getLogger(name).addFilter(allow)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(allow)
 
 
 def progress_bar(start: int, total: int) -> tqdm:

