@@ -50,7 +50,15 @@ def test_one_process_needs_no_other():
     assert isinstance(tree["a"], np.ndarray) and tree["b"][0].shape == (2, 2)
 
 
-def test_a_signal_asks_to_stop_and_a_second_acts_at_once():
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal gives it: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert not stop.reached(1) and stop.minutes_left is None

@@ -42,6 +42,17 @@ class Restored(NamedTuple):
     data: dict[str, Any]  # position of the data iterator
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which asks jax for a preemption from a thread of process 0, with a step that may be long past.
+
+    Jax takes that for the step this process is at and could agree with the others on one that it has left behind. So
+    only the training loop asks.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one to be written."""
 
@@ -65,7 +76,7 @@ class Checkpoints:
             preservation_policy=self._policy(total_limit),
         )
         logging.getLogger("absl").addFilter(_no_traceback)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
         self._failed = False
 
     def __enter__(self) -> Self:
