@@ -67,7 +67,10 @@ class Checkpoints:
             raise ValueError(f"checkpoints_total_limit must be >= 1 or None, got {total_limit}")
         self.folder = epath.Path(workdir).absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metric, self._mode = best or (None, "min")
+        self._metric: str | None = None
+        self._mode = "min"
+        if best:
+            self._metric, self._mode = best
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed run was writing
