@@ -8,22 +8,27 @@ student above its teacher, for the same prompts and noise), `config.json`, and i
 
     python sample.py --model runs/emoji/student --prompt "a red apple" --out apple.png
 
-Exit status: 0 done; 2 a wrong setting, file or folder; 3 a loss that is not finite; 130 and 143 stopped by SIGINT
-(Ctrl-C) and SIGTERM, with a checkpoint saved. A second Ctrl-C stops at once.
+On several hosts start the same command on each; they share the run's folder. Cloud TPU, SLURM, Open MPI and Kubernetes
+are found by themselves; elsewhere add `--coordinator_address=HOST:PORT --num_processes=N --process_id=0` (to N - 1).
+Where the newest checkpoint is broken, `--allow_older` goes on from the one before.
+
+Exit status: 0 done; 2 a wrong setting, file or folder; 3 too many steps in a row whose loss or gradient was not finite;
+4 a checkpoint could not be written, as on a full disk: the last good one is left; 130 stopped by SIGINT (Ctrl-C); 143
+stopped by SIGTERM, which is how a machine is taken back, or any stop of several processes. After 130 and 143 a
+checkpoint was saved and the same command goes on. A second Ctrl-C stops at once.
 """
 
 import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +37,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tiue_jax import convert, distill, hub, images, sharding
-from tiue_jax.checkpoint import Checkpoints, check_config
+from tiue_jax import convert, distill, distributed, hub, images, sharding
+from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, Tokenize, tokens
 from tiue_jax.data.prompts import describe
@@ -46,10 +51,10 @@ from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.settings import Settings
+from tiue_jax.settings import EVAL_METRICS, Settings
 from tiue_jax.tokenizer import Tokenizer
 
-BAD_INPUT, NOT_FINITE = 2, 3
+BAD_INPUT, NOT_FINITE, NOT_SAVED = 2, 3, 4
 GRID_COLUMNS = 8
 GRID_PIXELS = 128  # smaller pictures are enlarged to about this
 CUT_PROMPT_WARNINGS = 5
@@ -57,13 +62,14 @@ CUT_PROMPT_WARNINGS = 5
 
 def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
-    settings, workdir = read_flags(argv)
+    settings, workdir, allow_older, processes = read_flags(argv)
+    distributed.initialize(*processes)
     check_writable(workdir / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
 
     # ---- mesh -----------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
-    sharding.check_batch_size(train.batch_size, mesh)
+    sharding.check_batch_size(train.batch_size, mesh, config.gradient_accumulation_steps)
     replicated = sharding.replicated(mesh)
 
     # ---- models ---------------------------------------------------------------------------------------------------
@@ -96,26 +102,30 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     stack.enter_context(limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
     step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
-    frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
+    put = jax.device_put if jax.process_count() == 1 else sharding.place  # which copies what is already in its place
+    frozen = put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
 
     # ---- state ----------------------------------------------------------------------------------------------------
     init = functools.partial(distill.init_state, config, teacher.unet.cfg, seed=train.seed)
     state_shapes = jax.eval_shape(init, unet_shapes)
     placement = sharding.shardings(state_shapes, mesh, train.mesh_replicate_below)
-    checkpoints = stack.enter_context(Checkpoints(workdir, train.checkpoints_total_limit))
-    start = checkpoints.latest() or 0
-    if start:
-        check_config(checkpoints.config(start), settings.to_dict(), settings.free_on_resume)
-        state, position = checkpoints.restore(start, sharding.structs(state_shapes, placement))
+    best = train.checkpoints_best_metric
+    keep_best = None if best is None else (best, EVAL_METRICS[best])
+    checkpoints = stack.enter_context(Checkpoints(workdir, train.checkpoints_total_limit, keep_best))
+    check = functools.partial(check_config, current=settings.to_dict(), free=settings.free_on_resume)
+    restored = checkpoints.resume(sharding.structs(state_shapes, placement), check, allow_older=allow_older)
+    if restored:
+        start, state, position = restored
         batches.set_state(position)
         say(f"resuming: {checkpoints.folder / str(start)}")
     else:
+        start = 0
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one accelerator may not hold the whole state
             state = init(convert.load(folder / "unet", unet_shapes))
         state = sharding.place(state, placement)
 
     # ---- step -----------------------------------------------------------------------------------------------------
-    key = jax.device_put(jax.random.key(train.seed), replicated)
+    key = jax.jit(functools.partial(jax.random.key, train.seed), out_shardings=replicated)()
     position = batches.get_state()
     example = sharding.place_rows(next(batches), train.batch_size, mesh)
     batches.set_state(position)
@@ -128,17 +138,16 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     writer = stack.enter_context(MetricsWriter(workdir, start))
     writer.config(settings.to_dict())
     shown = list(train.validation_prompts)
-    of_teacher = None
-    if shown:
+    if shown and jax.process_index() == 0:
         steps, guidance = train.validation_num_inference_steps, train.validation_guidance_scale
         ddim = {"sampler": "ddim", "num_inference_steps": steps, "guidance_scale": guidance}
         of_teacher = teacher(shown, seed=train.seed, **ddim)
     bar = stack.enter_context(progress_bar(start, train.max_train_steps))
-    stop_signals = stack.enter_context(catch_stop_signals())
+    stop = stack.enter_context(distributed.StopRequest(train.max_train_minutes))
     since = time.monotonic()
-    deadline = since + 60 * (train.max_train_minutes or math.inf)
     done = logged = start
-    last, metrics = start >= train.max_train_steps, None
+    skipped = int(jax.device_get(state.skipped))
+    last, stopped, metrics = start >= train.max_train_steps, False, None
     while not last:
         batch = sharding.place_rows(next(batches), train.batch_size, mesh)
         jax.block_until_ready(metrics)  # one step runs while the next one's batch is made; no more are queued
@@ -146,44 +155,67 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         done += 1
         bar.update()
 
-        last = done == train.max_train_steps or bool(stop_signals) or time.monotonic() >= deadline
+        stopped = stop.reached(done)
+        last = stopped or done == train.max_train_steps
         due = lambda every: last or done % every == 0  # noqa: B023 (called in this iteration only)
         if due(train.log_every) or due(train.checkpoint_every):
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             rate = train.batch_size * (done - logged) / (time.monotonic() - since)
             writer.scalars(done, {f"train/{name}": value for name, value in values.items()})
             writer.scalars(done, {"perf/images_per_sec": rate})
-            ends = f", ends in {(deadline - time.monotonic()) / 60:.1f} min" if train.max_train_minutes else ""
+            ends = "" if stop.minutes_left is None else f", ends in {stop.minutes_left:.1f} min"
             bar.set_postfix_str(f"loss_vsd {values['loss_vsd']:.3g}, loss_lora {values['loss_lora']:.3g}{ends}")
-            check_finite(values, done, checkpoints)
+            skipped = check_finite(values, done, skipped, train.max_skipped_steps, checkpoints)
+            checkpoints.check()
             logged, since = done, time.monotonic()
-        if due(train.checkpoint_every):
-            checkpoints.save(done, state, settings.to_dict(), batches.get_state())
-        if due(train.validation_every) and of_teacher is not None and not stop_signals:
-            paused = time.monotonic()
-            student.unet = student.unet._replace(params=functional.cast(state.ema, config.compute_dtype))
-            grid = side_by_side(student(shown, seed=train.seed), of_teacher)
-            writer.image(done, "student_above_teacher", grid, {"step": done, "prompts": "; ".join(shown)})
+        evaluated = {}
+        if due(train.validation_every) and shown and not (stopped and stop.cause()):
+            paused, distance = time.monotonic(), 0.0
+            ema = distributed.to_process_0(state.ema)
+            if ema is not None:
+                student.unet = student.unet._replace(params=functional.cast(ema, config.compute_dtype))
+                of_student = student(shown, seed=train.seed)
+                grid = side_by_side(of_student, of_teacher)
+                writer.image(done, "student_above_teacher", grid, {"step": done, "prompts": "; ".join(shown)})
+                distance = images.distance(of_student, of_teacher)
+            evaluated = {"eval/teacher_distance": distributed.from_process_0(distance)}
+            writer.scalars(done, evaluated)
             since += time.monotonic() - paused
+        if due(train.checkpoint_every):
+            checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated)
 
     # ---- end ------------------------------------------------------------------------------------------------------
     bar.close()
     checkpoints.wait()
-    if stop_signals:
-        name = signal.Signals(stop_signals[0]).name
-        say(f"stopped by {name}: saved {checkpoints.folder / str(done)}, resume with the same command")
-        return 128 + stop_signals[0]
-    made = Training(settings.to_dict(), done, "ema")
-    export_student(workdir / "student", folder, jax.device_get(state.ema), settings, made, overwrite=True)
+    if stopped and (cause := stop.cause()):
+        say(f"stopped by {cause.name}: saved {checkpoints.folder / str(done)}, resume with the same command")
+        return 128 + cause
+    ema = distributed.to_process_0(state.ema)
+    if ema is not None:
+        made = Training(settings.to_dict(), done, "ema")
+        export_student(workdir / "student", folder, ema, settings, made, overwrite=True)
     say(f"done: {done} steps, student: {workdir / 'student'}, pictures: {workdir / 'samples'}")
     return 0
 
 
-def read_flags(argv: Sequence[str]) -> tuple[Settings, Path]:
-    """The run's settings and folder from the command line. ValueError or OSError on what is wrong with it."""
+class Arguments(NamedTuple):
+    """The command line."""
+
+    settings: Settings
+    workdir: Path
+    allow_older: bool
+    processes: tuple[str | None, int | None, int | None]  # coordinator's address, how many, which one
+
+
+def read_flags(argv: Sequence[str]) -> Arguments:
+    """The run's settings and what else the command line says. ValueError or OSError on what is wrong with it."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "The run's settings.", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
+    flags.DEFINE_bool("allow_older", False, "Resume before a checkpoint that is broken.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
     try:
         rest = values(list(argv))[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -196,7 +228,9 @@ def read_flags(argv: Sequence[str]) -> tuple[Settings, Path]:
     file = config_flags.get_config_filename(values["config"])
     if not Path(file).is_file():
         raise FileNotFoundError(f"no config file at {file}")
-    return Settings.from_config(values.config.to_dict()), Path(values.workdir)
+    processes = values.coordinator_address, values.num_processes, values.process_id
+    settings = Settings.from_config(values.config.to_dict())
+    return Arguments(settings, Path(values.workdir), values.allow_older, processes)
 
 
 def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, functional.Params], Tokenize]:
@@ -223,17 +257,25 @@ def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, funct
     return distill.make_clip_features(vae, clip, vision_cfg.image_size, normalize=normalize), parts, tokenize
 
 
-def check_finite(values: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    """Raises FloatingPointError naming each loss and gradient norm that is not finite, and the last good checkpoint."""
-    bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
-    if bad:
+def check_finite(values: dict[str, float], step: int, before: int, limit: int, checkpoints: Checkpoints) -> int:
+    """The number of skipped steps so far; says where it grew since `before`.
+
+    Raises FloatingPointError after `limit` of them in a row, naming each loss and gradient norm that is not finite and
+    the last good checkpoint.
+    """
+    skipped, in_a_row = int(values["skipped_steps"]), int(values["skipped_in_a_row"])
+    if in_a_row >= limit:
+        bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not np.isfinite(value))
+        checkpoints.wait()
         last = checkpoints.latest()
-        kept = (
-            "no checkpoint was saved"
-            if last is None
-            else f"the last good checkpoint is {checkpoints.folder / str(last)}"
+        kept = "no checkpoint was saved" if last is None else f"the last good one is {checkpoints.folder / str(last)}"
+        raise FloatingPointError(
+            f"training stopped at step {step}: expected finite numbers, got {bad}, and {in_a_row} skipped steps in a "
+            f"row; {kept}"
         )
-        raise FloatingPointError(f"training stopped at step {step}: expected finite numbers, got {bad}; {kept}")
+    if skipped > before:
+        say(f"step {step}: skipped {skipped - before} update(s), a loss or gradient was not finite ({skipped} in all)")
+    return skipped
 
 
 def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
@@ -245,23 +287,6 @@ def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
             blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
             rows += [pictures, blank]
     return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))
-
-
-@contextlib.contextmanager
-def catch_stop_signals() -> Iterator[list[int]]:
-    """A list of the SIGINT and SIGTERM received, so that the loop can end between two steps; a second acts at once."""
-    received: list[int] = []
-
-    def remember(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before = {int(number): signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -288,9 +313,9 @@ def progress_bar(start: int, total: int) -> tqdm:
     return tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0)
 
 
-def say(message: str) -> None:
+def say(message: str, file: TextIO | None = None) -> None:
     if jax.process_index() == 0:
-        print(message, flush=True)
+        print(message, file=file, flush=True)
 
 
 def one_line(error: BaseException) -> str:
@@ -307,12 +332,12 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except FloatingPointError as error:  # on all processes alike
+        say(f"error: {error}", sys.stderr)
         return NOT_FINITE
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+        return distributed.failed(NOT_SAVED if isinstance(error, NotSavedError) else BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
             "log_every": 50,
             "checkpoint_every": 1_000,
             "checkpoints_total_limit": 3,
+            "checkpoints_best_metric": config_dict.placeholder(str),  # "eval/teacher_distance" keeps the best one too
+            "max_skipped_steps": 10,  # in a row, of a loss or gradient that is not finite
             "validation_every": 1_000,
             "validation_prompts": (
                 "a red apple on a wooden table",
@@ -87,6 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
             "adam_b2": 0.999,
             "adam_eps": 1e-8,
             "compute_dtype": "bfloat16",
+            "gradient_accumulation_steps": 1,
             "remat": True,
             "latent_size": config_dict.placeholder(int),  # the UNet's own if None
         }

@@ -1,8 +1,12 @@
-"""checkpoint.py: bitwise round trips while the state is donated, keep-last-N, weights alone, and what is refused."""
+"""checkpoint.py: bitwise round trips while the state is donated, what is kept, weights alone, and what is refused."""
 
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +17,7 @@ import optax
 import pytest
 
 from tiue_jax import sharding
-from tiue_jax.checkpoint import Checkpoints, check_config, read_weights
+from tiue_jax.checkpoint import BrokenCheckpointError, Checkpoints, NotSavedError, check_config, checksums, read_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"train": {"seed": 0, "prompts": ["a", "b"]}}
@@ -71,6 +75,20 @@ def test_keeps_the_newest(tmp_path):
         assert_same(again.restore(3, structs(make(3)))[0], make(3))
 
 
+def test_keeps_the_best_too(tmp_path):
+    distances = {1: 0.5, 2: 0.1, 3: 0.3, 4: float("nan"), 5: None, 6: 0.4}
+    with Checkpoints(tmp_path, total_limit=2, best=("eval/distance", "min")) as checkpoints:
+        for step, value in list(distances.items())[:4]:
+            checkpoints.save(step, make(step), CONFIG, {}, {"eval/distance": value, "eval/other": -step})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 4]
+    with Checkpoints(tmp_path, total_limit=2, best=("eval/distance", "min")) as again:  # it reads the values back
+        again.save(5, make(5), CONFIG, {})
+        again.save(6, make(6), CONFIG, {}, {"eval/distance": distances[6]})
+        again.wait()
+        assert again.steps() == [2, 5, 6] and again.latest() == 6
+
+
 def test_limit_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="checkpoints_total_limit must be >= 1 or None, got 0"):
         Checkpoints(tmp_path, total_limit=0)
@@ -111,6 +129,162 @@ def test_a_changed_setting_is_refused_by_name():
     assert "train.seed was 0, now 1" in str(error.value)
     assert "distill.clip_weight was None, now 0.0" in str(error.value)
     assert "log_every" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A run's folder with the checkpoints 1, 2 and 3."""
+    workdir = tmp_path_factory.mktemp("three")
+    with Checkpoints(workdir) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make(step, width=64), CONFIG, {"step": step})
+    return workdir
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In the middle of the largest file, where the numbers are."""
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 16
+    largest.write_bytes(data)
+
+
+def cut(folder: Path) -> None:
+    for path in (folder / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        cut,
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "state" / "d"),
+        lambda folder: (folder / "state" / "_METADATA").unlink(),
+        lambda folder: shutil.rmtree(folder / "config"),
+        lambda folder: shutil.rmtree(folder / "checksums"),
+        lambda folder: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in folder.iterdir()],
+    ],
+    ids=["bit", "cut", "state", "arrays", "metadata", "config", "checksums", "empty"],
+)
+def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(three, tmp_path, damage):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    damage(workdir / "checkpoints" / "3")
+    wanted, accept = structs(make(0, width=64)), lambda config: None
+    with Checkpoints(workdir) as checkpoints:
+        with pytest.raises(
+            BrokenCheckpointError, match="checkpoints/3 is broken: .*--allow_older resumes from step 2$"
+        ):
+            checkpoints.resume(wanted, accept)
+        assert checkpoints.steps() == [1, 2, 3]
+        restored = checkpoints.resume(wanted, accept, allow_older=True)
+        assert (restored.step, restored.data) == (2, {"step": 2})
+        assert_same(restored.state, make(2, width=64))
+        checkpoints.save(3, make(7, width=64), CONFIG, {"step": 3})  # the run comes to this step again
+        checkpoints.wait()
+        assert_same(checkpoints.resume(wanted, accept).state, make(7, width=64))
+    assert [path.name[:2] for path in (workdir / "checkpoints_broken").iterdir()] == ["3-"]
+
+
+def test_when_all_are_broken_and_when_none_is_there(three, tmp_path):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    wanted, accept = structs(make(0, width=64)), lambda config: None
+    for step in "123":
+        flip_a_bit(workdir / "checkpoints" / step)
+    with Checkpoints(workdir) as checkpoints:
+        with pytest.raises(BrokenCheckpointError, match=r"no whole checkpoint, all are broken: \[3, 2, 1\]"):
+            checkpoints.resume(wanted, accept, allow_older=True)
+        assert checkpoints.steps() == [1, 2, 3]  # nothing was moved away
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.resume(wanted, accept) is None
+
+
+def test_other_settings_are_no_damage(three):
+    def refuse(config):
+        assert config == CONFIG
+        raise ValueError("settings differ")
+
+    with Checkpoints(three) as checkpoints, pytest.raises(ValueError, match="^settings differ$"):
+        checkpoints.resume(structs(make(0, width=64)), refuse, allow_older=True)
+    assert not (three / "checkpoints_broken").exists()
+
+
+def test_a_checksum_sees_a_change_and_a_swap():
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    sums = checksums({"a": {"b": x}, "n": np.int32(3)})
+    assert sums.keys() == {"a.b", "n"} and sums == checksums({"a": {"b": jnp.asarray(x)}, "n": jnp.int32(3)})
+    changed = x.copy()
+    changed[1, 2] = np.nextafter(changed[1, 2], 9)
+    for other in (changed, x[::-1], -x):
+        assert checksums({"a": {"b": other}})["a.b"] != sums["a.b"]
+
+
+@pytest.mark.parametrize("told_by", ["wait", "check", "save"])
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, told_by):
+    big = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(0).standard_normal((300, 300)), jnp.float32), make(0)
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, total_limit=1)
+    checkpoints.save(1, make(1), CONFIG, {"step": 1})
+    checkpoints.wait()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # as a full disk: a write fails
+        with pytest.raises(NotSavedError, match="cannot save a checkpoint in .*; the last good .* is .*/1$") as error:
+            checkpoints.save(2, big, CONFIG, {"step": 2})
+            if told_by == "check":
+                for _ in range(600):
+                    checkpoints.check()
+                    time.sleep(0.1)
+            checkpoints.wait() if told_by == "wait" else checkpoints.save(3, big, CONFIG, {"step": 3})
+        assert "\n" not in str(error.value) and "File too large" in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoints.__exit__(None, None, None)
+    with Checkpoints(tmp_path) as again:
+        assert again.steps() == [1]
+        assert_same(again.restore(1, structs(make(1)))[0], make(1))
+
+
+SAVES_UNTIL_KILLED = """
+import sys
+import numpy as np
+from tiue_jax.checkpoint import Checkpoints
+rng = np.random.default_rng(0)
+with Checkpoints(sys.argv[1], total_limit=2) as checkpoints:
+    start = checkpoints.latest() or 0
+    print("ready", flush=True)
+    for step in range(start + 1, start + 10_000):
+        state = {"x": np.full((400, 500), step, np.float32), "noise": rng.standard_normal((400, 500), np.float32)}
+        checkpoints.save(step, state, {"step": step}, {"step": step})
+"""
+
+
+def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    shapes = {name: jax.ShapeDtypeStruct((400, 500), jnp.float32) for name in ("x", "noise")}
+    here = sharding.structs(shapes, sharding.shardings(shapes, sharding.make_mesh(devices=jax.devices()[:1])))
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    last = unfinished = 0
+    for wait in (0.5, 0.83, 1.11):
+        child = subprocess.Popen([sys.executable, "-c", SAVES_UNTIL_KILLED, tmp_path], env=env, stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        while not any(int(path.name) > last for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()):
+            time.sleep(0.01)
+            assert child.poll() is None
+        time.sleep(wait)
+        while not any("tmp" in path.name for path in (tmp_path / "checkpoints").iterdir()):
+            time.sleep(0.001)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        unfinished += sum(not path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+        with Checkpoints(tmp_path) as checkpoints:
+            restored = checkpoints.resume(here, lambda config: None)
+            assert restored.step > last and restored.data == {"step": restored.step}
+            np.testing.assert_array_equal(restored.state["x"], np.float32(restored.step))
+            last = restored.step
+    assert unfinished  # at least one was killed while it was saving
 
 
 ON_EIGHT_DEVICES = """

@@ -186,6 +186,50 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     assert distance(frozen.unet, params) == 0
 
 
+def test_accumulated_gradients_are_those_of_the_whole_batch(state, frozen):
+    rng = np.random.default_rng(3)
+    batch = {"text": jnp.asarray(rng.standard_normal((4, 5, 16), np.float32))}
+
+    def clip_features(frozen, batch, latents):
+        image = jnp.mean(latents, axis=(1, 2))
+        return batch["text"][:, 0, :4] + 1, image
+
+    def run(count, threshold):
+        settings = {"gradient_accumulation_steps": count, "clip_weight": 5.0, "clip_decay_steps": 100}
+        config = dataclasses.replace(CONFIG, clip_threshold=threshold, text_dropout=0.5, **settings)
+        distillation = Distillation(config, UNET, Schedule(), encode_text, clip_features)
+        return jax.jit(distillation.gradients)(start, frozen, batch, draws)
+
+    start, draws = adapted(state), make().draw(jax.random.key(5), 4)
+    # the bend of L_clip lies just above the batch's similarity, and so below that of one of the micro-batches
+    above = float(run(1, 0.0)[2]["clip_similarity"]) + 1e-3
+    *expected, losses = run(1, above)
+    *got, averaged = run(2, above)
+    assert losses["loss_clip"] > 0 and averaged.keys() == losses.keys()
+    for name, value in losses.items():
+        np.testing.assert_allclose(averaged[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for one, other in zip(expected, got, strict=True):
+        assert norm(one) > 1e-3 and distance(one, other) < 1e-4 * norm(one)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(state, frozen, distillation, update):
+    state = adapted(state)
+    draws = distillation.draw(jax.random.key(0), 2)
+    broken = draws._replace(lora_noise=draws.lora_noise.at[0, 0, 0, 0].set(jnp.nan))  # only the LoRA teacher's loss
+    skipped, metrics = update(state, frozen, BATCH, broken)
+    skipped, metrics = update(skipped, frozen, BATCH, draws._replace(noise=jnp.full_like(draws.noise, jnp.inf)))
+    assert (int(skipped.step), int(skipped.skipped), int(skipped.skipped_in_a_row)) == (2, 2, 2)
+    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (2, 2) and not np.isfinite(metrics["loss"])
+    kept = ("params", "ema", "lora", "optimizer", "lora_optimizer")
+    for name in kept:
+        assert distance(getattr(skipped, name), getattr(state, name)) == 0, name
+    after, metrics = update(skipped, frozen, BATCH, draws)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 2, 0)
+    expected, _ = update(state, frozen, BATCH, draws)  # as if the two had never been
+    for name in kept:
+        assert distance(getattr(after, name), getattr(expected, name)) == 0, name
+
+
 def test_draws_cover_their_ranges():
     distillation = make(min_timestep=20, max_timestep=22, text_dropout=0.5)
     draws = distillation.draw(jax.random.key(0), 4096)
@@ -245,6 +289,7 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
     ("settings", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be >= 1, got 0"),
         ({"timestep_spacing": "log"}, "timestep_spacing must be among .* got 'log'"),
         ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale must be >= 1, got 0.5"),
         ({"lora_guidance_scale": float("nan")}, "lora_guidance_scale must be >= 1, got nan"),

@@ -50,6 +50,12 @@ CONFIG = {
         ({"train": {"batch_size": 0}}, "train.batch_size must be >= 1, got 0"),
         ({"train": {"seed": -1}}, "train.seed must be between 0 and 4294967295, got -1"),
         ({"train": {"checkpoints_total_limit": 0}}, "train.checkpoints_total_limit must be >= 1 or None, got 0"),
+        ({"train": {"max_skipped_steps": 0}}, "train.max_skipped_steps must be >= 1, got 0"),
+        (
+            {"train": {"checkpoints_best_metric": "train/loss"}},
+            r"must be among \['eval/teacher_distance'\], got 'train/l",
+        ),
+        ({"train": {"checkpoints_best_metric": "eval/teacher_distance"}}, "needs validation_prompts, got none"),
         ({"train": {"max_train_minutes": 0.0}}, "train.max_train_minutes must be > 0 or None, got 0.0"),
         ({"distill": {"num_inference_steps": 0}}, "num_inference_steps must be >= 1, got 0"),
     ],

@@ -87,6 +87,13 @@ def test_batch_must_split_over_all_devices(size):
         sharding.check_batch_size(size, mesh)
 
 
+def test_micro_batches_must_split_too():
+    mesh = AbstractMesh((4, 2), ("data", "fsdp"))
+    sharding.check_batch_size(32, mesh, micro_batches=2)
+    with pytest.raises(ValueError, match="multiple of the 8 devices .* x 2 micro-batches, got 24"):
+        sharding.check_batch_size(24, mesh, micro_batches=2)
+
+
 def test_place_and_structs():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "step": np.int32(4)}
@@ -112,6 +119,12 @@ batch = sharding.place({"x": np.arange(64.0, dtype=np.float32).reshape(16, 4)}, 
 assert batch["x"].addressable_shards[3].data.shape == (2, 4)
 for name in tree:
     np.testing.assert_array_equal(placed[name], tree[name])
+split = jax.jit(lambda x: sharding.micro_batches(x, 2)).trace(batch).lower().compile()
+micro = split(batch)["x"]
+assert micro.sharding.shard_shape(micro.shape) == (2, 1, 4), micro.sharding  # every device has a row of each
+for collective in ("all-to-all", "all-gather", "collective-permute", "all-reduce"):
+    assert collective not in split.as_text(), collective
+np.testing.assert_array_equal(np.sort(np.asarray(micro), axis=None), np.arange(64.0))
 """
 
 

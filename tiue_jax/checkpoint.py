@@ -1,36 +1,98 @@
 """Checkpoints with orbax: the whole training state, the configuration and the data position; weights alone to read.
 
-A run's checkpoints lie in `{workdir}/checkpoints/<step>`, step being the number of updates done. They are written in
-the background, aside, and renamed: a run that is killed, also while saving, leaves the last whole one.
+A run's checkpoints lie in `{workdir}/checkpoints/<step>`, step being the number of steps done. They are written in
+the background, aside, and renamed: a run that is killed, also while saving, leaves the last whole one. A checkpoint
+holds a checksum of every array, since orbax's files do not: a flipped bit would be read as a weight.
 """
 
-from collections.abc import Collection, Mapping
-from typing import Any, Self
+import contextlib
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as keep
+
+from tiue_jax import distributed
 
 FOLDER = "checkpoints"
+BROKEN_FOLDER = "checkpoints_broken"
+
+
+class BrokenCheckpointError(ValueError):
+    """A checkpoint whose files are missing or damaged."""
+
+
+class NotSavedError(OSError):
+    """A checkpoint could not be written."""
+
+
+class Restored(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    state: Any
+    data: dict[str, Any]  # position of the data iterator
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which asks jax for a preemption from a thread of process 0, with a step that may be long past.
+
+    Jax takes that for the step this process is at and could agree with the others on one that it has left behind. So
+    only the training loop asks.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one to be written."""
 
-    def __init__(self, workdir: str | epath.PathLike, total_limit: int | None = None):
-        """`total_limit` keeps that many newest checkpoints, None all of them."""
+    def __init__(
+        self, workdir: str | epath.PathLike, total_limit: int | None = None, best: tuple[str, str] | None = None
+    ):
+        """`total_limit` keeps that many newest checkpoints, None all of them.
+
+        `best` is the name of a metric and "min" or "max": the best checkpoint by it is kept as well.
+        """
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be >= 1 or None, got {total_limit}")
         self.folder = epath.Path(workdir).absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=total_limit, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._metric: str | None = None
+        self._mode = "min"
+        if best:
+            self._metric, self._mode = best
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a killed run was writing
+            best_fn=self._value if self._metric else None,
+            best_mode=self._mode,
+            preservation_policy=self._policy(total_limit),
+        )
+        logging.getLogger("absl").addFilter(_no_traceback)
+        self._manager = _Manager(self.folder, options=options)
+        self._failed = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        told = self._failed
+        try:
+            with self._reporting():
+                self._manager.close()
+        except NotSavedError:
+            if not told:  # else orbax raises the same once more
+                raise
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
@@ -41,26 +103,50 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Returns when all checkpoints are written."""
-        self._manager.wait_until_finished()
+        """Returns when all checkpoints are written. NotSavedError where one could not be."""
+        with self._reporting():
+            self._manager.wait_until_finished()
 
-    def save(self, step: int, state: Any, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    def check(self) -> None:
+        """Raises NotSavedError where the last checkpoint failed in the background; does not wait for it."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        config: Mapping[str, Any],
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Writes in the background: when this returns, `state` has been copied and may be donated to the next step.
 
         Args:
-            step: number of updates done.
+            step: number of steps done.
             state: a pytree of arrays.
             config: the run's settings, as JSON.
             data: position of the data iterator, as JSON.
+            metrics: what was measured at this step. A checkpoint without a finite value of the metric that the best is
+                chosen by is never the best.
+
+        Raises:
+            NotSavedError: the disk is full, say; or the one before could not be written. Older ones are intact.
         """
+        value = (metrics or {}).get(self._metric or "", math.nan)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config), data=ocp.args.JsonSave(data)
+            state=ocp.args.StandardSave(state),
+            config=ocp.args.JsonSave(config),
+            data=ocp.args.JsonSave(data),
+            checksums=ocp.args.JsonSave(checksums(state)),
         )
-        self._manager.save(step, args=items, force=True)
+        with self._reporting():
+            measured = {self._metric: float(value)} if math.isfinite(value) else None
+            self._manager.save(step, args=items, metrics=measured, force=True)
 
     def config(self, step: int) -> dict[str, Any]:
-        """The settings that a checkpoint was made with."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        """The settings that a checkpoint was made with. BrokenCheckpointError where it cannot be read."""
+        return self._read(step, config=ocp.args.JsonRestore()).config
 
     def restore(self, step: int, structs: Any) -> tuple[Any, dict[str, Any]]:
         """The state, bit for bit, and the data position.
@@ -71,12 +157,126 @@ class Checkpoints:
                 those of another number of devices.
 
         Raises:
+            BrokenCheckpointError: files are missing or damaged.
             ValueError: the checkpoint holds a tree of other names or shapes; all of them are named.
         """
-        _check_shapes(self.folder / str(step) / "state", structs)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(structs), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
+        with self._reading(step):
+            saved = _saved_shapes(self.folder / str(step) / "state")
+        _check_shapes(self.folder / str(step), saved, structs)
+        json = ocp.args.JsonRestore()
+        restored = self._read(step, state=ocp.args.StandardRestore(structs), data=json, checksums=json)
+        found = checksums(restored.state)
+        if damaged := [name for name, value in restored.checksums.items() if found.get(name) != value]:
+            raise self._broken(step, f"another checksum than when it was saved: {', '.join(damaged)}")
         return restored.state, restored.data
+
+    def resume(
+        self, structs: Any, check: Callable[[Mapping[str, Any]], None], *, allow_older: bool = False
+    ) -> Restored | None:
+        """The newest checkpoint, None where there is none.
+
+        Args:
+            structs: see `restore`.
+            check: raises where the settings that a checkpoint was made with are not those to go on with.
+            allow_older: where the newest are broken, move them to `checkpoints_broken/` and take the newest whole one.
+
+        Raises:
+            BrokenCheckpointError: the newest is broken, and what to do; or all are.
+            ValueError: see `restore` and `check`.
+        """
+        broken: list[int] = []
+        for step in reversed(self.steps()):
+            error: BrokenCheckpointError | None = None
+            try:
+                check(self.config(step))
+                restored = Restored(step, *self.restore(step, structs))
+            except BrokenCheckpointError as caught:
+                error = caught
+            # a file may be damaged that only one process reads: all must take the same checkpoint
+            if distributed.all_agree(error is None):
+                self._move_aside(broken)
+                return restored
+            broken.append(step)
+            if not allow_older:
+                older = [s for s in self.steps() if s < step]
+                hint = f"--allow_older resumes from step {older[-1]}" if older else "there is no older one"
+                raise BrokenCheckpointError(f"{error or self._broken(step, 'another process cannot read it')}; {hint}")
+        if broken:
+            raise BrokenCheckpointError(f"{self.folder}: no whole checkpoint, all are broken: {broken}")
+        return None
+
+    def _move_aside(self, steps: list[int]) -> None:
+        """Makes room for new checkpoints of these steps, on process 0; nothing is deleted."""
+        if steps and jax.process_index() == 0:
+            aside = self.folder.parent / BROKEN_FOLDER
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                (self.folder / str(step)).rename(aside / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if steps:
+            distributed.barrier("broken checkpoints moved")
+            self._manager.reload()
+
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        return metrics[self._metric or ""]
+
+    def _policy(self, total_limit: int | None) -> keep.PreservationPolicy | None:
+        if total_limit is None:
+            return None
+        policies: list[keep.PreservationPolicy] = [keep.LatestN(total_limit)]
+        if self._metric:
+            reverse = self._mode == "min"  # the last of the sorted ones is kept
+            without = {"keep_checkpoints_without_metrics": False}
+            policies.append(keep.BestN(get_metric_fn=self._value, reverse=reverse, n=1, **without))
+        return keep.AnyPreservationPolicy(policies)
+
+    def _read(self, step: int, **items: Any) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever orbax raises on missing or damaged files, as one line that names the checkpoint."""
+        try:
+            yield
+        except Exception as error:  # KeyError, FileNotFoundError, ValueError, plain Exception: all were seen
+            raise self._broken(step, _one_line(error)) from error
+
+    def _broken(self, step: int, why: str) -> BrokenCheckpointError:
+        return BrokenCheckpointError(f"checkpoint {self.folder / str(step)} is broken: {why}")
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Whatever is raised while writing, now or in the background before, as one line with what is left."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            whole = [path for path in self.folder.iterdir() if path.name.isdigit()]
+            last = max(whole, key=lambda path: int(path.name), default=None)
+            kept = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
+            raise NotSavedError(f"cannot save a checkpoint in {self.folder}: {_one_line(error)}; {kept}") from error
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps back orbax's pages of tracebacks, one from each thread, of what NotSavedError says in a line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A 32-bit checksum of every array, by its dotted path; the same however the array is sharded."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get([_sum(x) for _, x in leaves])
+    return {_dotted(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _sum(x: jax.Array) -> jax.Array:
+    """The sum of a hash of every element's bits and place; one-to-one for each, so that no single change is missed."""
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
+    mixed = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32) + place * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the last steps of MurmurHash3
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def saved_steps(workdir: str | epath.PathLike) -> list[int]:
@@ -105,13 +305,14 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
     step = steps[-1] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}, which has {steps}")
-    _check_shapes(folder / str(step) / "state", {name: structs}, partial=True)
+    state = folder / str(step) / "state"
+    _check_shapes(state.parent, _saved_shapes(state), {name: structs}, partial=True)
     args = ocp.args.PyTreeRestore(
         item={name: structs},
         restore_args=ocp.checkpoint_utils.construct_restore_args({name: structs}),
         partial_restore=True,
     )
-    return ocp.PyTreeCheckpointHandler().restore(folder / str(step) / "state", args=args)[name]
+    return ocp.PyTreeCheckpointHandler().restore(state, args=args)[name]
 
 
 def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str] = ()) -> None:
@@ -141,9 +342,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_shapes(folder: epath.Path, structs: Any, partial: bool = False) -> None:
+def _check_shapes(folder: epath.Path, saved: dict[str, list[int]], structs: Any, partial: bool = False) -> None:
     """Names everything in `structs` that the checkpoint lacks or has in another shape, and the reverse."""
-    saved = _shapes(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
     wanted = _shapes(structs)
     problems = [f"missing {name}" for name in wanted if name not in saved]
     problems += [f"unused {name}" for name in saved if name not in wanted and not partial]
@@ -153,11 +353,26 @@ def _check_shapes(folder: epath.Path, structs: Any, partial: bool = False) -> No
         if name in saved and saved[name] != shape
     ]
     if problems:
-        raise ValueError(f"checkpoint {folder.parent} does not fit this model: {'; '.join(problems)}")
+        raise ValueError(f"checkpoint {folder} does not fit this model: {'; '.join(problems)}")
+
+
+def _saved_shapes(folder: epath.Path) -> dict[str, list[int]]:
+    return _shapes(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
     """Shape by the dotted path of every array, the same for a tuple, a named tuple and orbax's record of them."""
-    name = lambda part: str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {".".join(map(name, path)): list(leaf.shape) for path, leaf in leaves}
+    return {_dotted(path): list(leaf.shape) for path, leaf in leaves}
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    name = lambda part: str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+    return ".".join(map(name, path))
+
+
+def _one_line(error: BaseException, length: int = 400) -> str:
+    """An error's text without the pages of [name='...'] that tensorstore appends; long ones without their middle."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.split(r" \[\w+='", text)[0]
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

@@ -1,4 +1,4 @@
-"""Distillation of a diffusion teacher into the loop-free student: settings, state, and one pure training step.
+"""Distillation of a diffusion teacher into the loop-free student: the state, and one pure training step.
 
 The step is variational score distillation with a LoRA teacher (TiUE, arXiv 2505.21960; VSD is arXiv 2305.16213): the
 student's images are judged by the difference between the frozen teacher and a LoRA copy of it that follows the
@@ -6,9 +6,8 @@ student's own distribution. The teacher is an argument of the step and no part o
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,128 +15,24 @@ import numpy as np
 import optax
 from flax import nnx
 
-from tiue_jax import losses, optim, student
+from tiue_jax import losses, optim, sharding, student
+from tiue_jax.distill_config import DistillConfig
 from tiue_jax.models import functional, lora
 from tiue_jax.models.functional import Params
-from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.samplers import guided
-from tiue_jax.schedule import SPACINGS, Schedule
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
+from tiue_jax.schedule import Schedule
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """Settings of the distillation; the defaults are the reference recipe for an 866M-parameter UNet.
-
-    Raises:
-        ValueError: a setting out of its range, with its name, its value and what was expected.
-    """
-
-    num_inference_steps: int = 4  # K, decoder passes
-    timestep_spacing: str = "leading"  # or "trailing", "linspace"; with "leading" the last pass weighs almost nothing
-    teacher_guidance_scale: float = 4.5  # classifier-free guidance of the frozen teacher; 1 is none
-    lora_guidance_scale: float = 4.5
-    min_timestep: int = 20  # the teachers are compared at timesteps from here ...
-    max_timestep: int = 980  # ... to here, included
-    timestep_weighting: str = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
-    lora_rank: int = 64
-    lora_alpha: float = 108.0  # the adapters' scale is alpha / rank
-    lora_targets: tuple[str, ...] = ("to_q", "to_v")  # ends of the names of linear and convolution layers, as in peft
-    kl_weight: float = 0.1  # lambda_kl; 0 leaves the term out
-    kl_batch_size: float = 8.0  # the KL term is its mean over the batch times this, see losses.kl
-    clip_weight: float = 0.0  # of L_clip at step 0, falling linearly to 0; 0 leaves the term out
-    clip_decay_steps: int | None = None  # the step at which it is 0; max_train_steps where None
-    clip_threshold: float = 0.35  # tau: the similarity above which CLIP is satisfied
-    clip_normalize: bool = True  # CLIP's mean and standard deviation on its pictures, which the reference leaves out
-    text_dropout: float = 0.1  # probability that the LoRA teacher's update uses the null prompt, for the whole batch
-    ema_decay: float = 0.9999  # upper limit of the moving average's decay; 0 makes it a copy of the weights
-    student_learning_rate: float = 1e-6
-    student_learning_rate_schedule: str = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
-    lora_learning_rate: float = 1e-3
-    lora_learning_rate_schedule: str = "constant"
-    warmup_steps: int = 0  # linear warm-up of both rates
-    max_train_steps: int | None = None
-    max_grad_norm: float = 1.0  # global norm to which each of the two gradients is clipped
-    adam_b1: float = 0.9
-    adam_b2: float = 0.999
-    adam_eps: float = 1e-8
-    compute_dtype: str = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
-    latent_size: int | None = None  # height and width of the latents; the UNet's own sample_size where None
-
-    def __post_init__(self):
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name, known in (
-            ("timestep_spacing", SPACINGS),
-            ("timestep_weighting", losses.TIMESTEP_WEIGHTINGS),
-            ("student_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
-            ("lora_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
-            ("compute_dtype", COMPUTE_DTYPES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be among {list(known)}, got {getattr(self, name)!r}")
-        at_least = dict.fromkeys(("min_timestep", "kl_weight", "clip_weight", "warmup_steps"), 0)
-        at_least |= dict.fromkeys(("num_inference_steps", "teacher_guidance_scale", "lora_guidance_scale"), 1)
-        optional = ("clip_decay_steps", "max_train_steps", "latent_size")
-        at_least |= {name: 1 for name in optional if getattr(self, name) is not None}
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} must be >= {lowest}, got {getattr(self, name)}")
-        for name in ("kl_batch_size", "max_grad_norm", "adam_eps", "student_learning_rate", "lora_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("text_dropout", "ema_decay", "adam_b1", "adam_b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not self.max_timestep >= self.min_timestep:
-            raise ValueError(f"max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}")
-        if self.clip_weight and not (self.clip_decay_steps or self.max_train_steps):
-            raise ValueError(f"clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither")
-        self.learning_rates()
-        self.lora  # noqa: B018 (validates rank and targets)
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """From a plain mapping; ValueError names each setting that does not exist."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"unknown distillation settings {unknown}, expected some of {sorted(known)}")
-        return cls(**settings)
-
-    @property
-    def lora(self) -> LoRAConfig:
-        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
-
-    def clip_weight_at(self, step: jax.Array) -> jax.Array:
-        """The weight of L_clip at a step, float32 []."""
-        end = self.clip_decay_steps or self.max_train_steps
-        assert end is not None  # __post_init__ saw to it
-        return self.clip_weight * jnp.maximum(0.0, 1 - step.astype(jnp.float32) / end)
-
-    def learning_rates(self) -> tuple[optax.Schedule, optax.Schedule]:
-        """Learning rates of the student and of the LoRA teacher by step."""
-        rate = functools.partial(optim.learning_rate, warmup_steps=self.warmup_steps, total_steps=self.max_train_steps)
-        return (
-            rate(self.student_learning_rate_schedule, self.student_learning_rate),
-            rate(self.lora_learning_rate_schedule, self.lora_learning_rate),
-        )
-
-    def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        """The optimizers of the student and of the LoRA teacher."""
-        settings = {"b1": self.adam_b1, "b2": self.adam_b2, "eps": self.adam_eps, "max_grad_norm": self.max_grad_norm}
-        of_student, of_lora = self.learning_rates()
-        return optim.adam(of_student, **settings), optim.adam(of_lora, **settings)
-
-
 class TrainState(NamedTuple):
     """All that training changes and a checkpoint holds. Every weight is float32, whatever the compute dtype."""
 
-    step: jax.Array  # int32 [], updates done
+    step: jax.Array  # int32 [], steps done: updates and skipped ones
+    skipped: jax.Array  # int32 [], steps whose loss or gradient was not finite
+    skipped_in_a_row: jax.Array  # int32 [], those since the last update
     params: Params  # the student
     ema: Params  # its moving average: the product
     lora: Params  # the LoRA teacher's adapters
@@ -176,6 +71,7 @@ class _Inputs(NamedTuple):
     text: jax.Array  # [b l d]
     null: jax.Array  # [b l d]
     draws: Draws
+    clip_similarity: jax.Array | None = None  # float32 [], of the whole batch, where this is a part of it
 
 
 # (frozen, batch) -> text embedding of the prompts [b l d] and of the null prompt [1 l d]
@@ -199,7 +95,14 @@ def init_state(config: DistillConfig, unet: UNetConfig, params: Params, seed: in
     of_student, of_lora = config.optimizers()
     start = copy(params)
     return TrainState(
-        jnp.zeros((), jnp.int32), start, copy(params), adapters, of_student.init(start), of_lora.init(adapters)
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        params=start,
+        ema=copy(params),
+        lora=adapters,
+        optimizer=of_student.init(start),
+        lora_optimizer=of_lora.init(adapters),
     )
 
 
@@ -305,22 +208,36 @@ class Distillation:
         )
 
     def update(self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws) -> tuple[TrainState, Metrics]:
-        """One step with given random numbers: the new state and scalar metrics."""
+        """One step with given random numbers: the new state and scalar metrics, float32.
+
+        Where a loss or a gradient is not finite, only the counters change. `skipped_steps` counts such steps of the
+        run, `skipped_in_a_row` those since its last update.
+        """
         grads, lora_grads, metrics = self.gradients(state, frozen, batch, draws)
         rates = {"learning_rate": self.learning_rate, "lora_learning_rate": self.lora_learning_rate}
-        metrics |= {name: jnp.asarray(rate(state.step), jnp.float32) for name, rate in rates.items()}
+        updates = state.step - state.skipped
+        metrics |= {name: jnp.asarray(rate(updates), jnp.float32) for name, rate in rates.items()}
         metrics |= {"grad_norm": optax.tree.norm(grads), "lora_grad_norm": optax.tree.norm(lora_grads)}
-        return self.apply_gradients(state, grads, lora_grads), metrics
+        judged = [metrics[name] for name in ("loss", "loss_lora", "grad_norm", "lora_grad_norm")]
+        finite = jnp.all(jnp.isfinite(jnp.stack(judged)))
+        updated = self.apply_gradients(state, grads, lora_grads)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)._replace(
+            step=state.step + 1,
+            skipped=jnp.where(finite, state.skipped, state.skipped + 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        counters = {"skipped_steps": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        return state, metrics | {name: count.astype(jnp.float32) for name, count in counters.items()}
 
     def apply_gradients(self, state: TrainState, grads: Params, lora_grads: Params) -> TrainState:
         """Both optimizers, each clipping its own gradient, and the moving average (steps 7 to 9)."""
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         lora_updates, lora_optimizer = self.lora_optimizer.update(lora_grads, state.lora_optimizer, state.lora)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(
+        return state._replace(
             step=state.step + 1,
             params=params,
-            ema=optim.ema(state.ema, params, state.step, self.config.ema_decay),
+            ema=optim.ema(state.ema, params, state.step - state.skipped, self.config.ema_decay),
             lora=optax.apply_updates(state.lora, lora_updates),
             optimizer=optimizer,
             lora_optimizer=lora_optimizer,
@@ -329,23 +246,65 @@ class Distillation:
     def gradients(
         self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws
     ) -> tuple[Params, Params, Metrics]:
-        """Gradients of the student's and of the LoRA teacher's loss, before clipping, and the losses by name."""
+        """Gradients of the student's and of the LoRA teacher's loss, before clipping, and the losses by name.
+
+        With `gradient_accumulation_steps` they are means over micro-batches, one of which is in memory at a time. The
+        draws are those of the whole batch and all losses are means over it, so nothing but rounding changes.
+        """
         text, null = self.encode_text(frozen, batch)
         frozen = frozen._replace(unet=functional.cast(frozen.unet, self.dtype))
-        inputs = _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws)
+        count = self.config.gradient_accumulation_steps
+        if count == 1:
+            return self._gradients(state, _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws))
+
+        by_row = {name: value for name, value in draws._asdict().items() if value.ndim}  # drop_text is one for all
+        parts = sharding.micro_batches((batch, text, by_row), count)
+
+        def inputs(part: tuple[Batch, jax.Array, dict[str, jax.Array]]) -> _Inputs:
+            batch, text, by_row = part
+            return _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws._replace(**by_row))
+
+        # L_clip bends at the mean similarity of the whole batch, which must be known before its first gradient
+        similarity = None
+        if self.config.clip_weight:
+            of_part = lambda part: self._clip_similarity(state.params, inputs(part))
+            similarity = jnp.mean(jax.lax.map(of_part, parts))
+
+        def add(total: list[Params], part: Any) -> tuple[list[Params], Metrics]:
+            *grads, metrics = self._gradients(state, inputs(part)._replace(clip_similarity=similarity))
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, [state.params, state.lora])
+        totals, metrics = jax.lax.scan(add, zeros, parts)
+        grads, lora_grads = jax.tree.map(lambda x: x / count, totals)
+        return grads, lora_grads, {name: jnp.mean(values) for name, values in metrics.items()}
+
+    def _gradients(self, state: TrainState, inputs: _Inputs) -> tuple[Params, Params, Metrics]:
+        """What `gradients` returns, of one batch or micro-batch."""
         grads, (latents, metrics) = jax.grad(self._student_loss, has_aux=True)(state.params, state, inputs)
         latents = jax.lax.stop_gradient(latents)
         lora_grads, lora_metrics = jax.grad(self._lora_loss, has_aux=True)(state.lora, latents, inputs)
         return grads, lora_grads, metrics | lora_metrics
+
+    def _student_outputs(self, params: Params, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+        """The decoder's outputs [b k h w c] and the student's latents z_0 [b h w c] (step 1)."""
+        unet = functional.bind(self.student, functional.cast(params, self.dtype))
+        outputs = student.predict(unet, inputs.draws.noise, inputs.text, self.form.timesteps)
+        return outputs, student.combine(inputs.draws.noise, outputs, self.form)
+
+    def _clip_similarity(self, params: Params, inputs: _Inputs) -> jax.Array:
+        """The mean cosine similarity that L_clip judges, float32 []."""
+        assert self.clip_features is not None  # __init__ saw to it
+        _, latents = self._student_outputs(params, inputs)
+        features = self.clip_features(inputs.frozen, inputs.batch, latents)
+        return losses.clip(*features, self.config.clip_threshold)[1]["clip_similarity"]
 
     def _student_loss(
         self, params: Params, state: TrainState, inputs: _Inputs
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         """L_vsd + L_kl + L_clip, and with it the student's latents z_0 [b h w c]."""
         config, noise = self.config, inputs.draws.noise
-        unet = functional.bind(self.student, functional.cast(params, self.dtype))
-        outputs = student.predict(unet, noise, inputs.text, self.form.timesteps)  # step 1, [b k h w c]
-        latents = student.combine(noise, outputs, self.form)
+        outputs, latents = self._student_outputs(params, inputs)  # step 1
         loss, metrics = self._vsd(latents, state.lora, inputs)  # steps 2 to 4
         if config.kl_weight:
             kl, kl_metrics = losses.kl(self._student_epsilons(noise, outputs), config.kl_batch_size)  # step 5
@@ -353,7 +312,7 @@ class Distillation:
         if config.clip_weight:
             assert self.clip_features is not None  # __init__ saw to it
             features = self.clip_features(inputs.frozen, inputs.batch, latents)
-            clip, clip_metrics = losses.clip(*features, config.clip_threshold)  # step 6
+            clip, clip_metrics = losses.clip(*features, config.clip_threshold, inputs.clip_similarity)  # step 6
             loss, metrics = loss + config.clip_weight_at(state.step) * clip, metrics | clip_metrics
         return loss, (latents, metrics | {"loss": loss})
 

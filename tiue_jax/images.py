@@ -47,6 +47,12 @@ def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
+def distance(images: np.ndarray, others: np.ndarray) -> float:
+    """The root mean square difference of two uint8 arrays of pixels; 0 is equal, 1 is black against white."""
+    difference = images.astype(np.float32) - others.astype(np.float32)
+    return float(np.sqrt(np.mean(np.square(difference)))) / 255
+
+
 def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, object] | None = None) -> None:
     """Writes uint8 [h w 3] as a PNG with `metadata` as text chunks (tEXt; iTXt where a value is not Latin-1).
 

@@ -56,12 +56,22 @@ def kl(epsilons: jax.Array, batch_size: float = 8) -> Loss:
     return loss, {"loss_kl": loss}
 
 
-def clip(text_features: jax.Array, image_features: jax.Array, threshold: float = 0.35) -> Loss:
-    """relu(threshold - mean cosine similarity) of CLIP's projected features [b p], un-normalised."""
+def clip(
+    text_features: jax.Array,
+    image_features: jax.Array,
+    threshold: float = 0.35,
+    whole_similarity: jax.Array | None = None,
+) -> Loss:
+    """relu(threshold - mean cosine similarity) of CLIP's projected features [b p], un-normalised.
+
+    Where these are a part of a batch, `whole_similarity`, the mean over all of it, decides on which side of the bend
+    the loss is: then the parts' losses and gradients have the whole batch's as their mean.
+    """
     text, image = (x.astype(jnp.float32) for x in (text_features, image_features))
     norms = jnp.linalg.norm(text, axis=-1) * jnp.linalg.norm(image, axis=-1)
     similarity = jnp.mean(jnp.sum(text * image, axis=-1) / jnp.maximum(norms, 1e-8))
-    loss = jax.nn.relu(threshold - similarity)
+    whole = similarity if whole_similarity is None else whole_similarity
+    loss = jnp.where(whole < threshold, threshold - similarity, 0.0)
     return loss, {"loss_clip": loss, "clip_similarity": similarity}
 
 

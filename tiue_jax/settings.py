@@ -7,8 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from tiue_jax.distill import DistillConfig
+from tiue_jax.distill_config import DistillConfig
 from tiue_jax.sharding import REPLICATE_BELOW
+
+# What a run measures of its student at every validation, and which end is the better one.
+EVAL_METRICS = {"eval/teacher_distance": "min"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,11 @@ class TrainConfig:
         max_train_minutes: stop after so long, even if max_train_steps are not done; None is no limit.
         log_every: steps between scalars in TensorBoard.
         checkpoint_every: steps between checkpoints.
-        checkpoints_total_limit: how many to keep; None is all.
+        checkpoints_total_limit: how many of the newest to keep; None is all.
+        checkpoints_best_metric: also keep the checkpoint that is best by this, one of EVAL_METRICS; None keeps none.
+            The training losses are no choice: L_vsd starts at 0 and says nothing about quality.
+        max_skipped_steps: stop after so many steps in a row whose loss or gradient is not finite. Their updates are
+            skipped. Looked at when something is logged.
         validation_every: steps between grids of student beside teacher.
         validation_prompts: what they show.
         validation_num_inference_steps: the teacher's DDIM steps in them.
@@ -69,6 +76,8 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 1_000
     checkpoints_total_limit: int | None = 3
+    checkpoints_best_metric: str | None = None
+    max_skipped_steps: int = 10
     validation_every: int = 1_000
     validation_prompts: tuple[str, ...] = ()
     validation_num_inference_steps: int = 25
@@ -81,12 +90,18 @@ class TrainConfig:
         object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed must be between 0 and {2**32 - 1}, got {self.seed}")
-        for name in ("batch_size", "max_train_steps", "log_every", "checkpoint_every", "validation_every"):
+        every = ("log_every", "checkpoint_every", "validation_every")
+        for name in ("batch_size", "max_train_steps", "max_skipped_steps", *every):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             limit = self.checkpoints_total_limit
             raise ValueError(f"train.checkpoints_total_limit must be >= 1 or None, got {limit}")
+        if (metric := self.checkpoints_best_metric) is not None:
+            if metric not in EVAL_METRICS:
+                raise ValueError(f"train.checkpoints_best_metric must be among {list(EVAL_METRICS)}, got {metric!r}")
+            if not self.validation_prompts:
+                raise ValueError(f"train.checkpoints_best_metric = {metric!r} needs validation_prompts, got none")
         if self.max_train_minutes is not None and not self.max_train_minutes > 0:
             raise ValueError(f"train.max_train_minutes must be > 0 or None, got {self.max_train_minutes}")
 
@@ -96,9 +111,11 @@ _DERIVED = ("distill", "max_train_steps")  # follows the train section's
 # What may change when a run is resumed, since it changes no update.
 _FREE = {
     *(f"train.{name}" for name in ("max_train_steps", "max_train_minutes", "log_every")),
-    *(f"train.{name}" for name in ("checkpoint_every", "checkpoints_total_limit")),
+    *(f"train.checkpoint{name}" for name in ("_every", "s_total_limit", "s_best_metric")),
+    "train.max_skipped_steps",
     *(f"train.mesh_{name}" for name in ("data", "fsdp", "replicate_below")),
     *(f"train.validation_{name}" for name in ("every", "prompts", "num_inference_steps", "guidance_scale")),
+    "distill.gradient_accumulation_steps",
     "distill.remat",
 }
 

@@ -49,13 +49,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError where the global batch does not split evenly over the devices."""
-    if batch_size < 1 or batch_size % mesh.size:
+def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
+    """Raises ValueError where the global batch, or one of its micro-batches, does not split evenly over the devices."""
+    if batch_size < 1 or batch_size % (mesh.size * micro_batches):
         axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {mesh.size} devices ({axes}), got {batch_size}"
-        )
+        devices = f"{mesh.size} devices ({axes})" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+        raise ValueError(f"batch_size must be a positive multiple of the {devices}, got {batch_size}")
+
+
+def micro_batches(batch: Any, count: int) -> Any:
+    """A batch [b ...] as `count` micro-batches [count b/count ...], each spread over all devices as the batch is.
+
+    Micro-batch i has the rows i, i + count, ...: each device deals out its own, and none is sent to another.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def parameter_spec(

@@ -1,0 +1,185 @@
+"""distributed.py: joining, stopping together, the notice of preemption, and training in two real processes."""
+
+import http.server
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_train import command, losses, saved, write_model
+from tiue_jax import distributed
+from tiue_jax.distributed import StopRequest
+from tiue_jax.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ((None, 2, 0), "missing .'--coordinator_address'."),
+        (("localhost:1", None, None), "missing .'--num_processes', '--process_id'."),
+        (("localhost:1", 2, 2), "--process_id must be between 0 and --num_processes - 1, got 2 of 2"),
+        (("localhost", 2, 1), "--coordinator_address must be host:port, got 'localhost'"),
+    ],
+)
+def test_bad_processes(processes, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.initialize(*processes)
+    assert not jax.distributed.is_initialized()
+
+
+def test_one_process_needs_no_other():
+    distributed.initialize()
+    assert not jax.distributed.is_initialized()
+    assert distributed.all_agree(True) and not distributed.all_agree(False)
+    assert distributed.from_process_0(0.1) == 0.1
+    assert distributed.failed(2) == 2
+    distributed.barrier("nobody else")
+    tree = distributed.to_process_0({"a": jnp.arange(3), "b": [jnp.ones((2, 2))]})
+    assert isinstance(tree["a"], np.ndarray) and tree["b"][0].shape == (2, 2)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal gives it: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.reached(1) and stop.minutes_left is None
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reached(2) and stop.cause() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_time_limit_is_no_signal():
+    with StopRequest(minutes=0.1 / 60) as stop:
+        assert 0 < stop.minutes_left < 0.01
+        time.sleep(0.11)
+        assert stop.reached(1) and stop.cause() is None
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Compute Engine's: an error, then no, then yes."""
+
+    answers = [None, b"FALSE", b"TRUE\n"]
+
+    def do_GET(self):
+        answer = self.answers.pop(0)
+        assert self.headers["Metadata-Flavor"] == "Google"
+        self.send_response(200 if answer else 503)
+        self.end_headers()
+        self.wfile.write(answer or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_the_notice_of_preemption_is_a_signal():
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server, StopRequest() as stop:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://localhost:{server.server_port}/preempted"
+        watch = threading.Thread(target=distributed.watch_preemption, args=(threading.Event(), url, 0.01), daemon=True)
+        watch.start()
+        watch.join(20)
+        assert stop.reached(1) and stop.cause() == signal.SIGTERM and Metadata.answers == []
+        server.shutdown()
+
+
+# Half a second a step after the third, in which process 1 is told to go: jax needs a second or two to agree on a step.
+WORKER = """
+import os, signal, sys, time
+import train
+from tiue_jax import sharding
+place_rows, calls = sharding.place_rows, 0
+def slowly(*args):
+    global calls
+    calls += 1
+    if calls > 3:
+        time.sleep(0.5)
+    if calls == 4 and "--process_id=1" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return place_rows(*args)
+if "--preempt" in sys.argv:
+    sys.argv.remove("--preempt")
+    sharding.place_rows = slowly
+sys.exit(train.main(sys.argv))
+"""
+
+
+def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: object) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of every process of a run on 8 devices in all."""
+    settings = {
+        "train__mesh_data": 1,
+        "train__mesh_fsdp": 8,  # the state lies across both processes
+        "train__mesh_replicate_below": 512,
+        "train__validation_prompts": "('a red apple',)",
+        "train__validation_num_inference_steps": 1,
+        "train__validation_every": 1000,
+        "train__checkpoint_every": 1000,
+    }
+    flags = f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(model / "compiled"), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    argv = [sys.executable, "-c", WORKER, *command(model, workdir, **settings | changed)[1:], *more]
+    started = []
+    for i in range(processes):
+        join = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
+        started.append(
+            subprocess.Popen(
+                argv + join if processes > 1 else argv,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    with_output = [(process, *process.communicate(timeout=400)) for process in started]
+    return [(process.returncode, out, err) for process, out, err in with_output]
+
+
+def test_two_processes_train_stop_and_resume_as_one(tmp_path):
+    model, workdir = write_model(tmp_path / "teacher"), tmp_path / "two"
+    stopped = launch(model, workdir, 2, "--preempt", train__max_train_steps=1000)
+    assert [status for status, _, _ in stopped] == [143, 143], stopped
+    (_, first, _), (_, second, _) = stopped
+    step = int(re.search(r"stopped by SIGTERM: saved .*/checkpoints/(\d+), resume", first)[1])
+    assert 3 <= step < 100 and second == ""
+    assert not (workdir / "student").exists()
+
+    last = step + 2
+    finished = launch(model, workdir, 2, train__max_train_steps=last)
+    assert [status for status, _, _ in finished] == [0, 0], finished
+    (_, first, _), (_, second, _) = finished
+    assert f"checkpoints/{step}\n" in first and f"done: {last} steps" in first and second == ""
+
+    ((status, _, error),) = launch(model, tmp_path / "one", 1, train__max_train_steps=last)
+    assert status == 0, error
+    expected, got = losses(tmp_path / "one"), losses(workdir)
+    assert got.keys() == expected.keys() and max(got)[0] == last
+    # gloo adds the processes' parts in another order than the devices of one process are added in
+    for at, value in expected.items():
+        np.testing.assert_allclose(got[at], value, rtol=2e-3, atol=1e-7, err_msg=str(at))
+    student = Pipeline.from_pretrained(workdir / "student").unet.params
+    jax.tree.map(np.testing.assert_array_equal, student, saved(workdir, last)["ema"])
+    assert [path.suffix for path in (workdir / "samples").iterdir()] == [".png"]

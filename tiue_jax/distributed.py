@@ -1,0 +1,176 @@
+"""Several processes as one run: joining, agreeing, stopping at the same step, and reading back what all hold together.
+
+With one process everything here does the obvious without any communication.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+MACHINE = Path("/sys/class/dmi/id/product_name")
+PREEMPTED = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
+
+
+def initialize(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes, where there are any: call it before anything else that uses jax.
+
+    Without arguments the environment decides (Cloud TPU, SLURM, Open MPI, Kubernetes, JAX_COORDINATOR_ADDRESS): jax
+    knows them. On a machine where it finds none this is a run of one process.
+
+    Args:
+        coordinator_address: host:port of process 0; all three are given or none.
+        num_processes: how many there are.
+        process_id: which one this is, 0 ... num_processes - 1.
+
+    Raises:
+        ValueError: only some of the three, or one that is out of its range.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            raise ValueError(f"explicit processes need all of {[f'--{name}' for name in given]}, missing {missing}")
+        if _cluster_found():
+            jax.distributed.initialize()
+        return
+    assert coordinator_address is not None and num_processes is not None and process_id is not None
+    if not re.fullmatch(r".+:\d+", coordinator_address):
+        raise ValueError(f"--coordinator_address must be host:port, got {coordinator_address!r}")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id must be between 0 and --num_processes - 1, got {process_id} of {num_processes}")
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def _cluster_found() -> bool:
+    """Whether jax.distributed.initialize() would find its arguments in the environment."""
+    from jax._src.clusters import ClusterEnv  # no public way to ask without its raising where there is none
+
+    known = ClusterEnv._cluster_types
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or any(
+        not cluster.opt_in_only_method and cluster.is_env_present() for cluster in known
+    )
+
+
+def failed(status: int) -> int:
+    """The exit status, after an error that other processes may not share.
+
+    With several processes this one ends here and now: an orderly end would wait for the others, which wait for this one
+    in their next step. When it is gone, jax ends them too.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def all_agree(fact: bool) -> bool:
+    """Whether it is so on all processes; all must ask."""
+    return fact if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(fact)).all())
+
+
+def from_process_0(value: float) -> float:
+    """The float32 value that process 0 has; all must ask."""
+    return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def to_process_0(tree: Any) -> Any:
+    """A tree of arrays that lie on all processes' devices as numpy arrays, on process 0; None on the others.
+
+    All must call it. Other processes hold one whole array at a time and never the whole tree.
+    """
+    here = jax.process_index() == 0
+
+    def fetch(x: jax.Array) -> np.ndarray | None:
+        whole = np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        return whole if here else None
+
+    fetched = jax.tree.map(fetch, tree)
+    return fetched if here else None
+
+
+class StopRequest:
+    """Why a run should end before its last step, such that all processes end after the same one. A context manager.
+
+    The reasons are SIGINT (Ctrl-C) and SIGTERM at any process, which is also how a cluster says that it will take a
+    machine back, Compute Engine's own notice of that, and a time limit, by the clock of process 0. With one process the
+    next step is the last. With several, jax spreads the notice and chooses a step that none has passed. A second Ctrl-C
+    acts at once.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        """`minutes` from now is the time limit."""
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._time_is_up = False
+
+    def __enter__(self) -> Self:
+        self._several = jax.process_count() > 1
+        # with several processes SIGTERM is jax's own notice, which a handler here would take away from it
+        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+        self._ended = threading.Event()
+        if MACHINE.is_file() and MACHINE.read_text().startswith("Google"):
+            threading.Thread(target=watch_preemption, args=(self._ended,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self._received.append(number)
+        signal.signal(number, self._before[number])
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+
+    @property
+    def minutes_left(self) -> float | None:
+        """Until the time limit."""
+        return None if self._deadline is None else (self._deadline - time.monotonic()) / 60
+
+    def reached(self, step: int) -> bool:
+        """Whether to end after this step; the same on all processes, which must all ask after every step."""
+        if self._deadline is not None and not self._time_is_up and time.monotonic() >= self._deadline:
+            self._time_is_up = True
+            if self._several and jax.process_index() == 0:
+                signal.raise_signal(signal.SIGTERM)
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._time_is_up or bool(self._received)
+
+    def cause(self) -> signal.Signals | None:
+        """Once a stop was reached: the signal it was for, SIGTERM for any of several processes, None for the time."""
+        if not self._several:
+            return signal.Signals(self._received[0]) if self._received else None
+        return None if from_process_0(self._time_is_up) else signal.SIGTERM
+
+
+def watch_preemption(ended: threading.Event, url: str = PREEMPTED, every: float = 1.0) -> None:
+    """Sends this process SIGTERM when Compute Engine says that it takes the machine back; asks until `ended`."""
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    while not ended.wait(every):
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            if answer.read().strip() == b"TRUE":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
