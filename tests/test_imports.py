@@ -37,6 +37,7 @@ LAYERS = (
     ("tiue_jax.models.layers", "tiue_jax.models.lora"),
     ("tiue_jax.models.functional",),
     (
+        "tiue_jax.flops",
         "tiue_jax.schedule",
         "tiue_jax.losses",
         "tiue_jax.sharding",
@@ -47,7 +48,8 @@ LAYERS = (
     ),
 )
 WITHOUT_MODELS = ("tiue_jax.losses", "tiue_jax.optim", "tiue_jax.checkpoint", "tiue_jax.data")
-ONLY_JAX = ("tiue_jax.schedule", "tiue_jax.losses", "tiue_jax.sharding")  # and numpy: anyone may use them
+# and numpy: anyone may use them
+ONLY_JAX = ("tiue_jax.flops", "tiue_jax.schedule", "tiue_jax.losses", "tiue_jax.sharding")
 WITH_TORCH = ("tests", "benchmarks", "tiue_jax.export.verify", "tiue_jax.export.torch_pipeline")
 
 
