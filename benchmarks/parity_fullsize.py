@@ -18,15 +18,11 @@ On two cores that other jobs kept busy, SD 1.5's UNet took 300 s and 7.3 GiB (38
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # accelerators multiply float32 in less, unless told otherwise
@@ -37,6 +33,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL as TorchAutoencoderKL
 from diffusers import UNet2DConditionModel
+from machine import machine
 
 from tests import test_clip, test_unet, test_vae
 from tests.parity.conftest import relative_error, spread_
@@ -46,6 +43,7 @@ from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 
+PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 STARTED = time.monotonic()
 TOLERANCE = 1e-4
 UNETS = {"sd15": UNetConfig(), "sd21": test_unet.SD21}
@@ -178,15 +176,6 @@ def compare(case: Case) -> Result:
     return result
 
 
-def machine() -> str:
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    packages = ("jax", "flax", "torch", "diffusers", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, {versions}, {datetime.date.today()}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(UNETS), default=list(UNETS))
@@ -206,7 +195,7 @@ def main() -> int:
     print(*results, sep="\n")
     passed = all(error < TOLERANCE for result in results for error in result.errors.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    print(f"{'All' if passed else 'NOT all'} below {TOLERANCE:.0e}. {machine()}.")
+    print(f"{'All' if passed else 'NOT all'} below {TOLERANCE:.0e}. {machine(*PACKAGES)}.")
     print(f"Took {time.monotonic() - STARTED:.0f} s, at most {peak:.1f} GiB of memory.")
     return 0 if passed else 1
 
