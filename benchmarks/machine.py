@@ -1,0 +1,16 @@
+"""What a figure was measured on, in one line."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+
+def machine(*packages: str) -> str:
+    """Processors, Python, the versions of these packages, and the date."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, {versions}, {datetime.date.today()}"
