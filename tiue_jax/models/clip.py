@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.models import attention
 from tiue_jax.models.functional import dtype_of
-from tiue_jax.models.layers import attention, layer_norm
+from tiue_jax.models.layers import layer_norm
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -204,11 +205,8 @@ class CLIPAttention(nnx.Module):
         self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (
-            proj(x).reshape(*x.shape[:-1], self.heads, -1)  # [b l d] -> [b l h d/h]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attention(q, k, v, is_causal=self.is_causal).reshape(x.shape))
+        q, k, v = (attention.split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention.merge_heads(attention.attend(q, k, v, is_causal=self.is_causal)))
 
 
 class CLIPMLP(nnx.Module):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.models import attention
+
 
 def conv2d(
     cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 1, *, use_bias: bool = True, rngs: nnx.Rngs
@@ -39,11 +41,6 @@ def timestep_embedding(t: jax.Array, dim: int, flip_sin_to_cos: bool = True, fre
     angles = t.astype(jnp.float32)[:, None] * freqs[None, :]  # [b dim/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v with float32 logits: q [b l h d], k and v [b m h d] -> [b l h d]."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
 
 
 class TimestepEmbedding(nnx.Module):
@@ -83,9 +80,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
-        heads = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)  # [b l d] -> [b l h d/h]
-        out = attention(heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context)))
-        return self.to_out[0](out.reshape(x.shape))
+        split = lambda y: attention.split_heads(y, self.heads)
+        out = attention.attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        return self.to_out[0](attention.merge_heads(out))
 
 
 class GEGLU(nnx.Module):

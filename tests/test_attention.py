@@ -1,0 +1,201 @@
+"""models/attention.py: every path against the definition, and which one is taken where."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tiue_jax.models import attention
+
+ROOT = Path(__file__).parents[1]
+
+
+def qkv(n, m, width, heads=2, batch=1, dtype=jnp.float32):
+    rng = np.random.default_rng([n, m, width])
+    shapes = (batch, heads, n, width), (batch, heads, m, width), (batch, heads, m, width)
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def definition(q, k, v, is_causal=False):
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    if is_causal:
+        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool)[None, None], logits, -jnp.inf)
+    return jnp.einsum("bhnm,bhmd->bhnd", jax.nn.softmax(logits), v)
+
+
+def with_gradients(function):
+    def run(q, k, v):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(jnp.cos(out))
+
+    return jax.jit(run)
+
+
+def assert_same(function, reference, *args, tolerance=2e-6):
+    for got, expected in zip(with_gradients(function)(*args), with_gradients(reference)(*args), strict=True):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, atol=tolerance * max(scale, 1), rtol=0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_plain_attention_is_the_definition(is_causal):
+    assert_same(
+        lambda *a: attention.attend(*a, is_causal=is_causal),
+        lambda *a: definition(*a, is_causal=is_causal),
+        *qkv(7, 7, 16, batch=2),
+    )
+
+
+def test_cross_attention():
+    assert_same(attention.attend, definition, *qkv(24, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "width"), [(128, 128, 40), (128, 256, 64), (384, 128, 80), (640, 640, 128), (128, 128, 160)]
+)
+def test_splash_attention_is_the_definition(n, m, width):
+    assert_same(functools.partial(attention.splash, interpret=True), definition, *qkv(n, m, width))
+
+
+def test_heads_are_split_and_merged():
+    x = np.arange(2 * 3 * 8.0).reshape(2, 3, 8)
+    heads = attention.split_heads(jnp.asarray(x), 4)
+    assert heads.shape == (2, 4, 3, 2)
+    np.testing.assert_array_equal(heads[1, 3, 2], x[1, 2, 6:])
+    np.testing.assert_array_equal(attention.merge_heads(heads), x)
+
+
+@pytest.mark.parametrize(
+    ("platform", "n", "m", "width", "dtype", "is_causal", "expected"),
+    [
+        ("tpu", 4096, 4096, 64, jnp.bfloat16, False, "splash"),
+        ("tpu", 1024, 1024, 80, jnp.float32, False, "splash"),
+        ("tpu", 4096, 4096, 512, jnp.float32, False, "splash"),  # the VAE's
+        ("tpu", 4096, 77, 64, jnp.bfloat16, False, "xla"),
+        ("tpu", 256, 256, 160, jnp.bfloat16, False, "xla"),
+        ("tpu", 1056, 1056, 64, jnp.bfloat16, False, "xla"),  # not a multiple of 128
+        ("tpu", 1024, 1024, 64, jnp.bfloat16, True, "xla"),
+        ("gpu", 4096, 4096, 40, jnp.bfloat16, False, "cudnn"),
+        ("gpu", 4096, 77, 160, jnp.float16, False, "xla"),  # wider than this GPU takes
+        ("gpu", 77, 77, 64, jnp.bfloat16, True, "cudnn"),
+        ("gpu", 64, 64, 36, jnp.bfloat16, False, "xla"),
+        ("gpu", 4096, 4096, 40, jnp.float32, False, "xla"),
+        ("cpu", 4096, 4096, 64, jnp.bfloat16, False, "xla"),
+    ],
+)
+def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected, monkeypatch):
+    monkeypatch.setattr(attention, "_cudnn_width", lambda: 128)
+    q, k = (jax.ShapeDtypeStruct((1, 2, length, width), dtype) for length in (n, m))
+    assert attention.choose(platform, q, k, is_causal) == expected
+
+
+def test_a_machine_without_a_gpu_traces_no_cudnn():
+    if jax.default_backend() != "cpu":
+        pytest.skip("this process has an accelerator")
+    q = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
+    assert attention.choose("gpu", q, q) == "xla"
+
+
+def squares(q, k, v):
+    """A scalar through all that may stand around attention: vmap, checkpoint, scan."""
+    block = jax.checkpoint(jax.vmap(attention.attend, in_axes=(0, None, None)))
+    step = lambda total, q: (total + jnp.sum(jnp.square(block(q[None], k, v))), None)
+    return jax.lax.scan(step, jnp.float32(0), q[None])[0]
+
+
+@pytest.mark.parametrize(("platform", "n", "kernels"), [("tpu", 1024, True), ("tpu", 256, False), ("cpu", 1024, False)])
+def test_the_platform_is_that_of_the_lowering(platform, n, kernels):
+    """Lowered on this machine for another one: only that platform's branch is in the program, backwards too."""
+    gradients = jax.jit(jax.grad(squares, argnums=(0, 1, 2)))
+    lowered = gradients.trace(*qkv(n, n, 64)).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert ("tpu_custom_call" in text) == kernels
+    assert ("exponential" in text) != kernels  # the plain softmax's
+    if kernels:
+        assert text.count("tpu_custom_call") >= 3  # forward, forward again, backward
+
+
+def test_an_implementation_can_be_asked_for():
+    trace = jax.jit(attention.attend).trace
+    lower = lambda: trace(*qkv(1024, 1024, 64)).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in lower()
+    with attention.implementation("xla"):
+        assert "tpu_custom_call" not in lower()
+    with attention.implementation("splash"):
+        assert "pallas_call" in str(trace(*qkv(128, 128, 64)).jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "is_causal", "message"),
+    [
+        ("sdpa", 128, False, "one of .*'splash'.*, got 'sdpa'"),
+        ("splash", 100, False, "multiples of 128 tokens, got 100 and 100"),
+        ("splash", 128, True, "not causal"),
+    ],
+)
+def test_an_implementation_that_cannot_be(name, n, is_causal, message):
+    with attention.implementation(name), pytest.raises(ValueError, match=message):
+        attention.attend(*qkv(n, n, 8), is_causal=is_causal)
+
+
+ON_EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from tiue_jax import sharding
+from tiue_jax.models import attention
+
+mesh = sharding.make_mesh(data=2, fsdp=4)
+rng = np.random.default_rng(0)
+heads = [rng.standard_normal((8, 1, 128, 40), np.float32) for _ in "qkv"]
+q, k, v = sharding.place(heads, sharding.batch_sharding(mesh))
+many = jax.vmap(attention.attend, in_axes=(None, None, 0))
+loss = lambda q, k, v: jnp.sum(jnp.square(many(q, k, jnp.stack([v, 2 * v]))))
+run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower().compile()
+expected = run()(q, k, v)
+with jax.set_mesh(mesh), attention.implementation("splash_interpreted"):
+    compiled = run()
+    got = compiled(q, k, v)
+assert got[1][0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4), got[1][0].sharding
+assert "all-gather" not in compiled.as_text()
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+"""
+
+
+def test_splash_attention_of_a_sharded_batch():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize(
+    ("n", "width", "dtype"),
+    [
+        (4096, 64, jnp.bfloat16),
+        (4096, 40, jnp.bfloat16),
+        (1024, 80, jnp.bfloat16),
+        (1024, 160, jnp.bfloat16),
+        (4096, 512, jnp.float32),
+    ],
+)
+def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices).reshape(1, -1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    q = jax.ShapeDtypeStruct((4, 1, n, width), dtype, sharding=rows)
+    with jax.set_mesh(mesh):
+        compiled = with_gradients(attention.attend).trace(q, q, q).lower().compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") >= 2 and "all-gather" not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < n * n  # a quarter of one matrix of float32 logits
