@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tiue_jax.models import attention
+from tiue_jax.models.lora import LoRAConfig, LoRALinear
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,12 +68,17 @@ def test_splash_attention_is_the_definition(n, m, width):
     assert_same(functools.partial(attention.splash, interpret=True), definition, *qkv(n, m, width))
 
 
-def test_heads_are_split_and_merged():
-    x = np.arange(2 * 3 * 8.0).reshape(2, 3, 8)
-    heads = attention.split_heads(jnp.asarray(x), 4)
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
+    rngs = nnx.Rngs(0)
+    layer = nnx.Linear(6, 8, use_bias=use_bias, bias_init=nnx.initializers.normal(), rngs=rngs)
+    if adapted:
+        layer = LoRALinear(layer, LoRAConfig(rank=2, alpha=3.0), rngs=rngs)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 6), np.float32))
+    heads = attention.project(layer, x, 4)
     assert heads.shape == (2, 4, 3, 2)
-    np.testing.assert_array_equal(heads[1, 3, 2], x[1, 2, 6:])
-    np.testing.assert_array_equal(attention.merge_heads(heads), x)
+    np.testing.assert_allclose(attention.merge_heads(heads), layer(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

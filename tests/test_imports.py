@@ -34,8 +34,8 @@ LAYERS = (
         "tiue_jax.sampling",
     ),
     ("tiue_jax.models",),
-    ("tiue_jax.models.layers", "tiue_jax.models.lora"),
-    ("tiue_jax.models.functional", "tiue_jax.models.attention"),
+    ("tiue_jax.models.layers", "tiue_jax.models.attention", "tiue_jax.models.lora"),
+    ("tiue_jax.models.functional",),
     (
         "tiue_jax.flops",
         "tiue_jax.schedule",

@@ -13,18 +13,23 @@ Pallas' older flash kernel, whose backward also computes the logits twice.
 """
 
 import functools
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.extend.backend import get_backend
 from jax.sharding import AxisType, PartitionSpec
 
 from tiue_jax import sharding
+from tiue_jax.models.lora import LoRALinear
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash", "splash_interpreted")
+Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
+IMPLEMENTATIONS = get_args(Implementation)
 OUTPUT = "attention"  # what jax.checkpoint policies call the result, with the normaliser that the backward pass needs
 SPLASH_FROM = 1024  # tokens
 LANES = 128  # of a TPU register: splash takes lengths that are multiples of it
@@ -52,7 +57,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False)
     return jax.lax.platform_dependent(q, k, v, **special, default=run("xla")) if special else run("xla")(q, k, v)
 
 
-def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -> str:
+def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -> Implementation:
     """The implementation for q [b h n d] and k [b h m d] on a platform: the table above."""
     lengths, width = (q.shape[2], k.shape[2]), q.shape[3]
     if platform == "tpu" and not is_causal and min(lengths) >= SPLASH_FROM and not any(n % LANES for n in lengths):
@@ -62,9 +67,18 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -
     return "xla"
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[b n h*d] -> [b h n d]."""
-    return x.reshape(*x.shape[:-1], heads, -1).swapaxes(1, 2)
+def project(layer: nnx.Linear, x: jax.Array, heads: int) -> jax.Array:
+    """A linear layer's output in heads: [b n c] -> [b h n d].
+
+    One product that is head-major from the start: of the forms tried it makes the fewest copies around the TPU kernel.
+    """
+    kernel = layer.kernel[...].reshape(x.shape[-1], heads, -1)
+    y = jnp.einsum("bnc,chd->bhnd", x, kernel)
+    if layer.bias is not None:
+        y = y + layer.bias[...].reshape(1, heads, 1, -1)
+    if isinstance(layer, LoRALinear):
+        y = y + layer.scale * project(layer.lora_B, layer.lora_A(x), heads)
+    return y
 
 
 def merge_heads(x: jax.Array) -> jax.Array:
@@ -123,15 +137,15 @@ def _tile(length: int, limit: int = 4 * LANES) -> int:
     return next(tile for tile in range(limit - limit % LANES, 0, -LANES) if length % tile == 0)
 
 
-def _by_tokens(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
+def _by_tokens(kind: Literal["xla", "cudnn"], q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [b n h d]
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kind).swapaxes(1, 2)
 
 
-def _run(kind: str, is_causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _run(kind: Implementation, is_causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     if kind not in IMPLEMENTATIONS:
         raise ValueError(f"attention must be computed by one of {IMPLEMENTATIONS}, got {kind!r}")
-    if kind in ("xla", "cudnn"):
+    if kind == "xla" or kind == "cudnn":
         return checkpoint_name(_by_tokens(kind, q, k, v, is_causal), OUTPUT)
     if is_causal:
         raise ValueError("splash attention is not causal here")
@@ -141,7 +155,7 @@ def _run(kind: str, is_causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -
 @functools.cache
 def _cudnn_width() -> int:
     """The widest head that cuDNN takes on this process' GPUs; 0 without one, where JAX cannot even trace cuDNN."""
-    if "cuda" not in jax.extend.backend.get_backend().platform_version:
+    if "cuda" not in get_backend().platform_version:
         return 0
     generation = int(jax.local_devices()[0].compute_capability.split(".")[0])
     return 256 if generation >= 9 else 128 if generation >= 8 else 0

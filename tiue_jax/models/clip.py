@@ -205,7 +205,7 @@ class CLIPAttention(nnx.Module):
         self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (attention.split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (attention.project(proj, x, self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attention.merge_heads(attention.attend(q, k, v, is_causal=self.is_causal)))
 
 

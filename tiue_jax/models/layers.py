@@ -80,8 +80,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
-        split = lambda y: attention.split_heads(y, self.heads)
-        out = attention.attend(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        inputs = ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        out = attention.attend(*(attention.project(layer, y, self.heads) for layer, y in inputs))
         return self.to_out[0](attention.merge_heads(out))
 
 
