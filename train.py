@@ -145,12 +145,12 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     running: deque[distill.Metrics] = deque()
     last, stopped = start >= train.max_train_steps, False
     while not last:
-        with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices and nothing comes back
-            batch = sharding.place_rows(next(batches), train.batch_size, mesh)
-            if len(running) == STEPS_IN_FLIGHT:
-                jax.block_until_ready(running.popleft())
+        batch = sharding.place_rows(next(batches), train.batch_size, mesh)
+        if len(running) == STEPS_IN_FLIGHT:
+            jax.block_until_ready(running.popleft())
+        with jax.transfer_guard("disallow"):  # but for the batch nothing goes to the devices or comes from them
             state, metrics = train_step(state, frozen, batch, key)
-            running.append(metrics)
+        running.append(metrics)
         done += 1
         bar.update()
 
