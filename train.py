@@ -3,8 +3,9 @@
     python train.py --config configs/emoji_tiue.py --workdir runs/emoji
     python train.py --config configs/emoji_tiue.py --workdir runs/x --config.train.batch_size=32
 
-To resume, run the same command again. The run's folder holds `checkpoints/<step>`, `tensorboard/`, `samples/` (the
-student above its teacher, for the same prompts and noise), `config.json`, and in the end `student/`, a pipeline folder:
+To resume, run the same command again. The run's folder, on a disk or in a bucket (gs://), holds `checkpoints/<step>`,
+`tensorboard/`, `samples/` (the student above its teacher, for the same prompts and noise), `config.json`,
+`placement.tsv` (what lies where), and in the end `student/`, a pipeline folder:
 
     python sample.py --model runs/emoji/student --prompt "a red apple" --out apple.png
 
@@ -12,20 +13,22 @@ On several hosts start the same command on each; they share the run's folder. Cl
 are found by themselves; elsewhere add `--coordinator_address=HOST:PORT --num_processes=N --process_id=0` (to N - 1).
 Where the newest checkpoint is broken, `--allow_older` goes on from the one before.
 
-Exit status: 0 done; 2 a wrong setting, file or folder; 3 too many steps in a row whose loss or gradient was not finite;
-4 a checkpoint could not be written, as on a full disk: the last good one is left; 130 stopped by SIGINT (Ctrl-C); 143
-stopped by SIGTERM, which is how a machine is taken back, or any stop of several processes. After 130 and 143 a
-checkpoint was saved and the same command goes on. A second Ctrl-C stops at once.
+Exit status: 0 done; 1 what nobody foresaw, or another process is gone; 2 a wrong setting, file or folder; 3 too many
+steps in a row whose loss or gradient was not finite; 4 a checkpoint could not be written, as on a full disk: the last
+good one is left; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM, which is how a machine is taken back, or any
+stop of several processes. After 130 and 143 a checkpoint was saved and the same command goes on. A second Ctrl-C stops
+at once.
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import re
 import signal
 import sys
 import time
+import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -35,123 +38,119 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
-from tiue_jax import convert, distill, distributed, hub, images, sharding
+from tiue_jax import distill, distributed, placement, sharding, train_program
 from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config
 from tiue_jax.data import corpus, embeddings
-from tiue_jax.data.loader import Column, PromptBatches, Tokenize, tokens
+from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
 from tiue_jax.export.card import Training
 from tiue_jax.export.folder import check_writable
-from tiue_jax.export.run import export_student, student_sampling
+from tiue_jax.export.run import export_student
+from tiue_jax.frozen import read_teacher
 from tiue_jax.metrics import MetricsWriter
 from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPConfig, CLIPModel
-from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
-from tiue_jax.models.unet import UNet
-from tiue_jax.pipeline import Pipeline
+from tiue_jax.preview import Preview
 from tiue_jax.settings import EVAL_METRICS, Settings
-from tiue_jax.tokenizer import Tokenizer
+from tiue_jax.workdir import Workdir
 
-BAD_INPUT, NOT_FINITE, NOT_SAVED = 2, 3, 4
-GRID_COLUMNS = 8
-GRID_PIXELS = 128  # smaller pictures are enlarged to about this
+UNEXPECTED, BAD_INPUT, NOT_FINITE, NOT_SAVED = 1, 2, 3, 4
+STEPS_IN_FLIGHT = 2  # one runs, the next waits behind it on the device
 CUT_PROMPT_WARNINGS = 5
 
 
 def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
-    settings, workdir, allow_older, processes = read_flags(argv)
+    settings, folder, allow_older, processes = read_flags(argv)
     distributed.initialize(*processes)
-    check_writable(workdir / "student", overwrite=True)  # now, not when the student is there
+    workdir = stack.enter_context(Workdir(folder))
+    check_writable(workdir.local / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
 
     # ---- mesh -----------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
-    sharding.check_batch_size(train.batch_size, mesh, config.gradient_accumulation_steps)
-    replicated = sharding.replicated(mesh)
 
     # ---- models ---------------------------------------------------------------------------------------------------
-    folder = hub.resolve(settings.model.pretrained_model_name_or_path)
-    teacher = Pipeline.from_pretrained(folder, config.compute_dtype)
-    student = dataclasses.replace(teacher, sampling=student_sampling(settings))
-    _, unet_shapes = functional.abstract(UNet, teacher.unet.cfg)
-    frozen = distill.Frozen(unet=teacher.unet.params)
-    clip_features = tokenize_clip = None
-    if config.clip_weight:
-        clip_features, parts, tokenize_clip = load_clip(settings)
-        frozen = frozen._replace(**parts)
-    say(f"teacher: {folder}, {functional.count(unet_shapes):,} parameters in its UNet")
+    teacher = read_teacher(settings)
+    say(f"teacher: {teacher.folder}, {functional.count(teacher.unet.shapes):,} parameters in its UNet")
 
     # ---- data -----------------------------------------------------------------------------------------------------
     prompts = corpus.open_prompts(settings.data.prompts, settings.data.field)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
-        key = embeddings.make_key(prompts, folder / "tokenizer", folder / "text_encoder")
+        key = embeddings.make_key(prompts, teacher.folder / "tokenizer", teacher.folder / "text_encoder")
         cache = embeddings.Embeddings(settings.data.embeddings, key)
         columns["text"], encode_text = cache.read, distill.make_read_text(cache.null)
     else:
         columns["input_ids"] = tokens(prompts, teacher.tokenize)
-        encode_text = distill.make_encode_text(teacher.text_encoder.graphdef, teacher.tokenize([""])[0])
-        frozen = frozen._replace(text_encoder=teacher.text_encoder.params)
-    if tokenize_clip is not None:
-        columns["clip_input_ids"] = tokens(prompts, tokenize_clip)
-    rows = sharding.local_rows(train.batch_size, mesh)
-    batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
+        encode_text = distill.make_encode_text(teacher.text_encoder, teacher.tokenize([""])[0])
+    if teacher.tokenize_clip is not None:
+        columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
-    step = distill.make_train_step(config, teacher.unet.cfg, teacher.schedule, encode_text, clip_features)
-    put = jax.device_put if jax.process_count() == 1 else sharding.place  # which copies what is already in its place
-    frozen = put(frozen, sharding.shardings(frozen, mesh, train.mesh_replicate_below))
+
+    # ---- step -----------------------------------------------------------------------------------------------------
+    frozen_shapes = teacher.shapes(config.compute_dtype)
+    program = train_program.make(
+        settings, mesh, teacher.unet_cfg, teacher.schedule, frozen_shapes, encode_text, teacher.clip_features
+    )
+    arrays = placement.arrays(program.state, program.frozen)
+    say(placement.table(arrays))
+    rows = sharding.local_rows(train.batch_size, mesh)
+    batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
 
     # ---- state ----------------------------------------------------------------------------------------------------
-    init = functools.partial(distill.init_state, config, teacher.unet.cfg, seed=train.seed)
-    state_shapes = jax.eval_shape(init, unet_shapes)
-    placement = sharding.shardings(state_shapes, mesh, train.mesh_replicate_below)
     best = train.checkpoints_best_metric
     keep_best = None if best is None else (best, EVAL_METRICS[best])
-    checkpoints = stack.enter_context(Checkpoints(workdir, train.checkpoints_total_limit, keep_best))
+    checkpoints = stack.enter_context(Checkpoints(workdir.path, train.checkpoints_total_limit, keep_best))
     check = functools.partial(check_config, current=settings.to_dict(), free=settings.free_on_resume)
-    restored = checkpoints.resume(sharding.structs(state_shapes, placement), check, allow_older=allow_older)
+    restored = checkpoints.resume(program.state, check, allow_older=allow_older)
     if restored:
         start, state, position = restored
         batches.set_state(position)
         say(f"resuming: {checkpoints.folder / str(start)}")
     else:
-        start = 0
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one accelerator may not hold the whole state
-            state = init(convert.load(folder / "unet", unet_shapes))
-        state = sharding.place(state, placement)
+        start, where = 0, sharding.of(program.state)
+        student = teacher.unet.load(jnp.float32, where.params)
+        adapters = sharding.place(distill.init_adapters(config, teacher.unet_cfg, train.seed), where.lora)
+        init = functools.partial(distill.init_state, config)
+        state = jax.jit(init, donate_argnums=(0, 1), out_shardings=where)(student, adapters)
+    frozen = teacher.load(config.compute_dtype, sharding.of(program.frozen))
 
-    # ---- step -----------------------------------------------------------------------------------------------------
-    key = jax.jit(functools.partial(jax.random.key, train.seed), out_shardings=replicated)()
+    # ---- compile --------------------------------------------------------------------------------------------------
+    seed_key = functools.partial(jax.random.key, train.seed)
+    key = jax.jit(seed_key, out_shardings=sharding.replicated(mesh))()
     position = batches.get_state()
     example = sharding.place_rows(next(batches), train.batch_size, mesh)
     batches.set_state(position)
     began = time.monotonic()
-    traced = jax.jit(step, donate_argnums=0, out_shardings=(placement, replicated)).trace(state, frozen, example, key)
-    train_step = traced.lower().compile()
+    train_step = program.trace(example, key).lower().compile()
     say(f"step: batch of {train.batch_size} on {mesh.size} device(s), compiled in {time.monotonic() - began:.0f} s")
 
     # ---- loop -----------------------------------------------------------------------------------------------------
-    writer = stack.enter_context(MetricsWriter(workdir, start))
+    writer = stack.enter_context(MetricsWriter(workdir.local, start))
     writer.config(settings.to_dict())
-    shown = list(train.validation_prompts)
-    if shown and jax.process_index() == 0:
-        steps, guidance = train.validation_num_inference_steps, train.validation_guidance_scale
-        ddim = {"sampler": "ddim", "num_inference_steps": steps, "guidance_scale": guidance}
-        of_teacher = teacher(shown, seed=train.seed, **ddim)
+    if jax.process_index() == 0:
+        placement.write(workdir.local / "placement.tsv", arrays)
+    previews = bool(train.validation_prompts)
+    preview = Preview(teacher.folder, settings) if previews and jax.process_index() == 0 else None
     bar = stack.enter_context(progress_bar(start, train.max_train_steps))
     stop = stack.enter_context(distributed.StopRequest(train.max_train_minutes))
     since = time.monotonic()
     done = logged = start
     skipped = int(jax.device_get(state.skipped))
-    last, stopped, metrics = start >= train.max_train_steps, False, None
+    running: deque[distill.Metrics] = deque()
+    last, stopped = start >= train.max_train_steps, False
     while not last:
-        batch = sharding.place_rows(next(batches), train.batch_size, mesh)
-        jax.block_until_ready(metrics)  # one step runs while the next one's batch is made; no more are queued
-        state, metrics = train_step(state, frozen, batch, key)
+        with jax.transfer_guard("disallow"):  # nothing but the batch goes to the devices and nothing comes back
+            batch = sharding.place_rows(next(batches), train.batch_size, mesh)
+            if len(running) == STEPS_IN_FLIGHT:
+                jax.block_until_ready(running.popleft())
+            state, metrics = train_step(state, frozen, batch, key)
+            running.append(metrics)
         done += 1
         bar.update()
 
@@ -169,20 +168,20 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
             checkpoints.check()
             logged, since = done, time.monotonic()
         evaluated = {}
-        if due(train.validation_every) and shown and not (stopped and stop.cause()):
+        if due(train.validation_every) and previews and not (stopped and stop.cause()):
             paused, distance = time.monotonic(), 0.0
             ema = distributed.to_process_0(state.ema)
-            if ema is not None:
-                student.unet = student.unet._replace(params=functional.cast(ema, config.compute_dtype))
-                of_student = student(shown, seed=train.seed)
-                grid = side_by_side(of_student, of_teacher)
-                writer.image(done, "student_above_teacher", grid, {"step": done, "prompts": "; ".join(shown)})
-                distance = images.distance(of_student, of_teacher)
+            if preview is not None:
+                grid, distance = preview(ema)
+                about = {"step": done, "prompts": "; ".join(train.validation_prompts)}
+                writer.image(done, "student_above_teacher", grid, about)
             evaluated = {"eval/teacher_distance": distributed.from_process_0(distance)}
             writer.scalars(done, evaluated)
             since += time.monotonic() - paused
         if due(train.checkpoint_every):
             checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated)
+            writer.flush()
+            workdir.publish()
 
     # ---- end ------------------------------------------------------------------------------------------------------
     bar.close()
@@ -193,8 +192,8 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     ema = distributed.to_process_0(state.ema)
     if ema is not None:
         made = Training(settings.to_dict(), done, "ema")
-        export_student(workdir / "student", folder, ema, settings, made, overwrite=True)
-    say(f"done: {done} steps, student: {workdir / 'student'}, pictures: {workdir / 'samples'}")
+        export_student(workdir.local / "student", teacher.folder, ema, settings, made, overwrite=True)
+    say(f"done: {done} steps, student: {workdir.path / 'student'}, pictures: {workdir.path / 'samples'}")
     return 0
 
 
@@ -202,7 +201,7 @@ class Arguments(NamedTuple):
     """The command line."""
 
     settings: Settings
-    workdir: Path
+    workdir: str
     allow_older: bool
     processes: tuple[str | None, int | None, int | None]  # coordinator's address, how many, which one
 
@@ -230,31 +229,7 @@ def read_flags(argv: Sequence[str]) -> Arguments:
         raise FileNotFoundError(f"no config file at {file}")
     processes = values.coordinator_address, values.num_processes, values.process_id
     settings = Settings.from_config(values.config.to_dict())
-    return Arguments(settings, Path(values.workdir), values.allow_older, processes)
-
-
-def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, functional.Params], Tokenize]:
-    """What L_clip needs: the function of the step, the frozen parameters by field, CLIP's own tokenizer."""
-
-    def given(name: str) -> Path:
-        if (path := getattr(settings.model, name)) is None:
-            raise ValueError(f"clip_weight = {settings.distill.clip_weight} needs model.{name}, got None")
-        return hub.resolve(path)
-
-    clip_folder, vae_folder = given("clip_model_name_or_path"), given("tiny_vae_name_or_path")
-    clip_cfg = CLIPConfig.from_dict(convert.read_config(clip_folder))
-    vae_cfg = TinyVAEConfig.from_dict(convert.read_config(vae_folder))
-    text_cfg, vision_cfg = clip_cfg.text_config, clip_cfg.vision_config
-    clip, clip_shapes = functional.abstract(CLIPModel, text_cfg, vision_cfg, clip_cfg.projection_dim)
-    vae, vae_shapes = functional.abstract(AutoencoderTiny, vae_cfg)
-    dtype = jnp.dtype(settings.distill.compute_dtype)
-    parts = {
-        "clip": convert.load(clip_folder, clip_shapes, dtype),
-        "tiny_vae": convert.load(vae_folder, vae_shapes, dtype),
-    }
-    tokenize = Tokenizer(clip_folder, text_cfg.max_position_embeddings)
-    normalize = settings.distill.clip_normalize
-    return distill.make_clip_features(vae, clip, vision_cfg.image_size, normalize=normalize), parts, tokenize
+    return Arguments(settings, values.workdir, values.allow_older, processes)
 
 
 def check_finite(values: dict[str, float], step: int, before: int, limit: int, checkpoints: Checkpoints) -> int:
@@ -276,17 +251,6 @@ def check_finite(values: dict[str, float], step: int, before: int, limit: int, c
     if skipped > before:
         say(f"step {step}: skipped {skipped - before} update(s), a loss or gradient was not finite ({skipped} in all)")
     return skipped
-
-
-def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
-    """Rows of the student's images, each above the row of its teacher's: uint8 [n h w 3] twice -> [H W 3]."""
-    columns = min(GRID_COLUMNS, len(students))
-    rows = []
-    for start in range(0, len(students), columns):
-        for pictures in (students[start : start + columns], teachers[start : start + columns]):
-            blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
-            rows += [pictures, blank]
-    return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))
 
 
 @contextlib.contextmanager
@@ -313,9 +277,10 @@ def progress_bar(start: int, total: int) -> tqdm:
     return tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0)
 
 
-def say(message: str, file: TextIO | None = None) -> None:
+def say(message: str | Table, file: TextIO | None = None) -> None:
+    """Prints a line or a table on process 0."""
     if jax.process_index() == 0:
-        print(message, file=file, flush=True)
+        Console(file=file, markup=False, highlight=False, emoji=False, soft_wrap=True).print(message)
 
 
 def one_line(error: BaseException) -> str:
@@ -328,7 +293,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         with contextlib.ExitStack() as stack:
-            return run(argv, stack)
+            try:
+                return run(argv, stack)
+            except (ValueError, OSError, FloatingPointError):
+                raise
+            except Exception:  # such as the end of another process: what is open here would wait for it
+                traceback.print_exc()
+                return distributed.failed(UNEXPECTED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

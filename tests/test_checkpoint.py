@@ -248,6 +248,44 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, told_b
         assert_same(again.restore(1, structs(make(1)))[0], make(1))
 
 
+ON_A_SMALL_DISK = """
+import sys
+import numpy as np
+from tiue_jax import sharding
+from tiue_jax.checkpoint import Checkpoints, NotSavedError
+rng = np.random.default_rng(0)
+small, big = ({"x": rng.standard_normal((width, 1000), np.float32)} for width in (10, 4000))
+try:
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        checkpoints.save(1, small, {}, {"step": 1})
+        checkpoints.wait()
+        checkpoints.save(2, big, {}, {"step": 2})
+        checkpoints.wait()
+except NotSavedError as error:
+    print(error)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    here = sharding.structs(small, sharding.shardings(small, sharding.make_mesh()))
+    restored = checkpoints.resume(here, lambda config: None)
+    np.testing.assert_array_equal(restored.state["x"], small["x"])
+    print(restored.step)
+"""
+MOUNT = 'mount -t tmpfs -o size=4m none "$1" && exec "$2" -c "$3" "$1"'
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    own = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("no disk of our own: unshare(1) is not allowed to mount here")
+    argv = [*own, "sh", "-c", MOUNT, "sh", str(tmp_path), sys.executable, ON_A_SMALL_DISK]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    error, step = done.stdout.splitlines()
+    assert error.startswith("cannot save a checkpoint in ") and "No space left on device" in error
+    assert error.endswith(f"the last good checkpoint is {tmp_path / 'checkpoints/1'}") and step == "1"
+    assert "Traceback" not in done.stderr
+
+
 SAVES_UNTIL_KILLED = """
 import sys
 import numpy as np

@@ -56,9 +56,13 @@ def frozen(params):
     return Frozen(unet=jax.tree.map(jnp.asarray, params))
 
 
+def initial(config, params):
+    return jax.jit(functools.partial(distill.init_state, config))(params, distill.init_adapters(config, UNET, seed=0))
+
+
 @pytest.fixture(scope="module")
 def state(params):
-    return distill.init_state(CONFIG, UNET, params, seed=0)
+    return initial(CONFIG, params)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +155,7 @@ def test_dropped_text_is_the_null_prompt(state, frozen, distillation, update):
 
 def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(params):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat=True)
-    state = adapted(distill.init_state(config, UNET, params, seed=0))
+    state = adapted(initial(config, params))
     frozen = Frozen(jax.tree.map(jnp.asarray, functional.cast(params, jnp.bfloat16)))
     step = distill.make_train_step(config, UNET, Schedule(), encode_text)
     with jax.numpy_dtype_promotion("standard"):  # flax's norms mix bfloat16 and float32 inside
@@ -170,7 +174,7 @@ def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(p
 
 def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation, update):
     frozen = Frozen(jax.tree.map(jnp.asarray, params))
-    state = adapted(distill.init_state(CONFIG, UNET, frozen.unet, seed=0))
+    state = adapted(initial(CONFIG, frozen.unet))
     key = jax.random.key(7)
     _, expected = update(state, frozen, BATCH, distillation.draw(jax.random.fold_in(key, 0), 2))
     # with remat, which must change no gradient
@@ -329,4 +333,4 @@ def test_settings_that_do_not_fit_the_models():
     with pytest.raises(ValueError, match="no guidance embedding, got time_cond_proj_dim 8"):
         Distillation(CONFIG, dataclasses.replace(UNET, time_cond_proj_dim=8), Schedule(), encode_text)
     with pytest.raises(ValueError, match="LoRA targets .*to_z.* match no linear or convolution layer of the UNet"):
-        distill.init_state(dataclasses.replace(CONFIG, lora_targets=("to_q", "to_z")), UNET, {}, seed=0)
+        distill.init_adapters(dataclasses.replace(CONFIG, lora_targets=("to_q", "to_z")), UNET, seed=0)

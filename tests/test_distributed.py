@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_train import command, losses, saved, write_model
+from tests.test_train import checkpoints, command, losses, saved, write_model
 from tiue_jax import distributed
 from tiue_jax.distributed import StopRequest
 from tiue_jax.pipeline import Pipeline
@@ -103,23 +103,26 @@ def test_the_notice_of_preemption_is_a_signal():
         server.shutdown()
 
 
-# Half a second a step after the third, in which process 1 is told to go: jax needs a second or two to agree on a step.
+# Process 1 is told to go, or killed, in its fourth call: the batch of step 3. Half a second a step from there on, since
+# jax needs a second or two to agree on the step to stop after.
 WORKER = """
 import os, signal, sys, time
 import train
 from tiue_jax import sharding
+ends = {"--preempt": signal.SIGTERM, "--kill": signal.SIGKILL}
+end = ends.get(sys.argv[-1])
+if end:
+    sys.argv.pop()
 place_rows, calls = sharding.place_rows, 0
-def slowly(*args):
+def place_rows_and_end(*args):
     global calls
     calls += 1
-    if calls > 3:
+    if end and calls > 3:
         time.sleep(0.5)
-    if calls == 4 and "--process_id=1" in sys.argv:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if end and calls == 4 and "--process_id=1" in sys.argv:
+        os.kill(os.getpid(), end)
     return place_rows(*args)
-if "--preempt" in sys.argv:
-    sys.argv.remove("--preempt")
-    sharding.place_rows = slowly
+sharding.place_rows = place_rows_and_end
 sys.exit(train.main(sys.argv))
 """
 
@@ -141,13 +144,13 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    argv = [sys.executable, "-c", WORKER, *command(model, workdir, **settings | changed)[1:], *more]
+    argv = [sys.executable, "-c", WORKER, *command(model, workdir, **settings | changed)[1:]]
     started = []
     for i in range(processes):
         join = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
         started.append(
             subprocess.Popen(
-                argv + join if processes > 1 else argv,
+                [*argv, *join, *more] if processes > 1 else argv,
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -158,7 +161,8 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
     return [(process.returncode, out, err) for process, out, err in with_output]
 
 
-def test_two_processes_train_stop_and_resume_as_one(tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_stop_die_and_resume_as_one(tmp_path):
     model, workdir = write_model(tmp_path / "teacher"), tmp_path / "two"
     stopped = launch(model, workdir, 2, "--preempt", train__max_train_steps=1000)
     assert [status for status, _, _ in stopped] == [143, 143], stopped
@@ -167,11 +171,19 @@ def test_two_processes_train_stop_and_resume_as_one(tmp_path):
     assert 3 <= step < 100 and second == ""
     assert not (workdir / "student").exists()
 
-    last = step + 2
+    (survived, first, _), (killed, _, _) = launch(
+        model, workdir, 2, "--kill", train__max_train_steps=1000, train__checkpoint_every=1
+    )
+    assert killed == -signal.SIGKILL and survived not in (0, 143)
+    assert f"checkpoints/{step}\n" in first and not (workdir / "student").exists()
+    later = checkpoints(workdir)[-1]
+    assert step < later <= step + 2  # that of the last step may not have been whole
+
+    last = later + 2
     finished = launch(model, workdir, 2, train__max_train_steps=last)
     assert [status for status, _, _ in finished] == [0, 0], finished
     (_, first, _), (_, second, _) = finished
-    assert f"checkpoints/{step}\n" in first and f"done: {last} steps" in first and second == ""
+    assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and second == ""
 
     ((status, _, error),) = launch(model, tmp_path / "one", 1, train__max_train_steps=last)
     assert status == 0, error

@@ -8,14 +8,12 @@ import shutil
 import struct
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from tests.bucket import in_place_of_gcs
 from tiue_jax.data import corpus, prepare, storage
 from tiue_jax.data.prompts import PromptReader, load_prompts
 
@@ -270,31 +268,10 @@ def test_a_caption_set_is_no_corpus_yet(captions):
 # ---- buckets --------------------------------------------------------------------------------------------------------
 
 
-class Bucket(DirFileSystem):
-    """A folder in the place of Google Cloud Storage."""
-
-    protocol = ("gs", "gcs")
-    cachable = False
-    root = ""
-
-    def __init__(self, **kwargs):
-        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
-
-    def _join(self, path):
-        return super()._join(path.removeprefix("gs://") if isinstance(path, str) else path)
-
-
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    from etils.epath import backend
-
-    monkeypatch.setattr(Bucket, "root", str(tmp_path / "gcs"))
-    (tmp_path / "gcs" / "bucket").mkdir(parents=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
-    yield tmp_path / "gcs" / "bucket"
-    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
-    backend.fsspec_backend._get_filesystem.cache_clear()
+def bucket(tmp_path):
+    with in_place_of_gcs(tmp_path / "gcs") as bucket:
+        yield bucket
 
 
 def test_a_corpus_in_a_bucket(bucket, small_shards, capsys):

@@ -21,21 +21,16 @@ from safetensors.numpy import load_file, save_file
 import train
 from tests import tiny
 from tests.events import scalars
-from tiue_jax import convert
 from tiue_jax.checkpoint import Checkpoints
 from tiue_jax.data import embed, prepare
-from tiue_jax.distill import DistillConfig, Frozen
 from tiue_jax.export.folder import save_pipeline
 from tiue_jax.images import read_png
 from tiue_jax.metrics import MetricsWriter
-from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig
-from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
-from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 UNET = dataclasses.replace(  # the smallest there is: the step must compile quickly
@@ -130,6 +125,8 @@ def test_what_a_run_leaves(whole, model):
     assert distances.keys() == {3, 4} and all(0 < v < 1 for v in distances.values())
     assert sorted(step for step, tag in losses(whole) if tag == "train/loss_vsd") == [1, 2, 3, 4]
     pictures = sorted((whole / "samples").iterdir())
+    placed = [line.split("\t") for line in (whole / "placement.tsv").read_text().splitlines()]
+    assert placed[0][0] == "part" and {"student", "teacher", "LoRA, Adam nu"} <= {part for part, *_ in placed[1:]}
     assert [p.name for p in pictures] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]
     pixels, metadata = read_png(pictures[-1])
     assert pixels.shape == (2 * 128 + 2, 3 * 128 + 4, 3)
@@ -159,17 +156,20 @@ def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, 
 
     stopped: list[int] = []
     monkeypatch.setattr(MetricsWriter, "scalars", stop_after_one)
-    again = command(model, tmp_path)
-    assert train.main(again) == 128 + signal.SIGTERM
+    assert train.main(command(model, tmp_path)) == 128 + signal.SIGTERM
     assert checkpoints(tmp_path) == [2] and not (tmp_path / "student").exists()
     assert "stopped by SIGTERM: saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
-    assert train.main(again) == 0
+    moved = shutil.copy(model / "prompts.txt", tmp_path / "moved.txt")
+    assert train.main(command(model, tmp_path, data__prompts=moved)) == 0
     assert checkpoints(tmp_path) == [2, 4]
     assert_same_end(tmp_path, whole)
     assert losses(tmp_path) == losses(whole)
 
+    (tmp_path / "moved.txt").write_text("other prompts\n")
+    assert train.main(command(model, tmp_path, data__prompts=moved)) == 2
+    assert "the prompts are not those that the run was started with" in capsys.readouterr().err
     assert train.main(command(model, tmp_path, distill__kl_weight=0.2)) == 2
     assert "settings differ" in (error := capsys.readouterr().err) and "distill.kl_weight was 0.1, now 0.2" in error
 
@@ -228,6 +228,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
 
     def save_on_a_full_disk(self, step, *args):
         if step == 4:
+            self.wait()  # the one before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
         save(self, step, *args)
 
@@ -326,33 +327,37 @@ def test_help(capsys):
     assert "--config configs/emoji_tiue.py" in capsys.readouterr().out
 
 
-def test_the_clip_loss_is_loaded_from_its_folders(tmp_path):
-    text = dataclasses.replace(tiny.TEXT, projection_dim=6)
-    vision = CLIPVisionConfig(8, 16, 1, 2, image_size=8, patch_size=4, projection_dim=6)
-    clip, vae = (
-        CLIPConfig(text, vision, projection_dim=6),
-        TinyVAEConfig(
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1),
-        ),
-    )
-    parameters = functional.init(functional.abstract(CLIPModel, text, vision, 6)[1], 0)
-    convert.save(tmp_path / "clip", parameters, clip.to_dict(), filename="model.safetensors")
-    convert.save(tmp_path / "vae", tiny.random_params(AutoencoderTiny, vae, 0), vae.to_dict())
-    tiny.write_tokenizer(tmp_path / "tokenizer")
-    shutil.copytree(tmp_path / "tokenizer", tmp_path / "clip", dirs_exist_ok=True)
-    model = ModelConfig("teacher", str(tmp_path / "clip"), str(tmp_path / "vae"))
-    loss = DistillConfig(clip_weight=0.1, clip_decay_steps=5, compute_dtype="float32")
+def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(model, tmp_path, monkeypatch):
+    compiled, read, steps = [], [], []
+    get, call = jax.device_get, jax.stages.Compiled.__call__
 
-    features, parts, tokenize = train.load_clip(Settings(model, DataConfig("p.txt"), TrainConfig(), loss))
-    ids = tokenize(["a red apple", "b"])
-    assert ids.shape == (2, tiny.CONTEXT)
-    latents = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
-    batch = {"clip_input_ids": jnp.asarray(ids, jnp.int32)}
-    of_text, of_image = jax.jit(features)(Frozen(unet={}, **parts), batch, latents)
-    assert of_text.shape == of_image.shape == (2, 6) and np.isfinite(of_image).all()
+    def on_event(event, duration, **about):
+        if event.startswith("/jax/core/compile"):  # tracing, lowering, compiling
+            compiled.append(event)
+
+    def on_get(tree):
+        read.append(tree)
+        return get(tree)
+
+    def on_step(self, state, *others):
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            jnp.sum(np.ones(3))  # the loop itself forbids what is not asked for
+        result = call(self, state, *others)
+        assert all(x.is_deleted() for x in jax.tree.leaves(state))
+        assert not any(x.is_deleted() for x in jax.tree.leaves(others))
+        steps.append((len(compiled), len(read)))
+        return result
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    monkeypatch.setattr(jax, "device_get", on_get)
+    monkeypatch.setattr(jax.stages.Compiled, "__call__", on_step)
+    try:
+        rare = {"train__log_every": 100, "train__checkpoint_every": 100, "train__validation_every": 100}
+        assert train.main(command(model, tmp_path, train__max_train_steps=6, **rare)) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+    assert len(steps) == 6 and compiled and len(set(steps[1:])) == 1
+    assert {step for step, _ in losses(tmp_path)} == {6}
 
 
 def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, tmp_path, capsys):
@@ -374,8 +379,11 @@ def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, t
 
 
 def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, model, tmp_path):
-    for devices, fsdp, steps in ((8, 4, 2), (4, 4, 3)):
-        settings = {"train__mesh_fsdp": fsdp, "train__mesh_replicate_below": 512, "train__max_train_steps": steps}
+    eight = {"train__mesh_data": 2, "train__mesh_fsdp": 4, "train__mesh_replicate_below": 512}
+    four = eight | {"train__mesh_data": 1, "train__mesh_replicate_frozen": True}
+    four |= {"distill__gradient_accumulation_steps": 2}
+    for devices, steps, settings in ((8, 2, eight), (4, 3, four)):
+        settings["train__max_train_steps"] = steps
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),

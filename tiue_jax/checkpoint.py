@@ -78,7 +78,8 @@ class Checkpoints:
             best_mode=self._mode,
             preservation_policy=self._policy(total_limit),
         )
-        logging.getLogger("absl").addFilter(_no_traceback)
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_no_traceback)
         self._manager = _Manager(self.folder, options=options)
         self._failed = False
 
@@ -259,7 +260,7 @@ class Checkpoints:
 
 def _no_traceback(record: logging.LogRecord) -> bool:
     """Keeps back orbax's pages of tracebacks, one from each thread, of what NotSavedError says in a line."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -6,6 +6,7 @@ student's own distribution. The teacher is an argument of the step and no part o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,17 +84,25 @@ Epsilon = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 TrainStep = Callable[[TrainState, Frozen, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
-def init_state(config: DistillConfig, unet: UNetConfig, params: Params, seed: int) -> TrainState:
-    """The state before the first step: the student starts as `params` (the teacher), the LoRA teacher likewise.
+def init_adapters(config: DistillConfig, unet: UNetConfig, seed: int) -> Params:
+    """The LoRA teacher's adapters before the first step, float32 numpy: with them it is the teacher."""
+    _, shapes = functional.abstract(UNet, unet, lora=config.lora)
+    return lora.init(lora.split(shapes)[1], seed)
+
+
+def init_state(config: DistillConfig, params: Params, adapters: Params) -> TrainState:
+    """The state before the first step; jit it with `out_shardings`, and no device ever holds the whole of it.
 
     Every leaf is a buffer of its own, so that the step may donate the state while the teacher lives on.
+
+    Args:
+        config: the settings.
+        params: of the teacher, which the student starts as; float32.
+        adapters: as `init_adapters` makes them.
     """
-    _, shapes = functional.abstract(UNet, unet, lora=config.lora)
-    _, lora_shapes = lora.split(shapes)
     copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
-    adapters = copy(lora.init(lora_shapes, seed))
     of_student, of_lora = config.optimizers()
-    start = copy(params)
+    start, adapters = copy(params), copy(adapters)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -104,6 +113,12 @@ def init_state(config: DistillConfig, unet: UNetConfig, params: Params, seed: in
         optimizer=of_student.init(start),
         lora_optimizer=of_lora.init(adapters),
     )
+
+
+def state_shapes(config: DistillConfig, unet: UNetConfig) -> TrainState:
+    """The state as ShapeDtypeStructs."""
+    shapes = lora.split(functional.abstract(UNet, unet, lora=config.lora)[1])
+    return jax.eval_shape(functools.partial(init_state, config), *shapes)
 
 
 def make_encode_text(graphdef: nnx.GraphDef, null_input_ids: np.ndarray) -> EncodeText:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 
 @contextlib.contextmanager
 def writing_aside(path: str | Path) -> Iterator[Path]:
@@ -87,16 +89,16 @@ def check_new_folder(path: str | Path, marker: str, overwrite: bool = False) -> 
     return path
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The UTF-8 text of a file. ValueError naming file and byte where it is something else; OSError as open()."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"{path}: expected UTF-8 text, got byte {byte:#04x} at offset {error.start}") from error
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file. ValueError naming the file where it is not JSON or not an object."""
     try:
         value = json.loads(read_text(path))

@@ -47,6 +47,11 @@ class MetricsWriter:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, float(value), step)
 
+    def flush(self) -> None:
+        """Writes to the disk what was only noted."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def image(
         self, step: int, tag: str, image: np.ndarray, metadata: Mapping[str, object] | None = None
     ) -> Path | None:

@@ -67,6 +67,7 @@ class TrainConfig:
         validation_guidance_scale: and its guidance.
         mesh_data, mesh_fsdp: sizes of the mesh axes; -1 takes the devices that the other leaves.
         mesh_replicate_below: arrays of fewer elements are not sharded over fsdp.
+        mesh_replicate_frozen: every device holds the whole teacher and text encoder, which then need no gathering.
     """
 
     seed: int = 0
@@ -85,6 +86,7 @@ class TrainConfig:
     mesh_data: int = -1
     mesh_fsdp: int = 1
     mesh_replicate_below: int = REPLICATE_BELOW
+    mesh_replicate_frozen: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
@@ -110,10 +112,11 @@ _DERIVED = ("distill", "max_train_steps")  # follows the train section's
 
 # What may change when a run is resumed, since it changes no update.
 _FREE = {
+    *("data.prompts", "data.field"),  # they may have moved; the data position knows them by their fingerprint
     *(f"train.{name}" for name in ("max_train_steps", "max_train_minutes", "log_every")),
     *(f"train.checkpoint{name}" for name in ("_every", "s_total_limit", "s_best_metric")),
     "train.max_skipped_steps",
-    *(f"train.mesh_{name}" for name in ("data", "fsdp", "replicate_below")),
+    *(f"train.mesh_{name}" for name in ("data", "fsdp", "replicate_below", "replicate_frozen")),
     *(f"train.validation_{name}" for name in ("every", "prompts", "num_inference_steps", "guidance_scale")),
     "distill.gradient_accumulation_steps",
     "distill.remat",

@@ -143,6 +143,11 @@ def structs(shapes: Any, placement: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
 
 
+def of(tree: Any) -> Any:
+    """The sharding of every array, or struct that carries one."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def _name(part: Any) -> str:
     """One entry of a key path as text, whatever container it comes from."""
     return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

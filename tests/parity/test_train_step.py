@@ -196,7 +196,7 @@ class Pair:
         _, self.lora_shapes = lora.split(functional.abstract(UNet, cfg, lora=config.lora)[1])
         teacher, adapters = self.their_weights()
         self.frozen = Frozen(jax.tree.map(jnp.asarray, teacher))
-        state = distill.init_state(config, cfg, teacher, seed=0)
+        state = distill.init_state(config, teacher, distill.init_adapters(config, cfg, seed=0))
         self.state = state._replace(lora=jax.tree.map(jnp.asarray, adapters))
 
     def their_weights(self) -> tuple:

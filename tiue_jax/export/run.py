@@ -13,6 +13,7 @@ import numpy as np
 
 from tiue_jax import convert, hub, sharding
 from tiue_jax.checkpoint import read_weights, saved_steps
+from tiue_jax.data import storage
 from tiue_jax.export import card, folder
 from tiue_jax.files import read_json
 from tiue_jax.models import functional, lora
@@ -45,7 +46,7 @@ class LoRATeacher:
 
 def is_run(source: str | Path) -> bool:
     """Whether this is a folder that train.py works in, and not a pipeline's folder or name."""
-    path = Path(source).expanduser()
+    path = storage.at(source)
     return (path / "config.json").is_file() and not (path / folder.MODEL_INDEX).exists()
 
 
@@ -68,7 +69,7 @@ def export_run(
     """Writes the student in a run's checkpoint; what is not the UNet comes from its teacher.
 
     Args:
-        workdir: the run's folder.
+        workdir: the run's folder, here or gs://.
         out: see folder.save_pipeline, and `overwrite`.
         step: which checkpoint; None is the newest.
         weights: "ema" or "params".
@@ -84,8 +85,7 @@ def export_run(
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be among {list(WEIGHTS)}, got {weights!r}")
     folder.check_writable(out, overwrite)
-    workdir = Path(workdir).expanduser()
-    config = workdir / "config.json"
+    config = storage.at(workdir) / "config.json"
     try:
         settings = Settings.from_dict(read_json(config))
     except (ValueError, TypeError) as error:

@@ -1,0 +1,38 @@
+"""A folder on this disk that is read and written as gs://bucket."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+from etils.epath import backend
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Bucket(DirFileSystem):
+    """A folder in the place of Google Cloud Storage."""
+
+    protocol = ("gs", "gcs")
+    cachable = False
+    root = ""
+
+    def __init__(self, **kwargs):
+        super().__init__(path=self.root, fs=LocalFileSystem(auto_mkdir=True))
+
+    def _join(self, path):
+        return super()._join(path.removeprefix("gs://") if isinstance(path, str) else path)
+
+
+@contextlib.contextmanager
+def in_place_of_gcs(root: Path) -> Iterator[Path]:
+    """The folder `root / "bucket"`, which is gs://bucket meanwhile."""
+    (root / "bucket").mkdir(parents=True)
+    Bucket.root = str(root)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    try:
+        yield root / "bucket"
+    finally:
+        fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+        backend.fsspec_backend._get_filesystem.cache_clear()

@@ -1,0 +1,52 @@
+"""The folder that a run works in: on a disk that all its hosts share, or in a bucket (gs://)."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Self
+
+import jax
+
+from tiue_jax.data import storage
+from tiue_jax.export.folder import MODEL_INDEX
+
+
+class Workdir:
+    """A run's folder; a context manager that publishes what is left at the end.
+
+    Attributes:
+        path: the folder. All processes write checkpoints there.
+        local: where process 0 writes everything else: the folder itself, or for a bucket a temporary one, of which
+            `publish` copies to the bucket what is new.
+
+    Raises:
+        ValueError: a bucket, and the package that reads it is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = storage.at(path)
+        self._aside = tempfile.TemporaryDirectory(prefix="tiue-jax-run-") if storage.is_remote(self.path) else None
+        self.local = Path(self._aside.name) if self._aside else Path(self.path)
+        self._published: dict[Path, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.publish()
+        if self._aside:
+            self._aside.cleanup()
+
+    def publish(self) -> None:
+        """Copies new and changed files to the bucket; of a model's folder its index, which makes it one, last."""
+        if self._aside is None or jax.process_index() > 0:
+            return
+        files = [file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(".tmp")]
+        for file in sorted(files, key=lambda file: file.name == MODEL_INDEX):
+            about = file.stat()
+            version = about.st_mtime_ns, about.st_size
+            if self._published.get(file) != version:
+                target = self.path / file.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                storage.copy(file, target)
+                self._published[file] = version
