@@ -30,19 +30,17 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from tiue_jax import distill, distributed, placement, sharding, train_program
+from tiue_jax import config_file, distill, distributed, placement, sharding, train_program
 from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
@@ -209,26 +207,13 @@ class Arguments(NamedTuple):
 def read_flags(argv: Sequence[str]) -> Arguments:
     """The run's settings and what else the command line says. ValueError or OSError on what is wrong with it."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "The run's settings.", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
     flags.DEFINE_bool("allow_older", False, "Resume before a checkpoint that is broken.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes train together.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
-    try:
-        rest = values(list(argv))[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"command line: {one_line(error)}") from error
-    if rest:
-        raise ValueError(f"command line: expected only flags, got {rest}")
-    for name in ("config", "workdir"):
-        if getattr(values, name) is None:
-            raise ValueError(f"command line: --{name} is missing, see --help")
-    file = config_flags.get_config_filename(values["config"])
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no config file at {file}")
+    settings = config_file.parse(argv, values, required=("config", "workdir"))
     processes = values.coordinator_address, values.num_processes, values.process_id
-    settings = Settings.from_config(values.config.to_dict())
     return Arguments(settings, values.workdir, values.allow_older, processes)
 
 

@@ -11,10 +11,11 @@ MAX_LINES = 420
 
 # From the top down. A module may import from its own layer and from those below it.
 LAYERS = (
-    ("train", "sample", "examples", "tiue_jax.convert.__main__"),
+    ("train", "sample", "examples", "tiue_jax.convert.__main__", "tiue_jax.plan"),
     (
         "tiue_jax.pipeline",
         "tiue_jax.settings",
+        "tiue_jax.config_file",
         "tiue_jax.distill",
         "tiue_jax.distill_config",
         "tiue_jax.frozen",

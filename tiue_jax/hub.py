@@ -75,12 +75,26 @@ MODELS = {
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def known(name: str | Path) -> Model | None:
-    """The row of MODELS that a name stands for: an alias, one of its sources, or what they were called formerly."""
-    for alias, model in MODELS.items():
-        if str(name) in (alias, *model.formerly, *(repository for repository, _ in model.sources)):
-            return model
+def alias(name: str | Path) -> str | None:
+    """The alias that a name stands for: it is one itself, one of its sources, or what they were called formerly."""
+    for short, model in MODELS.items():
+        if str(name) in (short, *model.formerly, *(repository for repository, _ in model.sources)):
+            return short
     return None
+
+
+def known(name: str | Path) -> Model | None:
+    """The row of MODELS that a name stands for, see `alias`."""
+    short = alias(name)
+    return None if short is None else MODELS[short]
+
+
+def on_disk(name: str | Path) -> bool:
+    """Whether `resolve` finds a model without the hub."""
+    text = str(name)
+    if text in SHIPPED or (text not in MODELS and Path(name).expanduser().is_dir()):
+        return True
+    return any(folder.is_dir() for folder in _local_folders(text, known(text) or Model(((text, "main"),))))
 
 
 def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -> Path:

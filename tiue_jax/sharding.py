@@ -17,13 +17,12 @@ REPLICATE_BELOW = 2**16  # elements: gathering a smaller tensor costs more than 
 LORA_NAMES = ("lora", "lora_A", "lora_B")  # sharding the small LoRA matrices caused most of the step's all-gathers
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices over (`data`, `fsdp`); one axis may be -1 and takes what the other leaves.
+def mesh_shape(data: int, fsdp: int, devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes over so many devices; one axis may be -1 and takes what the other leaves.
 
     Raises:
         ValueError: an axis is neither -1 nor positive, both are -1, or their product is not the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp}
     for name, size in sizes.items():
         if size != -1 and size < 1:
@@ -32,11 +31,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | 
         raise ValueError("only one of the mesh axes 'data' and 'fsdp' can be -1, got both")
     for name, size in sizes.items():
         if size == -1:
-            sizes[name] = max(len(devices) // math.prod(s for s in sizes.values() if s != -1), 1)
-    if math.prod(sizes.values()) != len(devices):
+            sizes[name] = max(devices // math.prod(s for s in sizes.values() if s != -1), 1)
+    if math.prod(sizes.values()) != devices:
         asked = ", ".join(f"{name}={size}" for name, size in (("data", data), ("fsdp", fsdp)))
-        raise ValueError(f"mesh axes must multiply to the number of devices, {len(devices)}, got {asked}")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        raise ValueError(f"mesh axes must multiply to the number of devices, {devices}, got {asked}")
+    return sizes
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices over (`data`, `fsdp`). ValueError as `mesh_shape`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(mesh_shape(data, fsdp, len(devices)).values())
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

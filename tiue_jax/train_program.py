@@ -25,7 +25,9 @@ class TrainProgram(NamedTuple):
     def trace(self, batch: Any, key: Any) -> jax.stages.Traced:
         """The jitted step, which donates the state and returns it where it was, on arrays or ShapeDtypeStructs."""
         outputs = sharding.of(self.state), sharding.replicated(self.mesh)
-        return jax.jit(self.step, donate_argnums=0, out_shardings=outputs).trace(self.state, self.frozen, batch, key)
+        step = jax.jit(self.step, donate_argnums=0, out_shardings=outputs)
+        with jax.set_mesh(self.mesh):  # attention is chosen by the mesh's platform
+            return step.trace(self.state, self.frozen, batch, key)
 
 
 def make(

@@ -1,0 +1,303 @@
+"""Planning without libtpu: chips, the compiled program's text, the search, tables, the cache, the command line."""
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from configs import sd21_tiue
+from tests import tiny
+from tiue_jax.models.presets import PRESETS
+from tiue_jax.plan import __main__ as main
+from tiue_jax.plan import architecture, cache, chips, hlo, report, search
+from tiue_jax.plan.measure import Measured, memory_needed
+from tiue_jax.settings import Settings
+
+V5E = chips.CHIPS["v5e"]
+ROOT = Path(__file__).parents[1]
+
+
+def settings(**train):
+    config = sd21_tiue.get_config().to_dict()
+    config["train"].update(train)
+    return Settings.from_config(config)
+
+
+def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
+    values = {
+        "topology": "v5e:4x4",
+        "program": "train",
+        "mode": "quick",
+        "batch_per_chip": batch,
+        "data": 1,
+        "fsdp": 16,
+        "remat": "full",
+        "parts": {"student": 200_000_000, "teacher": 800_000_000},
+        "state_bytes": 1_000_000_000,
+        "temp_bytes": int(peak) - 1_000_000_000,
+        "peak_bytes": int(peak),
+        "hbm_bytes": V5E.hbm_bytes,
+        "fits": peak <= V5E.hbm_bytes,
+        "flops_per_chip": int(flops),
+        "bytes_accessed": 10**12,
+        "collectives": {"all-gather": (3, int(sent))},
+        "estimated_cycles": None,
+        "compile_seconds": 60.0,
+    }
+    return Measured(**values | other)
+
+
+# ---- chips -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind", "count"), [("v5e:4x4", "v5e", 16), ("v5e:16x16", "v5e", 256), ("v4:2x2x4", "v4", 16)]
+)
+def test_topologies(topology, kind, count):
+    chip, chips_count = chips.parse(topology)
+    assert (chip.kind, chips_count) == (kind, count)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:3x5", "v9:2x2", "", "v4:4x4", "v5e:4x4x1"])
+def test_unknown_topology(topology):
+    with pytest.raises(ValueError, match=r"unknown topology .*expected kind:shape among v4: 2x2x1.*v6e: 1x1") as error:
+        chips.parse(topology)
+    assert repr(topology) in str(error.value)
+
+
+def test_only_tpus_are_planned():
+    with pytest.raises(ValueError, match="there is nothing to plan for a GPU"):
+        chips.parse("gpu:8")
+
+
+def test_clocks_are_plausible():
+    """Peak over multiply-adds per cycle: a chip's table row would be wrong where it is no clock of a TPU."""
+    clocks = {kind: chip.clock / 1e9 for kind, chip in chips.CHIPS.items()}
+    assert all(1.0 < clock < 1.8 for clock in clocks.values()), clocks
+
+
+# ---- compiled text ---------------------------------------------------------------------------------------------------
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (arg: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %arg = (s32[], f32[8,16]{1,0}) parameter(0)
+  %x = f32[8,16]{1,0} get-tuple-element(%arg), index=1
+  %all-reduce.1 = f32[8,16]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %f = f32[8,16]{1,0} fusion(%all-reduce.1), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"7"}
+  ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%i, %f)
+}
+
+%cond (arg: (s32[], f32[8,16])) -> pred[] {
+  %arg = (s32[], f32[8,16]{1,0}) parameter(0)
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[4,16]) -> f32[8,16] {
+  %p = bf16[4,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}
+  %all-gather-start = (bf16[4,16]{1,0}, bf16[16,16]{1,0:S(1)}) all-gather-start(%p), replica_groups={{0,1,2,3}}
+  %all-gather-done = bf16[16,16]{1,0} all-gather-done(%all-gather-start)
+  %reduce-scatter.1 = f32[2,16]{1,0} reduce-scatter(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %m = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=8,'c'=4], device_ids=([4,8]T(1,0)) {'b','c':(1)2}
+  %permute = f32[8,16]{1,0} collective-permute(%z), source_target_pairs={{0,1},{1,0}}
+  %while.1 = (s32[], f32[8,16]{1,0}) while(%init), condition=%cond, body=%body, metadata={}
+  ROOT %out = f32[8,16]{1,0} fusion(%w), kind=kLoop, calls=%add, backend_config={"flag":1,"estimated_cycles":"100"}
+}
+"""
+
+
+def test_collectives_are_summed_with_their_loops():
+    text = hlo.read(HLO)
+    assert text.collectives == {
+        "all-gather": (2, 2 * 16 * 16 * 2 * 3 // 4),
+        "all-reduce": (6, 5 * 2 * 8 * 16 * 4 * 3 // 4 + 2 * 8 * 16 * 4 * 15 // 16),
+        "collective-permute": (1, 8 * 16 * 4),
+        "reduce-scatter": (1, 2 * 2 * 16 * 4 // 2),
+    }
+    assert text.estimated_cycles == 100 + 5 * 7
+
+
+def test_collectives_in_a_loop_of_unknown_length_are_refused():
+    with pytest.raises(ValueError, match="all-reduce in a loop of unknown length"):
+        hlo.read(HLO.replace("direction=LT", "direction=NE"))
+
+
+def test_text_of_a_real_program():
+    """The format is XLA's own: an all-reduce over 1 device is still there on the CPU, in a loop that is known."""
+    compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c * 2 + 1, x)).lower(1.0).compile()
+    assert hlo.read(compiled.as_text()) == hlo.Text({}, None)
+
+
+def test_memory_needed():
+    assert memory_needed("the total memory required for HLO temporaries (25.06G) exceeds") == round(25.06 * 2**30)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded ..."
+    assert memory_needed(message) == round(20.25 * 2**30)
+    assert memory_needed("INTERNAL: something else") is None
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [1, 4, 64])
+@pytest.mark.parametrize(
+    ("fixed", "per_row", "curve", "largest"),
+    [(1e9, 0.79e9, 1.0, 20), (1e9, 1.98e9, 1.0, 8), (10e9, 4e9, 1.0, 1), (1e9, 0.1e9, 1.2, 64), (1e9, 1e6, 1.0, 1792)],
+)
+def test_the_largest_batch_is_found(first, fixed, per_row, curve, largest):
+    peak = lambda batch: int(fixed + per_row * batch**curve)
+    tried = search.largest_batch(lambda batch: measured(batch, peak(batch)), first, V5E.hbm_bytes)
+    batches = [result.batch_per_chip for result in tried]
+    assert max(result.batch_per_chip for result in tried if result.fits) == largest
+    assert len(set(batches)) == len(batches) <= 9, batches
+
+
+def test_not_even_one_fits():
+    tried = search.largest_batch(lambda batch: measured(batch, 20e9 + batch), 8, V5E.hbm_bytes)
+    assert not any(result.fits for result in tried)
+    assert tried[-1].batch_per_chip == 1
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def test_cost():
+    its = report.cost(measured(flops=197e12, sent=100e9), V5E, images=16 * 8 * 86_400)
+    assert its == pytest.approx((1.0, 1e12 / 819e9, 0.5, 1.0, 0.5, 128.0, 1.0, 384.0))
+    slow_links = report.cost(measured(flops=197e12, sent=400e9), V5E)
+    assert (slow_links.step_seconds, slow_links.collective_share, slow_links.days) == (2.0, 1.0, None)
+    for cycles, seconds in ((3 * V5E.clock, 3.0), (V5E.clock, 1e12 / 819e9)):  # of memory, in the second case
+        full = report.cost(measured(flops=197e12, mode="full", estimated_cycles=int(cycles)), V5E)
+        assert full.step_seconds == pytest.approx(seconds)
+
+
+def test_the_best_is_the_fastest_that_fits():
+    slow, fast = measured(remat="full", flops=150e12), measured(remat="attention")
+    too_large = measured(remat="none", flops=90e12, peak=20e9)
+    larger = measured(batch=16, flops=200e12, peak=15e9)  # no faster
+    assert report.best([slow, fast, too_large, larger], V5E) is fast
+    assert report.best([too_large, measured(peak=30e9)], V5E) is too_large
+
+
+def test_tables_say_what_was_measured():
+    tried = [measured(), measured(batch=32, peak=40e9, collectives=None, bytes_accessed=None)]
+    console = Console(width=140, record=True, file=io.StringIO())
+    images = 66_500 * 64
+    console.print(report.parts_table(tried[0]))
+    console.print(report.table(tried, tried[0], V5E, images))
+    for line in report.notes(tried[0], V5E, settings()):
+        console.print(line)
+    text = console.export_text()
+    for expected in ("student", "0.200", "peak", "9.000", "16.911", "chip-hours", "yes", "no", "508"):
+        assert expected in text, text
+    assert "--config.train.batch_size=128" in text
+    assert "66,500 steps of 64" in text
+
+
+def test_json():
+    chosen, other = measured(), measured(batch=16)
+    given = json.loads(json.dumps(report.as_json(chosen, [chosen, other], V5E, None)))
+    names = "topology batch_per_chip state_bytes temp_bytes hbm_bytes fits flops_per_chip images_per_second".split()
+    assert all(name in given for name in names)
+    assert [one["batch_per_chip"] for one in given["tried"]] == [8, 16]
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+
+def test_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = cache.key({"topology": "v5e:4x4"})
+    assert cache.load(name) is None
+    cache.save(name, dataclasses.asdict(measured()))
+    assert Measured.from_dict(cache.load(name)) == measured()
+    assert cache.key({"topology": "v5e:4x4"}) == name != cache.key({"topology": "v6e:4x4"})
+    (tmp_path / "tiue_jax" / "plan" / f"{name}.json").write_text("{half")
+    assert cache.load(name) is None
+
+
+def test_cache_knows_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("x = 1")
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    before = cache.key({})
+    (tmp_path / "a.py").write_text("x = 2")
+    assert cache.key({}) != before
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd15", "stabilityai/stable-diffusion-2-1-base"])
+def test_published_models_need_no_download(name, monkeypatch):
+    monkeypatch.delenv("TIUE_MODELS", raising=False)
+    given = settings()
+    given = dataclasses.replace(given, model=dataclasses.replace(given.model, pretrained_model_name_or_path=name))
+    assert architecture.read(given).pipeline == PRESETS["sd15" if name == "sd15" else "sd21-base"]
+
+
+def test_a_folder_is_read(tmp_path):
+    folder = tiny.write_pipeline(tmp_path / "model")
+    given = settings()
+    given = dataclasses.replace(
+        given, model=dataclasses.replace(given.model, pretrained_model_name_or_path=str(folder))
+    )
+    assert architecture.read(given).pipeline.unet == tiny.UNET
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def command(*flags, env=None):
+    call = [sys.executable, "-m", "tiue_jax.plan", *flags]
+    return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+CONFIG = ("--config", "configs/sd21_tiue.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--topology=v5e:4x4",), "--config is missing"),
+        (CONFIG, "--topology is missing"),
+        ((*CONFIG, "--topology=v5e:5x5"), "unknown topology 'v5e:5x5', expected kind:shape among v4: 2x2x1"),
+        ((*CONFIG, "--topology=v5e:4x4", "--batch_per_chip=0"), "batch_per_chip must be a whole number >= 1, got '0'"),
+        ((*CONFIG, "--topology=v5e:4x4", "--fsdp=3"), "fsdp must divide the number of chips, 16, got 3"),
+        ((*CONFIG, "--topology=v5e:16x16"), "train.batch_size 64 does not split over 256 chips"),
+        ((*CONFIG, "--topology=v5e:4x4", "--remat=some"), "remat must be among"),
+        ((*CONFIG, "--topology=v5e:4x4", "--mode=fast"), "command line: flag --mode=fast"),
+        ((*CONFIG, "--topology=v5e:4x4", "--config.train.batch_size=0"), "train.batch_size must be >= 1, got 0"),
+    ],
+)
+def test_wrong_command_lines(flags, expected, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main.main(["plan", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and expected in error, error
+
+
+def test_without_libtpu(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    assert main.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 2
+    assert capsys.readouterr().err == (
+        "error: compiling for a TPU needs libtpu, on a machine without one too: pip install 'tiue-jax[tpu]'\n"
+    )
+
+
+def test_help():
+    result = command("--help")
+    assert result.returncode == 0 and "--batch_per_chip" in result.stdout

@@ -1,0 +1,212 @@
+"""Will a training run fit on a TPU pod, and how fast can it be? Asked on any machine, before the pod is rented.
+
+    python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4
+    python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4 --batch_per_chip max
+    python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4 --search --json
+
+The very step that train.py runs is compiled by the TPU's own compiler, libtpu, which needs no TPU: pip install
+'tiue-jax[tpu]'. Weights are not needed either. Other settings are given as to train.py (--config.distill.remat=...).
+
+By default that is one compilation, of the config's own batch, mesh and remat policy. More are tried with
+
+    --batch_per_chip 4,8   these batches; max looks for the largest that fits
+    --fsdp 4,8,all         these sizes of the mesh axis that shards the state
+    --remat none,full      these policies
+    --search               all of it: every mesh and policy, each with its largest batch
+
+and the best that fits is in bold. A compilation takes minutes; its result is kept in ~/.cache/tiue_jax/plan and costs
+nothing the second time. --json prints one object in place of the tables.
+
+--mode quick (the default) has the compiler optimise little: memory and FLOPs are right, and the time is the one that
+no program beats, from the chip's published peaks. --mode full takes several times as long and has the compiler's own
+estimate of the time. Exit status: 0; 1 where nothing that was tried fits; 2 a wrong setting, or no libtpu.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from tiue_jax import config_file, sharding
+from tiue_jax.plan import architecture, cache, chips, programs, report, search
+from tiue_jax.plan.measure import MODES, Measured, measure
+from tiue_jax.settings import Settings
+
+REMAT_POLICIES = (False, True)
+DOES_NOT_FIT, BAD_INPUT = 1, 2
+FSDP = (4, 8, 16)  # sizes of the mesh axis that a search tries, besides all chips
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a plan varies."""
+
+    batch_per_chip: int
+    fsdp: int
+    remat: Any
+
+
+class Planner:
+    """Measures choices for one topology, from the cache where they were measured before."""
+
+    def __init__(self, settings: Settings, topology: str, mode: str):
+        self.settings, self.topology, self.mode = settings, topology, mode
+        self.chip, self.chips = chips.parse(topology)
+        self.models = architecture.read(settings)
+        self.devices = chips.devices(topology)
+
+    def __call__(self, choice: Choice) -> Measured:
+        """Compiles, unless it is known. Errors as measure.measure and train_program.make."""
+        rows = choice.batch_per_chip * self.chips
+        settings = programs.with_choice(self.settings, rows, choice.fsdp, self.chips, choice.remat)
+        about = {
+            "topology": self.topology,
+            "program": "train",
+            **dataclasses.asdict(choice),
+            "data": self.chips // choice.fsdp,
+        }
+        name = cache.key(self._inputs(settings) | about)
+        if (kept := cache.load(name)) is not None:
+            return Measured.from_dict(kept)
+        with progress(f"compiling {choice.batch_per_chip} per chip, fsdp={choice.fsdp}, remat={choice.remat}"):
+            mesh = sharding.make_mesh(self.chips // choice.fsdp, choice.fsdp, devices=self.devices)
+            program = programs.train(settings, self.models, mesh)
+            measured = measure(program, self.chip, self.chips, self.mode, **about)
+        cache.save(name, dataclasses.asdict(measured))
+        return measured
+
+    def _inputs(self, settings: Settings) -> dict[str, Any]:
+        """All that a compilation depends on, but for the sources and what is in Measured."""
+        return {
+            "mode": self.mode,
+            "distill": dataclasses.asdict(settings.distill),
+            "models": repr(self.models),
+            "embeddings": bool(settings.data.embeddings),
+            "sharding": [settings.train.mesh_replicate_below, settings.train.mesh_replicate_frozen],
+            "versions": [jax.__version__, chips.libtpu_version()],
+        }
+
+
+def choices(values: flags.FlagValues, settings: Settings, chips_count: int) -> tuple[list[int] | None, list[Choice]]:
+    """The batches per chip to try, None to look for the largest, and each mesh and policy to try them with.
+
+    In these the batch is the first to try. Raises ValueError naming the flag, its value and what was expected.
+    """
+    train, micro = settings.train, settings.distill.gradient_accumulation_steps
+    batches: list[int] | None = None
+    first = max(train.batch_size // chips_count // micro, 1) * micro
+    if values.batch_per_chip not in (None, "max"):
+        batches = [_integer("batch_per_chip", text) for text in values.batch_per_chip.split(",")]
+        first = batches[0]
+    elif values.batch_per_chip is None and not values.search:
+        if train.batch_size % (chips_count * micro):
+            raise ValueError(
+                f"train.batch_size {train.batch_size} does not split over {chips_count} chips x {micro} micro-batches: "
+                "give --batch_per_chip, a number or max"
+            )
+        batches = [first]
+    for batch in batches or []:
+        if batch % micro:
+            raise ValueError(f"batch_per_chip must be a multiple of the {micro} micro-batches, got {batch}")
+    shape = sharding.mesh_shape(train.mesh_data, train.mesh_fsdp, chips_count)
+    sizes, policies = [shape["fsdp"]], [settings.distill.remat]
+    if values.search:
+        sizes = [size for size in dict.fromkeys((*FSDP, chips_count)) if chips_count % size == 0]
+        policies = list(REMAT_POLICIES)
+    if values.fsdp:
+        sizes = [chips_count if t == "all" else _integer("fsdp", t) for t in values.fsdp.split(",")]
+    for size in sizes:
+        if chips_count % size:
+            raise ValueError(f"fsdp must divide the number of chips, {chips_count}, got {size}")
+    if values.remat:
+        known = {str(policy): policy for policy in REMAT_POLICIES}
+        if unknown := [text for text in values.remat.split(",") if text not in known]:
+            raise ValueError(f"remat must be among {list(known)}, got {unknown[0]!r}")
+        policies = [known[text] for text in values.remat.split(",")]
+    return batches, [Choice(first, size, policy) for policy in policies for size in sizes]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Plans as the command line says. Returns the exit status; errors are ValueError, OSError, ModuleNotFoundError."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("topology", None, "kind:shape of the TPU slice, such as v5e:4x4.", flag_values=values)
+    flags.DEFINE_string("batch_per_chip", None, "Batches to try, with commas, or max.", flag_values=values)
+    flags.DEFINE_string("fsdp", None, "Sizes of the mesh axis fsdp to try, with commas, or all.", flag_values=values)
+    flags.DEFINE_string("remat", None, "Remat policies to try, with commas.", flag_values=values)
+    flags.DEFINE_bool("search", False, "Try every mesh and policy, each with its largest batch.", flag_values=values)
+    flags.DEFINE_enum("mode", "quick", MODES, "How much the compiler optimises.", flag_values=values)
+    flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
+    settings = config_file.parse(argv, values, required=("config", "topology"))
+    jax.config.update("jax_platforms", "cpu")  # a TPU that may be here is not touched
+    chip, count = chips.parse(values.topology)
+    batches, bases = choices(values, settings, count)
+    planner = Planner(settings, values.topology, values.mode)
+    micro = settings.distill.gradient_accumulation_steps
+    tried: list[Measured] = []
+    for base in bases:
+        if batches is None:
+            of_micro = lambda size, base=base: planner(dataclasses.replace(base, batch_per_chip=size * micro))
+            tried += search.largest_batch(of_micro, base.batch_per_chip // micro, chip.hbm_bytes)
+        else:
+            tried += [planner(dataclasses.replace(base, batch_per_chip=batch)) for batch in batches]
+    images = settings.train.max_train_steps * settings.train.batch_size
+    chosen = report.best(tried, chip)
+    if values.json:
+        print(json.dumps(report.as_json(chosen, tried, chip, images), indent=2))
+    else:
+        show(tried, chosen, settings, images)
+    return 0 if chosen.fits else DOES_NOT_FIT
+
+
+def show(tried: Sequence[Measured], chosen: Measured, settings: Settings, images: int | None) -> None:
+    """Prints the tables, and what to give to train.py."""
+    chip, count = chips.parse(chosen.topology)
+    out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    out.print(report.parts_table(chosen))
+    out.print()
+    out.print(report.table(tried, chosen, chip, images))
+    out.print()
+    for line in report.notes(chosen, chip, settings):
+        out.print(line)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Says on stderr what is being done and for how long; where that is no terminal, once when it is done."""
+    console = Console(stderr=True)
+    began = time.monotonic()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task(what)
+        yield
+    console.print(f"{what}: {time.monotonic() - began:.0f} s", highlight=False)
+
+
+def _integer(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2 after one line on stderr about what was wrong."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        return run(argv)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,61 @@
+"""What a run's models look like, from configuration files or presets: no weight is ever read."""
+
+from typing import Any, NamedTuple
+
+from tiue_jax import hub
+from tiue_jax.models.clip import CLIPConfig, CLIPTextConfig
+from tiue_jax.models.presets import PRESETS, Preset
+from tiue_jax.models.tiny_vae import TinyVAEConfig
+from tiue_jax.models.unet import UNetConfig
+from tiue_jax.models.vae import VAEConfig
+from tiue_jax.pipeline import check_widths, load_schedule, read_config
+from tiue_jax.settings import Settings
+
+# The published models that L_clip is computed with: their configurations are the classes' defaults.
+_PUBLISHED = {CLIPConfig: "clip-vit-base-patch32", TinyVAEConfig: "taesd"}
+
+
+class Architecture(NamedTuple):
+    """The configurations of a run's models."""
+
+    pipeline: Preset
+    clip: CLIPConfig | None = None  # for L_clip, and the next
+    tiny_vae: TinyVAEConfig | None = None
+
+
+def read(settings: Settings) -> Architecture:
+    """The models of a run. A model with a preset need not be on this disk.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the model, file or setting that is missing or wrong.
+    """
+    pipeline = _pipeline(settings.model.pretrained_model_name_or_path)
+    if not settings.distill.clip_weight:
+        return Architecture(pipeline)
+    return Architecture(
+        pipeline,
+        _published(settings, "clip_model_name_or_path", CLIPConfig),
+        _published(settings, "tiny_vae_name_or_path", TinyVAEConfig),
+    )
+
+
+def _pipeline(name: str) -> Preset:
+    if (preset := PRESETS.get(hub.alias(name) or "")) is not None and not hub.on_disk(name):
+        return preset
+    folder = hub.resolve(name, weights=False)
+    pipeline = Preset(
+        read_config(folder / "unet", UNetConfig),
+        read_config(folder / "vae", VAEConfig),
+        read_config(folder / "text_encoder", CLIPTextConfig),
+        load_schedule(folder / "scheduler"),
+    )
+    check_widths(name, pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    return pipeline
+
+
+def _published(settings: Settings, setting: str, config: Any) -> Any:
+    if (name := getattr(settings.model, setting)) is None:
+        raise ValueError(f"clip_weight = {settings.distill.clip_weight} needs model.{setting}, got None")
+    if hub.on_disk(name) or hub.alias(name) != _PUBLISHED[config]:
+        return read_config(hub.resolve(name, weights=False), config)
+    return config()

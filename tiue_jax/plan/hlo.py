@@ -1,0 +1,135 @@
+"""What only the compiled program's text tells: bytes between chips, and the compiler's own estimate of its cycles."""
+
+import math
+import re
+from typing import NamedTuple
+
+_BYTES = {"pred": 1, "bf16": 2, "token": 0} | {
+    f"{kind}{bits}": math.ceil(bits / 8) for kind in "fsuc" for bits in (2, 4, 8, 16, 32, 64, 128)
+}
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.+?) ([\w-]+)\(")
+_COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?$")
+# {{0,1},{2,3}}; [groups,size]<=...; mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, maybe with a part of an axis: 'axis_1':(1)4
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
+_AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
+
+
+class Text(NamedTuple):
+    """What one run of a program costs, by its text.
+
+    Attributes:
+        collectives: by kind, how many run and the bytes that each chip sends for them.
+        estimated_cycles: of one core, summed over all that runs; None where the compiler gave no estimate.
+    """
+
+    collectives: dict[str, tuple[int, int]]
+    estimated_cycles: int | None
+
+
+def read(text: str) -> Text:
+    """Sums over the instructions of an optimised HLO module, those of a loop as often as it runs.
+
+    A collective over n chips sends, on a ring, (n - 1) / n of what is gathered, scattered or exchanged, and twice that
+    for an all-reduce.
+
+    Raises:
+        ValueError: a loop with collectives whose number of iterations the compiler does not know.
+    """
+    computations, entry = _computations(text)
+    collectives: dict[str, list[int]] = {}
+    cycles, estimated = 0, False
+
+    def visit(name: str, times: int | None) -> None:
+        nonlocal cycles, estimated
+        for line in computations[name]:
+            if found := _CYCLES.search(line):
+                estimated = True
+                cycles += (1 if times is None else times) * int(found[1])
+            if instruction := _INSTRUCTION.match(line):
+                shape, opcode = instruction.groups()
+                if kind := _COLLECTIVE.match(opcode):
+                    if times is None:
+                        raise ValueError(f"{kind[1]} in a loop of unknown length: {line.strip()[:200]}")
+                    seen = collectives.setdefault(kind[1], [0, 0])
+                    seen[0] += times
+                    seen[1] += times * _sent(kind[1], bool(kind[2]), shape, line)
+            if loop := _WHILE.search(line):
+                trips = _trips(computations[loop[1]])
+                visit(loop[2], None if trips is None or times is None else times * trips)
+            else:
+                for called in _called(line):
+                    visit(called, times)
+
+    visit(entry, 1)
+    counted = {kind: (count, size) for kind, (count, size) in sorted(collectives.items())}
+    return Text(counted, cycles if estimated else None)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the first to run."""
+    computations: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations.setdefault(header[1], [])
+            entry = header[1] if line.startswith("ENTRY") else entry
+        elif line == "}":
+            current = None
+        elif current is not None:
+            current.append(line)
+    if not entry:
+        raise ValueError("the compiled program's text has no ENTRY computation")
+    return computations, entry
+
+
+def _called(line: str) -> list[str]:
+    names = _CALLED.findall(line)
+    for branches in _BRANCHES.findall(line):
+        names += [name.strip().lstrip("%") for name in branches.split(",")]
+    return names
+
+
+def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
+    """Bytes that one chip sends, from the shape of a collective's result."""
+    sizes = [
+        math.prod(int(side) for side in sides.split(",") if side) * _BYTES[dtype]
+        for dtype, sides in _ARRAY.findall(shape)
+        if dtype in _BYTES
+    ]
+    if kind == "collective-permute":
+        return sizes[0]
+    if (n := _group_size(line)) is None:
+        raise ValueError(f"{kind} without replica groups: {line.strip()[:200]}")
+    whole = sum(sizes)
+    if kind == "all-gather" and asynchronous:
+        whole = max(sizes)  # the operands are part of the result, which is larger
+    if kind == "reduce-scatter":
+        whole *= n  # the result is one of n parts
+    return whole * (n - 1) // n * (2 if kind == "all-reduce" else 1)
+
+
+def _group_size(line: str) -> int | None:
+    """How many chips take part in a collective together."""
+    if (groups := _GROUPS.search(line)) is None:
+        return None
+    listed, size, mesh, axes = groups.groups()
+    if listed:
+        return len(listed.split(","))
+    if size:
+        return int(size)
+    sizes = {name: int(length) for name, length in _AXIS.findall(mesh)}
+    return math.prod(int(part) if part else sizes[name] for name, part in _AXIS.findall(axes))
+
+
+def _trips(condition: list[str]) -> int | None:
+    """How often a loop runs whose condition is that a counter, from 0 as in all of JAX's, is below a constant."""
+    limits = {int(limit) for line in condition for limit in _LIMIT.findall(line)}
+    below = sum("direction=LT" in line for line in condition)
+    return limits.pop() if len(limits) == 1 and below == 1 else None

@@ -1,0 +1,72 @@
+"""What is planned: the training step as train.py compiles it, and the student's sampler, on shapes alone."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tiue_jax import distill, placement, sharding, train_program
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPModel, CLIPTextModel
+from tiue_jax.models.tiny_vae import AutoencoderTiny
+from tiue_jax.models.unet import UNet
+from tiue_jax.plan.architecture import Architecture
+from tiue_jax.settings import Settings
+
+
+class Program(NamedTuple):
+    """A traced function, and what stays in a chip's memory between its calls."""
+
+    traced: jax.stages.Traced
+    parts: dict[str, int]  # bytes per chip by the name of the part
+
+
+def train(settings: Settings, models: Architecture, mesh: Mesh) -> Program:
+    """The training step of a run on the devices of a mesh. ValueError as train_program.make."""
+    unet, _, text, schedule = models.pipeline
+    dtype = jnp.dtype(settings.distill.compute_dtype)
+    rows, length = settings.train.batch_size, text.max_position_embeddings
+    encoder, encoder_shapes = functional.abstract(CLIPTextModel, text)
+    frozen: dict[str, Any] = {"unet": functional.abstract(UNet, unet)[1]}
+    batch: dict[str, Any] = {}
+    if settings.data.embeddings:
+        encode_text = distill.make_read_text(np.zeros((length, text.hidden_size), jnp.bfloat16))
+        batch["text"] = jax.ShapeDtypeStruct((rows, length, text.hidden_size), jnp.bfloat16)
+    else:
+        encode_text = distill.make_encode_text(encoder, np.zeros(length, np.int32))
+        batch["input_ids"] = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        frozen["text_encoder"] = encoder_shapes
+    clip_features = None
+    if models.clip is not None and models.tiny_vae is not None:
+        cfg = models.clip
+        clip, frozen["clip"] = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
+        vae, frozen["tiny_vae"] = functional.abstract(AutoencoderTiny, models.tiny_vae)
+        size, normalize = cfg.vision_config.image_size, settings.distill.clip_normalize
+        clip_features = distill.make_clip_features(vae, clip, size, normalize=normalize)
+        batch["clip_input_ids"] = jax.ShapeDtypeStruct((rows, cfg.text_config.max_position_embeddings), jnp.int32)
+    shapes = distill.Frozen(**{name: _cast(part, dtype) for name, part in frozen.items()})
+    made = train_program.make(settings, mesh, unet, schedule, shapes, encode_text, clip_features)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = made.trace(_placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh)))
+    return Program(traced, _bytes_by_part(made.state, made.frozen))
+
+
+def with_choice(settings: Settings, rows: int, fsdp: int, chips: int, remat: Any) -> Settings:
+    """The settings with another batch of `rows`, another mesh of all chips and another remat policy."""
+    train = dataclasses.replace(settings.train, batch_size=rows, mesh_fsdp=fsdp, mesh_data=chips // fsdp)
+    return dataclasses.replace(settings, train=train, distill=dataclasses.replace(settings.distill, remat=remat))
+
+
+def _bytes_by_part(*trees: Any) -> dict[str, int]:
+    return {part.name: part.bytes_per_device for part in placement.parts(placement.arrays(*trees))}
+
+
+def _cast(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+def _placed(shapes: Any, where: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)

@@ -1,0 +1,142 @@
+"""Compilations as numbers one decides by: times, images a second, days; as tables and as JSON."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from tiue_jax.plan.chips import Chip
+from tiue_jax.plan.measure import Measured
+from tiue_jax.settings import Settings
+
+GB = 1e9
+
+
+class Cost(NamedTuple):
+    """What a program costs in time, from the chip's published peaks.
+
+    Attributes:
+        compute_seconds: FLOPs at the peak.
+        memory_seconds: bytes accessed at the memory's bandwidth, by XLA's count, which has a loop's body once.
+        collective_seconds: bytes between chips at the links' bandwidth.
+        step_seconds: the roofline, which no program beats: the longer of computation and links. Full mode has two more
+            that may be longer: memory, which the little optimised program of quick mode uses too much of, and the
+            compiler's cycles, in which neither collectives nor Pallas kernels are.
+        collective_share: of step_seconds, that the links are busy; computation may run at the same time.
+        images_per_second: of all chips.
+        days, chip_hours: for the run's images; None for a sampler.
+    """
+
+    compute_seconds: float
+    memory_seconds: float
+    collective_seconds: float
+    step_seconds: float
+    collective_share: float
+    images_per_second: float
+    days: float | None
+    chip_hours: float | None
+
+
+def cost(measured: Measured, chip: Chip, images: int | None = None) -> Cost:
+    """The cost of a program, and of a run of so many images."""
+    chips = measured.data * measured.fsdp
+    compute = measured.flops_per_chip / chip.peak_flops
+    collective = measured.collective_bytes / chip.ici_bandwidth
+    memory = (measured.bytes_accessed or 0) / chip.hbm_bandwidth
+    cycles = (measured.estimated_cycles or 0) / chip.clock
+    step = max(compute, collective, *((memory, cycles) if measured.mode == "full" else ()))
+    rate = measured.batch_per_chip * chips / step
+    days = None if images is None else images / rate / 86_400
+    return Cost(
+        compute, memory, collective, step, collective / step, rate, days, None if days is None else days * 24 * chips
+    )
+
+
+def best(tried: Sequence[Measured], chip: Chip) -> Measured:
+    """The fastest that fits; of those within a hundredth of it the one that needs least memory. Else the smallest."""
+    fitting = [measured for measured in tried if measured.fits]
+    if not fitting:
+        return min(tried, key=lambda measured: measured.peak_bytes)
+    fastest = max(cost(measured, chip).images_per_second for measured in fitting)
+    good = [measured for measured in fitting if cost(measured, chip).images_per_second >= 0.99 * fastest]
+    return min(good, key=lambda measured: measured.peak_bytes)
+
+
+def as_json(chosen: Measured, tried: Sequence[Measured], chip: Chip, images: int | None) -> dict[str, Any]:
+    """The chosen program with its cost, and all that were tried."""
+    one = lambda measured: dataclasses.asdict(measured) | cost(measured, chip, images)._asdict()
+    return one(chosen) | {"tried": [one(measured) for measured in tried]}
+
+
+def parts_table(measured: Measured) -> Table:
+    """Memory of one chip, by what is in it."""
+    table = Table(title=f"memory of one chip, {measured.topology}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for name, size in measured.parts.items():
+        table.add_row(name, f"{size / GB:.3f}")
+    rest = measured.peak_bytes - measured.state_bytes - measured.temp_bytes
+    table.add_row("batch and outputs", f"{max(rest, 0) / GB:.3f}")
+    table.add_row("temporaries", f"{measured.temp_bytes / GB:.3f}")
+    table.add_row("peak", f"{measured.peak_bytes / GB:.3f}", style="bold")
+    table.add_row("HBM", f"{measured.hbm_bytes / GB:.3f}")
+    return table
+
+
+def table(tried: Sequence[Measured], chosen: Measured, chip: Chip, images: int | None) -> Table:
+    """One row for each program that was tried, the chosen one in bold."""
+    rows = Table(box=None, pad_edge=False)
+    names = "batch/chip data fsdp remat state peak fits TFLOP accessed sent step links images/s".split()
+    units = ["", "", "", "", "GB", "GB", "", "", "GB", "GB", "ms", "%", ""]
+    if images is not None:
+        names, units = [*names, "days", "chip-hours"], [*units, "", ""]
+    for name, unit in zip(names, units, strict=True):
+        rows.add_column(f"{name} {unit}".strip(), justify="right")
+    for measured in tried:
+        its = cost(measured, chip, images)
+        known = measured.collectives is not None
+        cells = [
+            f"{measured.batch_per_chip}",
+            f"{measured.data}",
+            f"{measured.fsdp}",
+            "" if measured.remat is None else str(measured.remat),
+            f"{measured.state_bytes / GB:.2f}",
+            f"{measured.peak_bytes / GB:.2f}",
+            "yes" if measured.fits else "no",
+            f"{measured.flops_per_chip / 1e12:.1f}",
+            f"{measured.bytes_accessed / GB:.0f}" if measured.bytes_accessed is not None else "",
+            f"{measured.collective_bytes / GB:.2f}" if known else "",
+            f"{1e3 * its.step_seconds:.0f}" if known else "",
+            f"{100 * its.collective_share:.0f}" if known else "",
+            f"{its.images_per_second:.0f}" if known else "",
+        ]
+        if its.days is not None and its.chip_hours is not None:
+            cells += [f"{its.days:.2f}", f"{its.chip_hours:,.0f}"] if known else ["", ""]
+        rows.add_row(*cells, style="bold" if measured is chosen else None)
+    return rows
+
+
+def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
+    """What the tables leave to say: whether it fits, the settings of the chosen program, what the times are."""
+    needs = f"{chosen.peak_bytes / GB:.2f} of the {chosen.hbm_bytes / GB:.2f} GB of a {chip.kind} chip"
+    lines = [f"fits: it needs {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
+    if chosen.program == "train":
+        rows = chosen.batch_per_chip * chosen.data * chosen.fsdp
+        asked = {
+            "train.batch_size": (rows, settings.train.batch_size),
+            "train.mesh_data": (chosen.data, settings.train.mesh_data),
+            "train.mesh_fsdp": (chosen.fsdp, settings.train.mesh_fsdp),
+            "distill.remat": (chosen.remat, settings.distill.remat),
+        }
+        given = " ".join(f"--config.{name}={new}" for name, (new, old) in asked.items() if new != old and old != -1)
+        lines.append(f"settings: {given or 'as in the config'}")
+        train = settings.train
+        lines.append(
+            f"days and chip-hours are for {train.max_train_steps:,} steps of {train.batch_size}, "
+            f"{train.max_train_steps * train.batch_size:,} images in all"
+        )
+    bound = "the compiler's estimate" if chosen.mode == "full" else "a bound that no program beats"
+    peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {chip.ici_bandwidth / GB:.0f} GB/s between chips"
+    lines.append(f"step: {bound}, at {peaks}; links: the share of it that they are busy")
+    return lines
