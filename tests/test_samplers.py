@@ -22,6 +22,9 @@ class Linear:
             + (t.astype(jnp.float32) / 1000.0)[:, None, None, None] * text.mean((1, 2))[:, None, None, None]
         )
 
+    def decode_steps(self, features, t, text):
+        return jax.vmap(self.decode, in_axes=(None, 1, None), out_axes=1)(features, t, text)
+
     def __call__(self, latents, t, text):
         return self.decode(self.encode(latents, t, text), t, text)
 

@@ -74,8 +74,8 @@ def test_encoder_runs_once(model):
             self.calls.append(t)
             return self.unet.encode(latents, t, text)
 
-        def decode(self, features, t, text):
-            return self.unet.decode(features, t, text)
+        def decode_steps(self, features, t, text):
+            return self.unet.decode_steps(features, t, text)
 
     spy = Spy(functional.bind(graphdef, params))
     outputs = jax.eval_shape(lambda: student.predict(spy, *inputs(2), Schedule().timesteps(4)))

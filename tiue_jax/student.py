@@ -13,7 +13,7 @@ class UNetLike(Protocol):
     """What the student needs of a UNet: models.unet.UNet bound to its parameters, or anything like it."""
 
     def encode(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> object: ...
-    def decode(self, features: object, t: jax.Array, text: jax.Array) -> jax.Array: ...
+    def decode_steps(self, features: object, t: jax.Array, text: jax.Array) -> jax.Array: ...
     def __call__(self, latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array: ...
 
 
@@ -32,8 +32,7 @@ def predict(unet: UNetLike, noise: jax.Array, text: jax.Array, timesteps: np.nda
     batch = noise.shape[0]
     t = jnp.broadcast_to(jnp.asarray(timesteps), (batch, len(timesteps)))  # [b k]
     features = unet.encode(noise, t[:, 0], text)
-    outputs = jax.vmap(unet.decode, in_axes=(None, 1, None), out_axes=1)(features, t, text)
-    return outputs.astype(jnp.float32)
+    return unet.decode_steps(features, t, text).astype(jnp.float32)
 
 
 def combine(noise: jax.Array, outputs: jax.Array, form: ClosedForm) -> jax.Array:

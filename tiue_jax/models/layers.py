@@ -11,23 +11,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from tiue_jax.models import attention
+from tiue_jax.models import attention, convolution
+from tiue_jax.models.convolution import Conv
 
 
 def conv2d(
     cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 1, *, use_bias: bool = True, rngs: nnx.Rngs
-) -> nnx.Conv:
+) -> Conv:
     """A convolution with torch's explicit symmetric padding ("SAME" differs from it at stride 2)."""
-    return nnx.Conv(
-        cin, cout, (kernel, kernel), stride, padding=((padding, padding),) * 2, use_bias=use_bias, rngs=rngs
-    )
+    return Conv(cin, cout, (kernel, kernel), stride, padding=((padding, padding),) * 2, use_bias=use_bias, rngs=rngs)
 
 
-def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> "GroupNorm":
     if channels % groups:
         raise ValueError(f"norm_num_groups must divide the number of channels, got {groups} for {channels} channels")
-    return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+    return GroupNorm(channels, groups, eps, rngs=rngs)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (arXiv 1803.08494) of x [b h w c], also of some of its groups alone."""
+
+    def __init__(self, channels: int, groups: int, eps: float, *, rngs: nnx.Rngs):
+        self.group_size, self.eps = channels // groups, eps
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array, start: int = 0) -> jax.Array:
+        """x [b h w c'] as the channels from `start` on, which begin and end with a group."""
+        b, _, _, c = x.shape
+        of_channels = lambda p: p[...][None, None, None, start : start + c].astype(jnp.float32)
+        of_groups = lambda y: y.reshape(b, c // self.group_size, self.group_size).mean(2)
+        to_channels = lambda y: jnp.repeat(y, self.group_size, axis=1)[:, None, None]  # [b 1 1 c]
+        y = x.astype(jnp.float32)
+        y = y - to_channels(of_groups(y.mean((1, 2))))
+        variance = of_groups(jnp.square(y).mean((1, 2)))
+        y = y * (to_channels(lax.rsqrt(variance + self.eps)) * of_channels(self.scale)) + of_channels(self.bias)
+        return y.astype(x.dtype)
 
 
 def layer_norm(dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -107,7 +128,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention over the text, feed-forward; pre-norm: [b l d] -> [b l d]."""
+    """Self-attention, cross-attention over the text, feed-forward; pre-norm: [b*k l d] -> [b*k l d], text [b m c]."""
 
     def __init__(self, dim: int, heads: int, context_dim: int, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(dim, rngs=rngs)
@@ -119,12 +140,14 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
+        # the rows of x that share a text, one for each timestep, attend to it together: its keys are computed once
+        queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
+        x = x + self.attn2(queries, text).reshape(x.shape)
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the pixels of x [b h w c], conditioned on text [b l d]; residual."""
+    """Transformer blocks over the pixels of x [b*k h w c], conditioned on text [b l d]; residual."""
 
     def __init__(
         self,
@@ -172,11 +195,17 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = conv2d(cin, cout, 1, padding=0, rngs=rngs) if cin != cout else None
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        h = self.conv1(nnx.silu(self.norm1(x)))
+        return self.finish(*self.begin(x), temb)
+
+    def begin(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What comes before the time embedding: the first convolution and the residual, both [b h w cout]."""
+        return self.conv1(nnx.silu(self.norm1(x))), x if self.conv_shortcut is None else self.conv_shortcut(x)
+
+    def finish(self, h: jax.Array, residual: jax.Array, temb: jax.Array | None) -> jax.Array:
+        """The time embedding and what follows; where temb is [b*k d], one row of h may stand for its k."""
         if temb is not None:
-            h = h + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
-        h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = repeat(h, temb.shape[0]) + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
+        return self.conv2(nnx.silu(self.norm2(h))) + repeat(residual, h.shape[0])
 
 
 class Downsample2D(nnx.Module):
@@ -199,15 +228,12 @@ class Upsample2D(nnx.Module):
         self.conv = conv2d(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        return self.conv(resize_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))
+        twice = 2 * x.shape[1], 2 * x.shape[2]
+        if size in (None, twice):
+            return self.conv.linear(lambda kernel: convolution.upsample_convolve(x, kernel))
+        return self.conv(convolution.resize_nearest(x, size))
 
 
-def resize_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Nearest-neighbour resize of [b h w c] to `size`, with torch's rule: source index floor(i * in / out)."""
-    for axis, out in zip((1, 2), size, strict=True):
-        n = x.shape[axis]
-        if out % n == 0:
-            x = jnp.repeat(x, out // n, axis=axis)
-        elif out != n:
-            x = jnp.take(x, jnp.arange(out) * n // out, axis=axis)
-    return x
+def repeat(x: jax.Array, rows: int) -> jax.Array:
+    """Each of the b rows of x [b ...] so often, one after the other, that there are `rows`."""
+    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)

@@ -8,7 +8,7 @@ that the plain teacher uses as well.
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tiue_jax.files import writing_aside
+from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import Params
 
 ADAPTERS = ("lora_A", "lora_B")
@@ -62,18 +63,21 @@ class LoRALinear(nnx.Linear):
         return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
 
 
-class LoRAConv(nnx.Conv):
+class LoRAConv(Conv):
     """A convolution like `base` with an adapter beside it: A has its kernel size and stride, B is 1x1."""
 
-    def __init__(self, base: nnx.Conv, config: LoRAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, base: Conv, config: LoRAConfig, *, rngs: nnx.Rngs):
         shape: dict[str, Any] = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
         super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs, **shape)
-        self.lora_A = nnx.Conv(base.in_features, config.rank, use_bias=False, rngs=rngs, **shape)
-        self.lora_B = nnx.Conv(config.rank, base.out_features, (1, 1), use_bias=False, rngs=rngs)
+        self.lora_A = Conv(base.in_features, config.rank, use_bias=False, rngs=rngs, **shape)
+        self.lora_B = Conv(config.rank, base.out_features, (1, 1), use_bias=False, rngs=rngs)
         self.scale = config.alpha / config.rank
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
+
+    def linear(self, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return super().linear(apply) + self.scale * self.lora_B(self.lora_A.linear(apply))
 
 
 def adapt(module: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
@@ -87,7 +91,7 @@ def adapt(module: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
     def visit(parent: nnx.Module, prefix: str) -> None:
         for key, child in _children(parent):
             target = config.match(prefix + str(key))
-            if target is not None and isinstance(child, nnx.Linear | nnx.Conv):
+            if target is not None and isinstance(child, nnx.Linear | Conv):
                 met.add(target)
                 adapted = (
                     LoRALinear(child, config, rngs=rngs)

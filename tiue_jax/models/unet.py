@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tiue_jax.models import functional, layers
 from tiue_jax.models.lora import LoRAConfig, adapt
+from tiue_jax.models.sharing import SkipResnetBlock2D
 
 _CLASS = "UNet2DConditionModel"
 # Fields of UNet2DConditionModel that select something this UNet does not have, with the one value it stands for.
@@ -155,7 +155,7 @@ class UpBlock(nnx.Module):
     """ResNets on concat([h, skip]), each followed by a transformer where `heads` is given, then an upsampler."""
 
     def __init__(self, cins: list[int], cout: int, heads: int | None, common: "_Common", *, upsample: bool):
-        self.resnets = nnx.List([common.resnet(cin, cout) for cin in cins])
+        self.resnets = nnx.List([common.resnet(cin, cout, SkipResnetBlock2D) for cin in cins])
         self.attentions = nnx.List([common.transformer(cout, heads) for _ in cins] if heads else [])
         self.upsamplers = nnx.List([layers.Upsample2D(cout, rngs=common.rngs)] if upsample else [])
 
@@ -166,10 +166,12 @@ class _Common:
     def __init__(self, cfg: UNetConfig, level: int, rngs: nnx.Rngs):
         self.cfg, self.level, self.rngs = cfg, level, rngs
 
-    def resnet(self, cin: int, cout: int) -> layers.ResnetBlock2D:
+    def resnet(
+        self, cin: int, cout: int, kind: type[layers.ResnetBlock2D] = layers.ResnetBlock2D
+    ) -> layers.ResnetBlock2D:
         cfg = self.cfg
         time_dim = 4 * cfg.block_out_channels[0]
-        return layers.ResnetBlock2D(cin, cout, time_dim, groups=cfg.norm_num_groups, eps=cfg.norm_eps, rngs=self.rngs)
+        return kind(cin, cout, time_dim, groups=cfg.norm_num_groups, eps=cfg.norm_eps, rngs=self.rngs)
 
     def transformer(self, channels: int, heads: int) -> layers.Transformer2DModel:
         cfg = self.cfg
@@ -262,18 +264,30 @@ class UNet(nnx.Module):
         self, features: Features, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
     ) -> jax.Array:
         """Up blocks and output convolution: Features, t [b], text [b l d] -> predicted noise or v [b h w c]."""
-        temb, text = self._embed_time(t, time_cond), self._cast(text)
-        h, skips = features.mid, list(features.skips)
+        return self.decode_steps(features, t[:, None], text, time_cond)[:, 0]
+
+    def decode_steps(
+        self, features: Features, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
+    ) -> jax.Array:
+        """`decode` at every timestep of t [b k], with what they have in common done once (sharing.py): [b k h w c].
+
+        The k timesteps of a sample are neighbouring rows of its activations, [b*k h w c]: batch stays the major part of
+        axis 0, and its sharding with it. `time_cond` [b p] is one for all of them.
+        """
+        b, k = t.shape
+        temb = self._embed_time(t.reshape(-1), None if time_cond is None else layers.repeat(time_cond, b * k))
+        h, skips, text = features.mid, list(features.skips), self._cast(text)
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = self._run(resnet, jnp.concatenate([h, skips.pop()], axis=-1), temb)
+                h = self._run(resnet, h, temb, skips.pop())
                 if block.attentions:
                     h = self._run(block.attentions[i], h, text)
             for upsampler in block.upsamplers:
                 # the next skip's size, which is not twice this one's where the latents' size is odd at some level
                 _, height, width, _ = skips[-1].shape
                 h = upsampler(h, (height, width))
-        return self.conv_out(nnx.silu(self.conv_norm_out(h)))
+        outputs = self.conv_out(nnx.silu(self.conv_norm_out(h)))
+        return outputs.reshape(b, k, *outputs.shape[1:])
 
     def __call__(
         self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None

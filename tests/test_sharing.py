@@ -1,0 +1,155 @@
+"""The decoder at several timesteps: exactly the plain decoder at each of them, with less work."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny import UNET, random_params
+from tiue_jax import student
+from tiue_jax.flops import flops
+from tiue_jax.models import convolution, functional, layers, lora
+from tiue_jax.models.unet import UNet, UNetConfig
+
+# UNET has, as Stable Diffusion, groups across the border of h and skip: of 6 channels, where 16 meet 8
+LINEAR = dataclasses.replace(UNET, attention_head_dim=(2, 4), use_linear_projection=True, time_cond_proj_dim=6)
+ONE_GROUP = dataclasses.replace(UNET, norm_num_groups=1, transformer_layers_per_block=2)
+TIMESTEPS = np.array([[801, 501, 251], [999, 320, 3]], np.int32)
+
+
+def problem(cfg: UNetConfig, size: tuple[int, int] = (8, 8)):
+    """A UNet, its parameters, and what `decode_steps` takes."""
+    graphdef, shapes = functional.abstract(UNet, cfg)
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    text = draw(2, 5, 8)
+    latents = struct(2, *size, 4)
+    cond = None if cfg.time_cond_proj_dim is None else draw(2, cfg.time_cond_proj_dim)
+    encode = lambda params, x: functional.bind(graphdef, params).encode(x, TIMESTEPS[:, 0], text, cond)
+    features = jax.tree.map(lambda x: draw(*x.shape), jax.eval_shape(encode, shapes, latents))
+    return graphdef, random_params(UNet, cfg, 0), (features, TIMESTEPS, text, cond)
+
+
+def plain(unet, *args):
+    """The definition: the decoder at one timestep, vmapped."""
+    return jax.vmap(unet.decode, in_axes=(None, 1, None, None), out_axes=1)(*args)
+
+
+def error(ours, expected) -> float:
+    return float(np.abs(np.float32(ours) - np.float32(expected)).max() / np.abs(np.float32(expected)).max())
+
+
+def struct(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(("cfg", "size"), [(UNET, (7, 9)), (LINEAR, (4, 4)), (ONE_GROUP, (4, 6))])
+def test_equals_the_plain_decoder(cfg, size):
+    graphdef, params, args = problem(cfg, size)
+
+    def outputs(params):
+        unet = functional.bind(graphdef, params)
+        return unet.decode_steps(*args), plain(unet, *args)
+
+    ours, expected = jax.jit(outputs)(params)
+    assert ours.shape == (2, 3, *size, 4)
+    assert error(ours, expected) < 1e-5
+
+
+def test_gradients_equal_the_plain_decoders():
+    """With respect to every parameter, all features, and the text, of a random linear function of the outputs."""
+    graphdef, params, (features, t, text, cond) = problem(UNET)
+    remat, _ = functional.abstract(UNet, UNET, remat=True)
+    direction = np.random.default_rng(1).standard_normal((2, 3, 8, 8, 4), np.float32)
+
+    def gradients(graphdef, decode, *args):
+        loss = lambda p, f, y: (direction * decode(functional.bind(graphdef, p), f, t, y, cond)).sum()
+        return jax.grad(loss, argnums=(0, 1, 2))(*args)
+
+    both = lambda *args: [gradients(remat, UNet.decode_steps, *args), gradients(graphdef, plain, *args)]
+    ours, expected = jax.jit(both)(params, features, text)
+    of_decoder = lambda grads: [grads[0]["up_blocks"], grads[0]["conv_out"], grads[0]["time_embedding"], *grads[1:]]
+    errors = jax.tree.map(error, of_decoder(ours), of_decoder(expected))
+    assert max(jax.tree.leaves(errors)) < 1e-5, errors
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_plain_decoder():
+    graphdef, params, (features, *rest) = problem(UNET)
+
+    def outputs(params, features):
+        unet = functional.bind(graphdef, params)
+        return unet.decode_steps(features, *rest), plain(unet, features, *rest)
+
+    expected, _ = jax.jit(outputs)(params, features)
+    with jax.numpy_dtype_promotion("standard"):
+        ours, theirs = jax.jit(outputs)(*functional.cast((params, features), jnp.bfloat16))
+    assert ours.dtype == jnp.bfloat16
+    rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float32) - expected))))
+    print(f"rms error in bfloat16: {rms(ours):.2e}, of the plain decoder {rms(theirs):.2e}")
+    assert rms(ours) < 1.1 * rms(theirs)
+
+
+def test_adapters_on_every_layer_that_is_computed_in_parts():
+    """Against the same weights without adapters: W + (alpha / rank) A B, of A's kernel and the 1x1 B."""
+    config = lora.LoRAConfig(rank=2, alpha=3.0, targets=("conv1", "conv_shortcut", "upsamplers.0.conv", "to_k"))
+    graphdef, shapes = functional.abstract(UNet, UNET, lora=config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+    bare, _, args = problem(UNET)
+
+    def merged(params):
+        if "lora_A" not in params:
+            return {name: merged(p) if isinstance(p, dict) else p for name, p in params.items()}
+        rest = {name: p for name, p in params.items() if not name.startswith("lora")}
+        low = params["lora_A"]["kernel"] @ params["lora_B"]["kernel"].reshape(config.rank, -1)
+        return rest | {"kernel": params["kernel"] + 1.5 * low.reshape(params["kernel"].shape)}
+
+    outputs = lambda graphdef, params: functional.bind(graphdef, params).decode_steps(*args)
+    ours, expected = jax.jit(lambda p: (outputs(graphdef, p), outputs(bare, merged(p))))(params)
+    assert error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("size", "products"), [((3, 5), True), ((6, 7), False)])
+def test_upsampling(dtype, size, products):
+    """By both ways, the fewer pixels than channels and the more; gradients too."""
+    (h, w), channels = size, 40
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    graphdef, _ = functional.abstract(layers.Upsample2D, channels)
+    x, params = draw(1, h, w, channels), {"conv": {"kernel": draw(3, 3, channels, channels), "bias": draw(channels)}}
+    direction = draw(1, 2 * h, 2 * w, channels)
+
+    def resized(params, x):
+        return functional.bind(graphdef, params).conv(convolution.resize_nearest(x, (2 * h, 2 * w)))
+
+    upsampled = lambda params, x: functional.bind(graphdef, params)(x)
+    value_and_gradients = lambda f: (f(params, x), jax.vjp(f, params, x)[1](direction))
+    ours, expected = jax.jit(lambda: (value_and_gradients(upsampled), value_and_gradients(resized)))()
+    assert ours[0].dtype == dtype and ours[0].shape == (1, 2 * h, 2 * w, channels)
+    errors = jax.tree.leaves(jax.tree.map(error, ours, expected))
+    assert max(errors) < (1e-6 if dtype == jnp.float32 else 0.02)
+    jaxpr = str(jax.make_jaxpr(upsampled)(params, x))
+    assert jaxpr.count("conv_general_dilated[") == (0 if products else 4)
+
+
+def test_operations_at_full_size(monkeypatch):
+    """SD 2.1, 64x64 latents: four timesteps cost at most 2.56 plain steps, and one never more than one."""
+    cfg = UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+    graphdef, shapes = functional.abstract(UNet, cfg)
+    args = shapes, struct(1, 64, 64, 4), struct(1, 77, 1024)
+    sampler = lambda k: flops(
+        lambda params, noise, text: student.predict(functional.bind(graphdef, params), noise, text, np.arange(k)), *args
+    )
+    four, one = sampler(4), sampler(1)
+    resized = lambda x, kernel: convolution.convolve(
+        convolution.resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2])), kernel
+    )
+    monkeypatch.setattr(convolution, "upsample_convolve", resized)
+    step = flops(lambda p, x, text: functional.bind(graphdef, p)(x, jnp.zeros(1, jnp.int32), text), *args)
+    print(f"K = 4: {four / 1e9:.0f} GFLOP, K = 1: {one / 1e9:.0f}, one plain step: {step / 1e9:.0f}")
+    assert step == pytest.approx(804e9, rel=0.005)
+    assert four <= 2.56 * step
+    assert one <= step
