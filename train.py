@@ -37,7 +37,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tiue_jax import convert, distill, distributed, hub, images, sharding
+from tiue_jax import compile_cache, convert, distill, distributed, hub, images, sharding
 from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, Tokenize, tokens
@@ -62,8 +62,10 @@ CUT_PROMPT_WARNINGS = 5
 
 def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
-    settings, workdir, allow_older, processes = read_flags(argv)
+    settings, workdir, allow_older, keep_compiled, processes = read_flags(argv)
     distributed.initialize(*processes)
+    if keep_compiled:
+        compile_cache.enable()
     check_writable(workdir / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
 
@@ -204,6 +206,7 @@ class Arguments(NamedTuple):
     settings: Settings
     workdir: Path
     allow_older: bool
+    keep_compiled: bool  # in the user's cache
     processes: tuple[str | None, int | None, int | None]  # coordinator's address, how many, which one
 
 
@@ -213,6 +216,7 @@ def read_flags(argv: Sequence[str]) -> Arguments:
     config_flags.DEFINE_config_file("config", None, "The run's settings.", flag_values=values, sys_argv=list(argv))
     flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
     flags.DEFINE_bool("allow_older", False, "Resume before a checkpoint that is broken.", flag_values=values)
+    flags.DEFINE_bool("no_compile_cache", False, "Compile anew, and keep nothing.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes train together.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
@@ -230,7 +234,7 @@ def read_flags(argv: Sequence[str]) -> Arguments:
         raise FileNotFoundError(f"no config file at {file}")
     processes = values.coordinator_address, values.num_processes, values.process_id
     settings = Settings.from_config(values.config.to_dict())
-    return Arguments(settings, Path(values.workdir), values.allow_older, processes)
+    return Arguments(settings, Path(values.workdir), values.allow_older, not values.no_compile_cache, processes)
 
 
 def load_clip(settings: Settings) -> tuple[distill.ClipFeatures, dict[str, functional.Params], Tokenize]:
