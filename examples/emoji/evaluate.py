@@ -66,7 +66,7 @@ def reconstruct(vae: Component, pictures: np.ndarray) -> np.ndarray:
         module = vae.bind(params)
         return module.decode(module.encode(x).mean)
 
-    return images.to_uint8(both(vae.params, from_uint8(pictures)))
+    return images.to_uint8(np.asarray(both(vae.params, from_uint8(pictures))))
 
 
 def nearest_drawing(made: np.ndarray, drawings: np.ndarray, mirrors: bool) -> np.ndarray:
