@@ -3,6 +3,7 @@
     python sample.py --model emoji-tiue --prompt "a red apple" --seed 0 --out apple.png
     python sample.py --model emoji --prompt_file prompts.txt --num_images_per_prompt 4 --out pictures/
     python sample.py --model emoji --sampler faster_diffusion --prompt "a rocket" --latents noise.npy
+    python sample.py --model sd21-base --vae tiny --dtype bfloat16 --prompt "a lighthouse at dusk"
 
 `--out` ending in .png gets one picture, a grid where there are several; anything else is a folder that gets one file
 for each picture. The PNG files carry how they were made as text chunks.
@@ -19,9 +20,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from tiue_jax import images
+from tiue_jax import compile_cache, images
+from tiue_jax.components import DTYPES
 from tiue_jax.data.prompts import load_prompts
-from tiue_jax.pipeline import DTYPES, Pipeline, number_images
+from tiue_jax.models.tiling import Tiling
+from tiue_jax.pipeline import Pipeline, number_images
 from tiue_jax.sampling import SAMPLERS, Sampling
 from tiue_jax.schedule import SPACINGS
 
@@ -44,11 +47,19 @@ def define_flags() -> flags.FlagValues:
     keys = "for faster_diffusion: the steps that run the encoder, as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of weights and computation", **add)
+    flags.DEFINE_string("vae", None, "another autoencoder than the model's: tiny (TAESD), or as --model", **add)
+    flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "of the autoencoder; --dtype by default", **add)
+    flags.DEFINE_bool("vae_tiling", False, "decode large pictures in tiles, in the memory of one tile", **add)
+    flags.DEFINE_integer(
+        "tile_sample_min_size", None, "side of a tile in pixels; the autoencoder's own by default", **add
+    )
+    flags.DEFINE_float("tile_overlap_factor", None, "of a tile, shared with its neighbour; 0.25 by default", **add)
     flags.DEFINE_integer("batch_size", None, "pictures at a time, 8 by default", **add)
     flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_integer("width", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_integer("columns", None, "of the grid; num_images_per_prompt, or a square, by default", **add)
     flags.DEFINE_integer("upscale", 1, "repeat each pixel so many times in both directions", **add)
+    flags.DEFINE_bool("no_compile_cache", False, "compile anew, and keep nothing in ~/.cache/tiue_jax/xla", **add)
     flags.DEFINE_bool("help", False, "show this", short_name="h", **add)
     return f
 
@@ -63,7 +74,10 @@ def run(args: flags.FlagValues) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
 
-    pipe = Pipeline.from_pretrained(args.model, args.dtype)
+    how_decoded = {"vae": args.vae, "vae_dtype": args.vae_dtype, "vae_tiling": read_tiling(args)}
+    if not args.no_compile_cache:
+        compile_cache.enable()
+    pipe = Pipeline.from_pretrained(args.model, args.dtype, **how_decoded)
     given = lambda *names: {name: getattr(args, name) for name in names}
     how = given("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
     how["key_steps"] = read_key_steps(args.key_steps)
@@ -107,6 +121,17 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if not prompts:
         raise ValueError("nothing to draw: expected --prompt or --prompt_file")
     return prompts
+
+
+def read_tiling(args: flags.FlagValues) -> Tiling | None:
+    """How the autoencoder's decoding is cut, None for one piece. ValueError where a setting of tiles is for nothing."""
+    given = {name: getattr(args, name) for name in ("tile_sample_min_size", "tile_overlap_factor")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not args.vae_tiling:
+        raise ValueError(
+            f"{' and '.join(given)} is for --vae_tiling, got {', '.join(map(str, given.values()))} without"
+        )
+    return Tiling(**given) if args.vae_tiling else None
 
 
 def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
@@ -163,6 +188,7 @@ def metadata(
     about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
     which = {"num_images_per_prompt": args.num_images_per_prompt} if number is None else {"image_number": number}
     about |= {} if args.latents is None else {"latents": args.latents}
+    about |= {name: getattr(args, name) for name in ("vae", "vae_dtype") if getattr(args, name) is not None}
     return about | which | {"dtype": args.dtype, "software": "tiue-jax"}
 
 

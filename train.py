@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from tiue_jax import config_file, distill, distributed, placement, sharding, train_program
+from tiue_jax import compile_cache, config_file, distill, distributed, placement, sharding, train_program
 from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
@@ -62,8 +62,10 @@ CUT_PROMPT_WARNINGS = 5
 
 def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
-    settings, folder, allow_older, processes = read_flags(argv)
+    settings, folder, allow_older, keep_compiled, processes = read_flags(argv)
     distributed.initialize(*processes)
+    if keep_compiled:
+        compile_cache.enable()
     workdir = stack.enter_context(Workdir(folder))
     check_writable(workdir.local / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
@@ -201,6 +203,7 @@ class Arguments(NamedTuple):
     settings: Settings
     workdir: str
     allow_older: bool
+    keep_compiled: bool  # in the user's cache
     processes: tuple[str | None, int | None, int | None]  # coordinator's address, how many, which one
 
 
@@ -209,12 +212,13 @@ def read_flags(argv: Sequence[str]) -> Arguments:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
     flags.DEFINE_bool("allow_older", False, "Resume before a checkpoint that is broken.", flag_values=values)
+    flags.DEFINE_bool("no_compile_cache", False, "Compile anew, and keep nothing.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes train together.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
     settings = config_file.parse(argv, values, required=("config", "workdir"))
     processes = values.coordinator_address, values.num_processes, values.process_id
-    return Arguments(settings, values.workdir, values.allow_older, processes)
+    return Arguments(settings, values.workdir, values.allow_older, not values.no_compile_cache, processes)
 
 
 def check_finite(values: dict[str, float], step: int, before: int, limit: int, checkpoints: Checkpoints) -> int:

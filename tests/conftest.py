@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the command-line tests' subprocesses as well
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or the command lines would fill the user's
 # the tests compile much and compute little, so code that is cheap to compile is the quicker
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"

@@ -174,7 +174,7 @@ def test_the_command_and_the_step_agree_on_the_embeddings(model, tmp_path, capsy
     made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
     made = embeddings.Embeddings(tmp_path / "e", made_from)
 
-    encoder = embed.pipeline.load_text_encoder(model)
+    encoder = embed.components.load_text_encoder(model)
     tokenize = Tokenizer(model / "tokenizer", tiny.CONTEXT)
     frozen = distill.Frozen(unet={"w": jnp.zeros(1)}, text_encoder=encoder.params)
     in_step = distill.make_encode_text(encoder.graphdef, tokenize([""])[0])

@@ -14,6 +14,8 @@ LAYERS = (
     ("train", "sample", "examples", "tiue_jax.convert.__main__", "tiue_jax.plan"),
     (
         "tiue_jax.pipeline",
+        "tiue_jax.program",
+        "tiue_jax.components",
         "tiue_jax.settings",
         "tiue_jax.config_file",
         "tiue_jax.distill",
@@ -50,6 +52,7 @@ LAYERS = (
         "tiue_jax.distributed",
         "tiue_jax.images",
         "tiue_jax.files",
+        "tiue_jax.compile_cache",
         "tiue_jax.tokenizer",
     ),
 )

@@ -28,7 +28,11 @@ def pipe(model):
 def cli(model, pipe, tmp_path, monkeypatch, capsys):
     """Runs sample.py in this process, in an empty folder, on one loaded model: status, stdout, stderr."""
     load = Pipeline.from_pretrained
-    same = lambda name, dtype: pipe if (name, dtype) == (str(model), "float32") else load(name, dtype)
+
+    def same(name, dtype, **how):
+        usual = (name, dtype) == (str(model), "float32") and not any(how.values())
+        return pipe if usual else load(name, dtype, **how)
+
     monkeypatch.setattr(Pipeline, "from_pretrained", same)
     monkeypatch.chdir(tmp_path)
 

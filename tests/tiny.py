@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tiue_jax import convert
 from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.schedule import Schedule
@@ -28,6 +30,12 @@ UNET = UNetConfig(
     cross_attention_dim=8,
     attention_head_dim=2,
 )
+TINY_VAE = TinyVAEConfig(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)  # stands in for VAE
 VAE = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4, sample_size=16)  # 2 pixels a latent: images of 16 x 16
 TEXT = CLIPTextConfig(
     vocab_size=len(VOCABULARY),
@@ -64,19 +72,26 @@ def random_params(cls, cfg, seed: int):
     return spread(functional.init(functional.abstract(cls, cfg)[1], seed))
 
 
+def write_tiny_vae(folder: Path, cfg: TinyVAEConfig = TINY_VAE) -> Path:
+    """The folder of a tiny autoencoder."""
+    convert.save(folder, random_params(AutoencoderTiny, cfg, 3), cfg.to_dict())
+    return folder
+
+
 def write_pipeline(
     folder: Path,
     tiue_config: dict | None = None,
     schedule: Schedule | None = None,
     unet: UNetConfig = UNET,
     text_encoder: CLIPTextConfig = TEXT,
+    vae: VAEConfig = VAE,
 ) -> Path:
     """A pipeline folder; a student's where `tiue_config` is given."""
     folder = Path(folder)
     save_pipeline(
         folder,
         unet=(unet, random_params(UNet, unet, 0)),
-        vae=(VAE, random_params(AutoencoderKL, VAE, 1)),
+        vae=(vae, random_params(AutoencoderKL, vae, 1)),
         text_encoder=(text_encoder, random_params(CLIPTextModel, text_encoder, 2)),
         tokenizer_dir=write_tokenizer(folder.parent / f"{folder.name}-tokenizer"),
         schedule=Schedule() if schedule is None else schedule,

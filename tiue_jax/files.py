@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON and text read with errors that name the file."""
+"""Files that appear whole or not at all, JSON and text read with errors that name the file, the folder for caches."""
 
 import contextlib
 import json
@@ -113,3 +113,8 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
     """Writes an object as indented JSON, aside and then renamed."""
     with writing_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def user_cache() -> Path:
+    """The folder of what can be made or downloaded again: tiue_jax in $XDG_CACHE_HOME, or in ~/.cache; not created."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiue_jax"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tiue_jax import convert, hub
+from tiue_jax.components import check_widths, load_schedule, read_config, read_model
 from tiue_jax.data.loader import Tokenize
 from tiue_jax.distill import ClipFeatures, Frozen, make_clip_features
 from tiue_jax.models import functional
@@ -20,7 +21,6 @@ from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPText
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import VAEConfig
-from tiue_jax.pipeline import check_widths, load_schedule, read_config, read_model
 from tiue_jax.schedule import Schedule
 from tiue_jax.settings import Settings
 from tiue_jax.tokenizer import Tokenizer

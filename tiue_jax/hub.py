@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_jax import download
-from tiue_jax.files import write_json
+from tiue_jax.files import user_cache, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("emoji", "emoji-tiue")  # the teacher, and the student distilled from it
@@ -184,7 +184,7 @@ def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) 
     targets = {name: str(path.absolute()) for name, path in sorted(links.items())}
     # what it holds is in its name: another download makes another folder, and none is ever changed
     digest = hashlib.sha256(json.dumps([targets, model.sampling]).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiue_jax"
+    cache = user_cache()
     whole = cache / f"{text.replace('/', '--')}-{digest}"
     if not whole.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -9,10 +10,13 @@ from PIL import Image, PngImagePlugin
 from tiue_jax.files import writing_aside
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1], as a VAE decodes them, to uint8 in [0, 255], clipped and rounded; any shape."""
-    scaled = np.asarray(images, np.float32) * 127.5 + 127.5
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+def to_uint8(images: Any) -> Any:
+    """Float32 images in [-1, 1], as a VAE decodes them, to uint8 in [0, 255], clipped and rounded; any shape.
+
+    Arrays of numpy and of jax alike, traced ones too.
+    """
+    xp = images.__array_namespace__()
+    return xp.clip(xp.round(images * 127.5 + 127.5), 0, 255).astype(xp.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, upscale: int = 1) -> np.ndarray:

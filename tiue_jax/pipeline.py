@@ -9,38 +9,24 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from tiue_jax import convert, hub, images, samplers, sharding
+from tiue_jax import components, convert, hub, program, sharding
+from tiue_jax.components import DTYPES, Component
 from tiue_jax.export.folder import save_pipeline
-from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.tokenizer import Tokenizer
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
-
-
-class Component(NamedTuple):
-    """A model of the pipeline: configuration, graph, parameters."""
-
-    cfg: Any
-    graphdef: nnx.GraphDef
-    params: functional.Params
-
-    def bind(self, params: functional.Params) -> Any:
-        """The module with these parameters, the traced ones inside a compiled function."""
-        return functional.bind(self.graphdef, params)
 
 
 @dataclasses.dataclass
@@ -48,7 +34,7 @@ class Pipeline:
     """Text-to-image Stable Diffusion, with a TiUE student or its teacher as the UNet.
 
     Batches are split over all local devices. One function is compiled for each image size, sampler, number of steps
-    and batch size, and for guidance or none; guidance scale, seed, latents and prompts are its arguments.
+    and bucket of batch sizes, and for guidance or none; guidance scale, seed, latents and prompts are its arguments.
     """
 
     name: str
@@ -58,54 +44,71 @@ class Pipeline:
     vae: Component
     schedule: Schedule
     sampling: Sampling = Sampling()
+    vae_tiling: Tiling | None = None
 
     def __post_init__(self):
-        check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
+        components.check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
+        if self.vae_tiling is not None:
+            self.vae_tiling.cut(self.vae.cfg)
         self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
         self._mesh = sharding.make_mesh(devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
         place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
         self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
-        self._compiled: dict[tuple[Any, ...], Callable[..., jax.Array]] = {}
-        split = sharding.batch_sharding(self._mesh)
-        self._noise = jax.jit(samplers.image_noise, static_argnums=3, out_shardings=split)
+        self._compiled: dict[program.Key, Callable[..., jax.Array]] = {}
         self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, dtype: str = "float32") -> Self:
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: str = "float32",
+        *,
+        vae: str | Path | None = None,
+        vae_dtype: str | None = None,
+        vae_tiling: Tiling | None = None,
+    ) -> Self:
         """Reads a pipeline folder, a shipped model or a hub repository (see hub.resolve).
 
         Args:
             name: what hub.resolve takes.
             dtype: "float32" or "bfloat16", of the parameters and so of the computation.
+            vae: another autoencoder in place of the folder's: "tiny" for TAESD, or what hub.resolve takes.
+            vae_dtype: of the autoencoder, as `dtype` by default.
+            vae_tiling: decode pictures larger than a tile in tiles.
 
         Raises:
             FileNotFoundError, ValueError: one line naming the file, tensor or config field that is missing or wrong.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be among {list(DTYPES)}, got {dtype!r}")
+        vae_dtype = dtype if vae_dtype is None else vae_dtype
+        for what, given in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if given not in DTYPES:
+                raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
         folder = hub.resolve(name, dtype)
         convert.check_pipeline(folder)
         # all that can be wrong with the small files is found before gigabytes are read
-        unet = read_config(folder / "unet", UNetConfig)
-        vae = read_config(folder / "vae", VAEConfig)
-        check_widths(str(name), unet, vae, read_config(folder / "text_encoder", CLIPTextConfig))
+        unet = components.read_config(folder / "unet", UNetConfig)
+        own = components.read_config(folder / "vae", VAEConfig)
+        text_encoder = components.read_config(folder / "text_encoder", CLIPTextConfig)
+        components.check_widths(str(name), unet, own, text_encoder)
+        vae_source = (folder / "vae", AutoencoderKL, VAEConfig) if vae is None else components.find_vae(vae, own)
         config = folder / "tiue_config.json"
         usual = Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
         return cls(
             name=str(name),
             tokenizer_dir=folder / "tokenizer",
-            schedule=load_schedule(folder / "scheduler"),
+            schedule=components.load_schedule(folder / "scheduler"),
             sampling=Sampling.from_file(config) if config.is_file() else usual,
-            unet=_load(folder / "unet", UNet, UNetConfig, dtype),
-            vae=_load(folder / "vae", AutoencoderKL, VAEConfig, dtype),
-            text_encoder=load_text_encoder(folder, dtype),
+            unet=components.load(folder / "unet", UNet, UNetConfig, dtype),
+            vae=components.load(*vae_source, vae_dtype),
+            text_encoder=components.load_text_encoder(folder, dtype),
+            vae_tiling=vae_tiling,
         )
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the images the UNet was trained on."""
-        return image_size(self.unet.cfg, self.vae.cfg)
+        return components.image_size(self.unet.cfg, self.vae.cfg)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [b l], padded to the text encoder's context; logs a warning for each prompt it cuts."""
@@ -150,7 +153,9 @@ class Pipeline:
             guidance_scale: for "ddim", "lcm" and "faster_diffusion"; 1 is no guidance.
             timestep_spacing: "leading", "trailing" or "linspace"; for "tiue", "ddim" and "faster_diffusion".
             key_steps: for "faster_diffusion", the steps that run the encoder, from 0; a number n is every n-th.
-            batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices.
+            batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices. A call
+                for fewer images takes the next power of two, so that few sizes are ever compiled; the rest of a batch
+                that is not full is made of copies and thrown away.
             height, width: in pixels, multiples of the VAE's factor; the UNet's training size by default.
             latents: float32 [n h w c], the initial standard normal noise of each image in order, in place of the
                 seed's; h and w are height and width over the VAE's factor.
@@ -166,20 +171,23 @@ class Pipeline:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        shape = self.latents_shape(height, width)
+        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
+        numbered = number_images(prompts, num_images_per_prompt)
+        if latents is not None:
+            check_latents(latents, (len(numbered), *shape))
+        batch = bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, self._mesh.size)
+        return self._stream(numbered, seed, settings, batch, shape, latents)
+
+    def latents_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Of one image of this size in pixels, the UNet's training size by default. ValueError as `stream`."""
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         factor = self.vae.cfg.factor
         for side, pixels in (("height", height), ("width", width)):
             if pixels < 1 or pixels % factor:
                 raise ValueError(f"{side} must be a positive multiple of the VAE's factor {factor}, got {pixels}")
-        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
-        numbered = number_images(prompts, num_images_per_prompt)
-        shape = (height // factor, width // factor, self.unet.cfg.in_channels)
-        if latents is not None:
-            check_latents(latents, (len(numbered), *shape))
-        batch = min(BATCH_SIZE if batch_size is None else batch_size, len(numbered))
-        batch += -batch % self._mesh.size
-        return self._stream(numbered, seed, settings, batch, shape, latents)
+        return height // factor, width // factor, self.unet.cfg.in_channels
 
     def settings(
         self,
@@ -199,7 +207,11 @@ class Pipeline:
         ).resolve(self.schedule, embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
 
     def save_pretrained(self, folder: str | Path, dtype: Any = np.float32, overwrite: bool = False) -> None:
-        """Writes the whole folder (see export.folder.save_pipeline)."""
+        """Writes the whole folder (see export.folder.save_pipeline). ValueError with a tiny autoencoder in it."""
+        if not isinstance(self.vae.cfg, VAEConfig):
+            raise ValueError(
+                f"{folder}: cannot write a pipeline whose vae is none, got a tiny autoencoder in its place"
+            )
         save_pipeline(
             folder,
             overwrite=overwrite,
@@ -221,8 +233,8 @@ class Pipeline:
         shape: tuple[int, int, int],
         latents: np.ndarray | None,
     ) -> Iterator[np.ndarray]:
-        sample = self._sampler(settings)
-        params = self.text_encoder.params, self.unet.params, self.vae.params
+        sample = self._program(settings)
+        params = {name: getattr(self, name).params for name in program.PARTS}
         split = sharding.batch_sharding(self._mesh)
         distinct = list(dict.fromkeys(prompt for prompt, _ in numbered))
         tokens = dict(zip(distinct, self.tokenize(distinct), strict=True))
@@ -231,77 +243,46 @@ class Pipeline:
         for start in range(0, len(numbered), batch):
             part = numbered[start : start + batch]
             padded = part + part[-1:] * (batch - len(part))
-            ids = np.stack([tokens[prompt] for prompt, _ in padded])
-            prompt_ids = np.array([zlib.crc32(prompt.encode()) for prompt, _ in padded], np.uint32)
-            numbers = np.array([number for _, number in padded], np.uint32)
-            ids, prompt_ids, numbers = jax.device_put((ids, prompt_ids, numbers), split)
-            if latents is None:
-                noise = self._noise(np.uint32(seed), prompt_ids, numbers, shape)
-            else:
-                given = latents[start : start + len(part)]
-                noise = jax.device_put(np.pad(given, [(0, batch - len(part)), *[(0, 0)] * 3], mode="edge"), split)
-            decoded = sample(params, ids, noise, prompt_ids, numbers, null, np.uint32(seed), guidance_scale)
-            yield images.to_uint8(np.asarray(decoded)[: len(part)])
+            noise = np.zeros((batch, *shape), np.float32)
+            if latents is not None:
+                noise[: len(part)] = latents[start : start + len(part)]
+            ids, prompt_ids, numbers, noise = jax.device_put(
+                (
+                    np.stack([tokens[prompt] for prompt, _ in padded]),
+                    np.array([zlib.crc32(prompt.encode()) for prompt, _ in padded], np.uint32),
+                    np.array([number for _, number in padded], np.uint32),
+                    noise,
+                ),
+                split,
+            )
+            pictures = sample(
+                params,
+                program.Batch(
+                    ids=ids,
+                    null_ids=null,
+                    prompt_ids=prompt_ids,
+                    numbers=numbers,
+                    seed=np.uint32(seed),
+                    guidance_scale=guidance_scale,
+                    latents=noise,
+                    given=np.bool_(latents is not None),
+                ),
+            )
+            yield np.asarray(pictures)[: len(part)]
 
-    def _sampler(self, settings: Sampling) -> Callable[..., jax.Array]:
-        """The compiled function from prompts and noise to float32 images [b h w 3]; kept for the next call."""
-        guided = settings.guidance_scale not in (None, 1)
-        key = dataclasses.replace(settings, guidance_scale=None), guided
+    def _program(self, settings: Sampling) -> Callable[..., jax.Array]:
+        """The compiled program of these settings (see program.make); kept for the next call."""
+        key = program.Key.of(settings)
         if key not in self._compiled:
-            schedule = settings.respaced(self.schedule)
-            steps, key_steps = settings.num_inference_steps, settings.key_steps
-            assert steps is not None and not isinstance(key_steps, int)  # settings are resolved
-
-            def sample(
-                params: Any,
-                ids: jax.Array,  # int32 [b l]
-                noise: jax.Array,  # float32 [b h w c]
-                prompt_ids: jax.Array,  # uint32 [b]
-                numbers: jax.Array,  # uint32 [b]
-                null: jax.Array,  # int32 [1 l]
-                seed: jax.Array,
-                guidance_scale: jax.Array,
-            ) -> jax.Array:
-                parts = zip((self.text_encoder, self.unet, self.vae), params, strict=True)
-                encode, unet, vae = (part.bind(own) for part, own in parts)
-                text = encode(ids).last_hidden_state
-                latents = samplers.SAMPLERS[settings.sampler](
-                    samplers.Inputs(
-                        unet=unet,
-                        noise=noise,
-                        keys=samplers.image_keys(seed, prompt_ids, numbers),
-                        text=text,
-                        null_text=jnp.broadcast_to(encode(null).last_hidden_state, text.shape),
-                        guidance_scale=guidance_scale if guided else 1,
-                        schedule=schedule,
-                        num_inference_steps=steps,
-                        key_steps=key_steps or (),
-                    )
-                )
-                return vae.decode(latents / self.vae.cfg.scaling_factor).astype(jnp.float32)
-
-            self._compiled[key] = jax.jit(sample)
+            parts = {name: getattr(self, name) for name in program.PARTS}
+            self._compiled[key] = jax.jit(program.make(parts, self.schedule, key, self.vae_tiling))
         return self._compiled[key]
 
 
-def check_widths(name: str, unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig) -> None:
-    """Raises ValueError, naming the model and the config field, where the parts of a pipeline do not fit together."""
-    if set(widths := unet.per_block("cross_attention_dim")) != {text.hidden_size}:
-        raise ValueError(
-            f"{name}: unet cross_attention_dim must be the text encoder's hidden_size, {text.hidden_size}, "
-            f"got {list(widths)}"
-        )
-    if not unet.in_channels == unet.out_channels == vae.latent_channels:
-        raise ValueError(
-            f"{name}: unet in_channels and out_channels must be the vae's latent_channels, "
-            f"{vae.latent_channels}, got {unet.in_channels} and {unet.out_channels}"
-        )
-
-
-def image_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
-    """Height and width in pixels of the images that a UNet was trained on."""
-    side = (unet.sample_size or vae.sample_size // vae.factor) * vae.factor
-    return side, side
+def bucket(images: int, batch_size: int, devices: int = 1) -> int:
+    """The size of the batches for so many images: a power of two, but at most `batch_size`; of whole devices."""
+    batch = min(batch_size, 1 << (images - 1).bit_length())
+    return batch + -batch % devices
 
 
 def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> None:
@@ -316,16 +297,6 @@ def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> None
         raise ValueError(f"latents must be finite, got {latents[tuple(first)]} at {first}")
 
 
-def load_schedule(folder: Path) -> Schedule:
-    """The noise schedule in a scheduler folder. FileNotFoundError or ValueError naming the file."""
-    filename = "scheduler_config.json"
-    config = convert.read_config(folder, filename)
-    try:
-        return Schedule.from_dict(config)
-    except ValueError as error:
-        raise ValueError(f"{folder / filename}: {error}") from error
-
-
 def number_images(prompts: Sequence[str], images_each: int) -> list[tuple[str, int]]:
     """The images to make, in order: each one's prompt, and its number among all images of that prompt."""
     seen: Counter[str] = Counter()
@@ -334,33 +305,3 @@ def number_images(prompts: Sequence[str], images_each: int) -> list[tuple[str, i
         numbered += [(prompt, seen[prompt] + i) for i in range(images_each)]
         seen[prompt] += images_each
     return numbered
-
-
-def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
-    """The text encoder of a pipeline folder alone. Errors as `Pipeline.from_pretrained`."""
-    return _load(Path(folder) / "text_encoder", CLIPTextModel, CLIPTextConfig, dtype)
-
-
-def read_config(folder: Path, config: Any) -> Any:
-    """The configuration of a model folder, of this class. FileNotFoundError or ValueError naming the file."""
-    cfg_dict = convert.read_config(folder)
-    try:
-        return config.from_dict(cfg_dict)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def read_model(folder: Path, cls: type[nnx.Module], config: Any) -> tuple[Any, nnx.GraphDef, functional.Params]:
-    """Configuration, graph and parameter shapes of a model folder. FileNotFoundError or ValueError naming the file."""
-    cfg = read_config(folder, config)
-    try:
-        return cfg, *functional.abstract(cls, cfg)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _load(folder: Path, cls: type[nnx.Module], config: Any, dtype: str) -> Component:
-    """A model on every local device: each tensor goes there as it is read."""
-    cfg, graphdef, shapes = read_model(folder, cls, config)
-    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
-    return Component(cfg, graphdef, convert.load(folder, shapes, DTYPES[dtype], shardings=everywhere))

@@ -55,7 +55,12 @@ def image_noise(
     seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array, shape: tuple[int, int, int]
 ) -> jax.Array:
     """Standard normal latents of `shape` (h, w, c), each from its own key (see image_keys): float32 [b h w c]."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(image_keys(seed, prompt_ids, numbers))
+    return normal(image_keys(seed, prompt_ids, numbers), shape)
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal latents of `shape` (h, w, c) from each of the keys [b]: float32 [b h w c]."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def step_noise(keys: jax.Array, steps: int, shape: tuple[int, ...]) -> jax.Array:

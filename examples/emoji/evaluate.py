@@ -25,10 +25,11 @@ from train_clip import normalise, tokenize, unit
 from transformers import CLIPTokenizer
 
 from tiue_jax import convert, hub, images
+from tiue_jax.components import Component
 from tiue_jax.files import read_text, write_json
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
-from tiue_jax.pipeline import Component, Pipeline
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import SAMPLERS
 
 PROMPTS = Path(__file__).parent / "eval_prompts.txt"
@@ -65,7 +66,7 @@ def reconstruct(vae: Component, pictures: np.ndarray) -> np.ndarray:
         module = vae.bind(params)
         return module.decode(module.encode(x).mean)
 
-    return images.to_uint8(both(vae.params, from_uint8(pictures)))
+    return images.to_uint8(np.asarray(both(vae.params, from_uint8(pictures))))
 
 
 def nearest_drawing(made: np.ndarray, drawings: np.ndarray, mirrors: bool) -> np.ndarray:

@@ -148,7 +148,7 @@ def main() -> None:
         return functional.bind(vae, vae_params).decode(z / vae_config.scaling_factor)
 
     def report(state: State) -> None:
-        grid = images.grid(images.to_uint8(sample(state.ema)), 12, upscale=2)
+        grid = images.grid(images.to_uint8(np.asarray(sample(state.ema))), 12, upscale=2)
         images.write_png(folder / f"samples_{int(state.step):06d}.png", grid)
 
     optimizer = adamw(1e-4)

@@ -1,6 +1,7 @@
 """Checkpoints in and out.
 
     python -m tiue_jax.convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
+    python -m tiue_jax.convert export-compiled --model emoji-tiue --out compiled
     python -m tiue_jax.convert import --file community.safetensors --out teacher
     python -m tiue_jax.convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
 
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from tiue_jax.components import DTYPES
 from tiue_jax.convert.lora import merge_lora
 from tiue_jax.convert.single_file import import_single_file
-from tiue_jax.export import run
+from tiue_jax.export import compiled, run
+from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import SAMPLERS
 from tiue_jax.schedule import PREDICTION_TYPES
 
 DIFFERENT, BAD_INPUT = 1, 2
@@ -63,6 +67,33 @@ def export(args: flags.FlagValues) -> int:
     report = verify(args.out)
     print(report.table())
     return 0 if report.passed else DIFFERENT
+
+
+def define_export_compiled(f: flags.FlagValues) -> None:
+    add: dict[str, Any] = {"flag_values": f}
+    flags.DEFINE_string("model", None, "a pipeline: an alias, a folder, from the hub", **add)
+    flags.DEFINE_string("out", None, "folder to write: program, weights, tokenizer, sampler.py", **add)
+    flags.DEFINE_enum("sampler", None, list(SAMPLERS), "the model's own by default", **add)
+    flags.DEFINE_integer("num_inference_steps", None, "the model's own by default", **add)
+    flags.DEFINE_float("guidance_scale", None, "what is guided with where a call does not say; 1 compiles none", **add)
+    flags.DEFINE_integer("batch_size", None, "pictures of every call; any by default", **add)
+    flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
+    flags.DEFINE_integer("width", None, "in pixels; the model's own by default", **add)
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of weights and computation", **add)
+    flags.DEFINE_string("vae", None, "another autoencoder than the model's: tiny (TAESD), or as --model", **add)
+    flags.DEFINE_list("platforms", list(compiled.PLATFORMS), "where it is to run", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older compiled sampler in OUT", **add)
+
+
+def export_compiled(args: flags.FlagValues) -> int:
+    """Writes the whole sampler as one program (jax.export) that runs on CPU, CUDA and TPU without tiue_jax."""
+    _require(args, "model", "out")
+    pipe = Pipeline.from_pretrained(args.model, args.dtype, vae=args.vae)
+    names = ("sampler", "num_inference_steps", "guidance_scale", "batch_size", "height", "width", "platforms")
+    how = {name: getattr(args, name) for name in (*names, "overwrite")}
+    compiled.export_compiled(pipe, args.out, **how)
+    print(f"{args.out}: {args.model} for {', '.join(args.platforms)}; try python {args.out}/sampler.py --help")
+    return 0
 
 
 def define_import(f: flags.FlagValues) -> None:
@@ -120,6 +151,7 @@ def _verifier() -> Callable[..., Any]:
 
 COMMANDS = {
     "export": Command("a run's student, or a pipeline, to a folder for diffusers", define_export, export),
+    "export-compiled": Command("a pipeline to a program without code", define_export_compiled, export_compiled),
     "import": Command("a checkpoint in one file to a pipeline folder", define_import, import_file),
     "merge-lora": Command("a LoRA into a pipeline, to a new folder", define_merge_lora, merge),
 }

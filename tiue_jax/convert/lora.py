@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tiue_jax import convert, hub
+from tiue_jax.components import load_schedule, read_model
 from tiue_jax.convert.names import LeafPath, Params, from_torch, insert, leaves, on_disk, torch_shape
 from tiue_jax.convert.stored import StoredTensor, open_file, read_metadata
 from tiue_jax.convert.tree import is_float
@@ -24,7 +25,6 @@ from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.lora import FILENAME, METADATA_KEY
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.pipeline import load_schedule, read_model
 
 PARTS = ("unet", "text_encoder")
 

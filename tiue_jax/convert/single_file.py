@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_jax import hub
+from tiue_jax.components import check_widths, load_schedule, read_config
 from tiue_jax.convert import original
 from tiue_jax.convert.stored import StoredTensor, open_file
 from tiue_jax.convert.tree import from_torch_names
@@ -16,7 +17,6 @@ from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.presets import PRESETS, Preset
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.pipeline import check_widths, load_schedule, read_config
 from tiue_jax.schedule import PREDICTION_TYPES
 from tiue_jax.tokenizer import Tokenizer
 

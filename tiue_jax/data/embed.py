@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from tiue_jax import hub, pipeline, sharding
+from tiue_jax import components, hub, sharding
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def load_encode(folder: Path, batch_size: int) -> embeddings.Encode:
     """Prompts [b] to text embeddings float32 [b l d], split over the local devices."""
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(batch_size, mesh)
-    encoder = pipeline.load_text_encoder(folder)
+    encoder = components.load_text_encoder(folder)
     tokenize = Tokenizer(folder / "tokenizer", encoder.cfg.max_position_embeddings)
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
     encode = jax.jit(lambda params, ids: encoder.bind(params)(ids).last_hidden_state)

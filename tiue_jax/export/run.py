@@ -13,6 +13,7 @@ import numpy as np
 
 from tiue_jax import convert, hub, sharding
 from tiue_jax.checkpoint import read_weights, saved_steps
+from tiue_jax.components import check_widths, image_size, load_schedule, read_config, read_model
 from tiue_jax.data import storage
 from tiue_jax.export import card, folder
 from tiue_jax.files import read_json
@@ -20,7 +21,6 @@ from tiue_jax.models import functional, lora
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.pipeline import check_widths, image_size, load_schedule, read_config, read_model
 from tiue_jax.sampling import Sampling
 from tiue_jax.settings import Settings
 

@@ -18,9 +18,10 @@ import torch
 import transformers
 
 from tiue_jax import student
+from tiue_jax.components import Component
 from tiue_jax.export import torch_pipeline
 from tiue_jax.export.torch_pipeline import TiUEPipeline
-from tiue_jax.pipeline import Component, Pipeline
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import ClosedForm
 
 TOLERANCE = 1e-4  # of a part's largest difference, relative to its largest value

@@ -14,8 +14,21 @@ Params = dict[str, Any]  # nested dict; leaves are arrays, list indices are ints
 
 def abstract(cls: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> tuple[nnx.GraphDef, Params]:
     """Builds `cls(*args, **kwargs, rngs=...)` without memory: its graph and its parameters as ShapeDtypeStructs."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(*args, **kwargs, rngs=nnx.Rngs(0))))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    build = lambda key: cls(*args, **kwargs, rngs=_Rngs(key))
+    graphdef, state = nnx.split(nnx.eval_shape(build, key))
     return graphdef, nnx.to_pure_dict(state)
+
+
+class _Rngs:
+    """Stands in for nnx.Rngs where no random number is ever drawn: one key for all.
+
+    nnx.Rngs counts in a traced variable, and flax asks that for its sharding at each of the parameters; jax answers
+    with an error message made of all that was traced before. That took most of the time: seconds for a small UNet.
+    """
+
+    def __init__(self, key: jax.Array):
+        self.params = lambda: key
 
 
 def bind(graphdef: nnx.GraphDef, params: Params) -> Any:

@@ -60,6 +60,11 @@ class TinyVAEConfig:
         return 2 ** (len(self.num_encoder_blocks) - 1)
 
     @property
+    def sample_size(self) -> int:
+        """Side in pixels of a tile: diffusers' constant, as the JSON does not say what the images trained on were."""
+        return 512
+
+    @property
     def fixed(self) -> dict[str, Any]:
         """The remaining fields of the JSON, with the one value of each that is supported."""
         return {

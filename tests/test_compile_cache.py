@@ -1,0 +1,85 @@
+"""compile_cache.py: compiled programs are kept where they should be, and only there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import sample
+from tests import tiny
+from tiue_jax import compile_cache
+
+OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    """An empty folder for the user's caches, and jax as it is where no test switched its cache off."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    yield tmp_path / "caches"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_the_folder_is_the_users_own(cache_home):
+    assert compile_cache.enable() == cache_home / "tiue_jax" / "xla"
+    assert jax.config.jax_compilation_cache_dir == str(cache_home / "tiue_jax" / "xla")
+    assert jax.config.jax_compilation_cache_max_size == compile_cache.MAX_BYTES
+    assert list((cache_home / "tiue_jax" / "xla").iterdir()) == []
+
+
+def test_what_the_user_told_jax_is_left_alone(cache_home):
+    jax.config.update("jax_compilation_cache_dir", "/somewhere/else")
+    assert compile_cache.enable() == Path("/somewhere/else")
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert compile_cache.enable() is None
+    assert jax.config.jax_compilation_cache_dir == "/somewhere/else" and not cache_home.exists()
+
+
+def test_a_limit_that_the_user_set_stays(cache_home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "1000")
+    jax.config.update("jax_compilation_cache_max_size", 1000)
+    compile_cache.enable()
+    assert jax.config.jax_compilation_cache_max_size == 1000
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning_in_one_line(cache_home, capsys):
+    cache_home.write_text("a file where the folder should be")
+    assert compile_cache.enable() is None
+    assert jax.config.jax_compilation_cache_dir is None
+    warning = capsys.readouterr().err
+    assert warning == f"warning: compiled programs are not kept: {cache_home}/tiue_jax/xla: Not a directory\n"
+
+
+RUN = """
+import sys, jax, sample
+hits = []
+jax.monitoring.register_event_listener(lambda event, **about: hits.append(event.endswith("/cache_hits")))
+assert sample.main(["sample.py", *sys.argv[1:]]) == 0
+print(sum(hits), "hits")
+"""
+
+
+def test_the_second_run_of_a_command_does_not_compile(tmp_path):
+    model = tiny.write_pipeline(tmp_path / "model", {"sampler": "tiue", "num_inference_steps": 1})
+    root = Path(sample.__file__).parent
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # the tiny model takes less than the usual second
+
+    def hits(*more):
+        command = [sys.executable, "-c", RUN, "--model", model, "--prompt", "red", "--out", tmp_path / "a.png"]
+        done = subprocess.run([*command, *map(str, more)], env=env, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-2])
+
+    assert hits("--no_compile_cache") == 0 and not (tmp_path / "caches").exists()
+    assert hits() == 0
+    kept = sorted((tmp_path / "caches" / "tiue_jax" / "xla").glob("jit_sample-*-cache"))
+    assert len(kept) == 1
+    assert hits("--prompt", "apple", "--batch_size", 1, "--seed", 3) == 1

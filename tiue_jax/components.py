@@ -1,0 +1,126 @@
+"""The parts of a pipeline folder: their configurations and weights, read and checked."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tiue_jax import convert, hub, sharding
+from tiue_jax.models import functional
+from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from tiue_jax.models.unet import UNetConfig
+from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.schedule import Schedule
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+TINY_VAE = "taesd"  # what `vae="tiny"` stands for: an alias of hub.MODELS
+SD_SCALING_FACTOR = 0.18215  # of the latents of Stable Diffusion 1.x and 2.x, which TAESD was distilled on
+AUTOENCODERS: dict[str, tuple[Any, Any]] = {
+    "AutoencoderKL": (AutoencoderKL, VAEConfig),
+    "AutoencoderTiny": (AutoencoderTiny, TinyVAEConfig),
+}
+
+
+class Component(NamedTuple):
+    """A model of the pipeline: configuration, graph, parameters."""
+
+    cfg: Any
+    graphdef: nnx.GraphDef
+    params: functional.Params
+
+    def bind(self, params: functional.Params) -> Any:
+        """The module with these parameters, the traced ones inside a compiled function."""
+        return functional.bind(self.graphdef, params)
+
+
+def read_config(folder: Path, config: Any) -> Any:
+    """The configuration of a model folder, of this class. FileNotFoundError or ValueError naming the file."""
+    cfg_dict = convert.read_config(folder)
+    try:
+        return config.from_dict(cfg_dict)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def read_model(folder: Path, cls: type[nnx.Module], config: Any) -> tuple[Any, nnx.GraphDef, functional.Params]:
+    """Configuration, graph and parameter shapes of a model folder. FileNotFoundError or ValueError naming the file."""
+    cfg = read_config(folder, config)
+    try:
+        return cfg, *functional.abstract(cls, cfg)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def load(folder: Path, cls: type[nnx.Module], config: Any, dtype: str) -> Component:
+    """A model on every local device: each tensor goes there as it is read. Errors as `Pipeline.from_pretrained`."""
+    cfg, graphdef, shapes = read_model(folder, cls, config)
+    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
+    return Component(cfg, graphdef, convert.load(folder, shapes, DTYPES[dtype], shardings=everywhere))
+
+
+def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
+    """The text encoder of a pipeline folder alone. Errors as `Pipeline.from_pretrained`."""
+    return load(Path(folder) / "text_encoder", CLIPTextModel, CLIPTextConfig, dtype)
+
+
+def load_schedule(folder: Path) -> Schedule:
+    """The noise schedule in a scheduler folder. FileNotFoundError or ValueError naming the file."""
+    filename = "scheduler_config.json"
+    config = convert.read_config(folder, filename)
+    try:
+        return Schedule.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / filename}: {error}") from error
+
+
+def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
+    """The folder, model class and configuration class of an autoencoder that decodes in place of a pipeline's own.
+
+    Args:
+        name: "tiny" for TAESD, or what hub.resolve takes: an AutoencoderTiny or an AutoencoderKL.
+        own: of the autoencoder that it stands in for.
+
+    Raises:
+        FileNotFoundError: nothing of that name.
+        ValueError: it is no autoencoder, or one of other latents.
+    """
+    alias = TINY_VAE if name == "tiny" else name
+    if alias == TINY_VAE and own.scaling_factor != SD_SCALING_FACTOR:
+        expected = f"a model of Stable Diffusion's latents, with scaling_factor {SD_SCALING_FACTOR}"
+        raise ValueError(f"vae {str(name)!r} decodes for {expected}, got a model with {own.scaling_factor}")
+    folder = hub.resolve(alias)
+    kind = convert.read_config(folder).get("_class_name")
+    if kind not in AUTOENCODERS:
+        raise ValueError(f"{folder / 'config.json'}: _class_name must be among {list(AUTOENCODERS)}, got {kind!r}")
+    cls, config = AUTOENCODERS[kind]
+    cfg = read_config(folder, config)
+    for what, got, expected in (
+        ("latent_channels", cfg.latent_channels, own.latent_channels),
+        ("pixels per latent", cfg.factor, own.factor),
+    ):
+        if got != expected:
+            raise ValueError(f"vae {str(name)!r} must have the model's {what}, {expected}, got {got}")
+    return folder, cls, config
+
+
+def check_widths(name: str, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: CLIPTextConfig) -> None:
+    """Raises ValueError, naming the model and the config field, where the parts of a pipeline do not fit together."""
+    if set(widths := unet.per_block("cross_attention_dim")) != {text.hidden_size}:
+        raise ValueError(
+            f"{name}: unet cross_attention_dim must be the text encoder's hidden_size, {text.hidden_size}, "
+            f"got {list(widths)}"
+        )
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        raise ValueError(
+            f"{name}: unet in_channels and out_channels must be the vae's latent_channels, "
+            f"{vae.latent_channels}, got {unet.in_channels} and {unet.out_channels}"
+        )
+
+
+def image_size(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that a UNet was trained on."""
+    side = (unet.sample_size or vae.sample_size // vae.factor) * vae.factor
+    return side, side

@@ -1,0 +1,110 @@
+"""Decoding in overlapping tiles with blended seams, so that the memory of large pictures is that of one tile.
+
+The numerics are those of diffusers' AutoencoderKL.tiled_decode (enable_vae_tiling). The picture differs from that of
+one piece: norms and attention see a tile at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Autoencoder(Protocol):
+    """What tiling needs of an autoencoder's configuration."""
+
+    @property
+    def factor(self) -> int: ...  # pixels per latent along each side
+    @property
+    def sample_size(self) -> int: ...  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How to cut, with the names of diffusers' AutoencoderKL.
+
+    Attributes:
+        tile_sample_min_size: side of a tile in pixels; None is the size that the autoencoder was trained on. Pictures
+            that are no larger are decoded in one piece.
+        tile_overlap_factor: the share of a tile that its neighbour shares, 0 <= it < 1.
+    """
+
+    tile_sample_min_size: int | None = None
+    tile_overlap_factor: float = 0.25
+
+    def __post_init__(self) -> None:
+        size, overlap = self.tile_sample_min_size, self.tile_overlap_factor
+        if size is not None and size < 1:
+            raise ValueError(f"tile_sample_min_size must be >= 1, got {size}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"tile_overlap_factor must be at least 0 and below 1, got {overlap}")
+
+    def cut(self, cfg: Autoencoder) -> tuple[int, int, int]:
+        """Side of a tile and distance to the next one in latents, width of a seam in pixels.
+
+        Raises:
+            ValueError: a tile smaller than one latent, or neighbours that do not fit: diffusers would then leave out
+                or repeat rows of the picture.
+        """
+        pixels = self.tile_sample_min_size or cfg.sample_size
+        side = pixels // cfg.factor
+        stride, seam = int(side * (1 - self.tile_overlap_factor)), int(pixels * self.tile_overlap_factor)
+        if stride < 1 or stride * cfg.factor != pixels - seam:
+            raise ValueError(
+                f"tile_sample_min_size {pixels} and tile_overlap_factor {self.tile_overlap_factor}: the tile and its "
+                f"overlap must be whole latents of {cfg.factor} pixels"
+            )
+        return side, stride, seam
+
+
+def tiled_decode(
+    decode: Callable[[jax.Array], jax.Array], latents: jax.Array, cfg: Autoencoder, tiling: Tiling
+) -> jax.Array:
+    """Decodes latents [b h w c] tile by tile -> [b fh fw 3]; in one piece where one tile holds them.
+
+    Tiles of one shape are a single `lax.map`, so that `decode` is compiled once for each of the up to four shapes: the
+    inner ones, and those that the right and the lower edge cut off.
+
+    Args:
+        decode: of an autoencoder, [b h w c] -> [b fh fw 3].
+        latents: unscaled.
+        cfg: the autoencoder's configuration.
+        tiling: see there for the errors.
+    """
+    side, stride, seam = tiling.cut(cfg)
+    height, width = latents.shape[1:3]
+    if height <= side and width <= side:
+        return decode(latents)
+    rows, columns = range(0, height, stride), range(0, width, stride)
+    by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for y in rows:
+        for x in columns:
+            by_shape.setdefault((min(side, height - y), min(side, width - x)), []).append((y, x))
+    tiles: dict[tuple[int, int], jax.Array] = {}
+    for (h, w), corners in by_shape.items():
+        decoded = jax.lax.map(decode, jnp.stack([latents[:, y : y + h, x : x + w] for y, x in corners]))
+        tiles |= zip(corners, decoded, strict=True)
+    kept = stride * cfg.factor
+    lines = []
+    for y in rows:
+        for x in columns:
+            if y > 0:
+                tiles[y, x] = _blend(tiles[y - stride, x], tiles[y, x], seam, axis=1)
+            if x > 0:
+                tiles[y, x] = _blend(tiles[y, x - stride], tiles[y, x], seam, axis=2)
+        lines.append(jnp.concatenate([tiles[y, x][:, :kept, :kept] for x in columns], axis=2))
+    return jnp.concatenate(lines, axis=1)
+
+
+def _blend(before: jax.Array, tile: jax.Array, seam: int, axis: int) -> jax.Array:
+    """The tile, its first `seam` rows fading from the last ones of the tile before it along the axis."""
+    seam = min(before.shape[axis], tile.shape[axis], seam)
+    if seam == 0:
+        return tile
+    cut = lambda x, start, stop: jax.lax.slice_in_dim(x, start, stop, axis=axis)
+    size = before.shape[axis]
+    ramp = (jnp.arange(seam, dtype=tile.dtype) / seam).reshape([-1 if i == axis else 1 for i in range(tile.ndim)])
+    faded = cut(before, size - seam, size) * (1 - ramp) + cut(tile, 0, seam) * ramp
+    return jnp.concatenate([faded, cut(tile, seam, tile.shape[axis])], axis=axis)

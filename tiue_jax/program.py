@@ -1,0 +1,92 @@
+"""The sampler as one function, from token ids to pictures: what a pipeline compiles and an export stores."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tiue_jax import images, samplers
+from tiue_jax.components import Component
+from tiue_jax.models.tiling import Tiling, tiled_decode
+from tiue_jax.sampling import Sampling
+from tiue_jax.schedule import Schedule
+
+PARTS = ("text_encoder", "unet", "vae")
+
+
+class Batch(NamedTuple):
+    """The arguments of one batch of pictures. Only their shapes are compiled for, so any value may change for free."""
+
+    ids: Any  # int32 [b l], the prompts' tokens
+    null_ids: Any  # int32 [1 l], those of the empty prompt
+    prompt_ids: Any  # uint32 [b], a hash of each image's prompt
+    numbers: Any  # uint32 [b], which of its prompt's images each one is
+    seed: Any  # uint32
+    guidance_scale: Any  # float32; not looked at where the program is not guided
+    latents: Any  # float32 [b h w c], the initial noise where it is given; its shape is the size of the pictures
+    given: Any  # bool: take the noise from `latents`, not from the seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a program is made for. Another key, batch size or picture size is another compilation, and nothing else is.
+
+    Attributes:
+        settings: resolved; the guidance scale is left out, as it is an argument.
+        guided: whether the guidance scale is anything but 1, which would cost a second evaluation for nothing.
+    """
+
+    settings: Sampling
+    guided: bool
+
+    @classmethod
+    def of(cls, settings: Sampling) -> "Key":
+        """Of resolved settings."""
+        return cls(dataclasses.replace(settings, guidance_scale=None), settings.guidance_scale not in (None, 1))
+
+
+def make(
+    parts: Mapping[str, Component], schedule: Schedule, key: Key, vae_tiling: Tiling | None = None
+) -> Callable[[Mapping[str, Any], Batch], jax.Array]:
+    """The function from parameters, by the names in PARTS, and a batch to uint8 pictures [b h w 3]; not compiled.
+
+    Text encoder, noise, sampler, autoencoder and rounding are one function, so that one compilation, one dispatch and
+    one small transfer make a batch.
+
+    Args:
+        parts: the models by the names in PARTS; of them only configurations and graphs are used.
+        schedule: the model's.
+        key: what to make it for.
+        vae_tiling: decode in tiles.
+    """
+    settings = key.settings
+    steps, key_steps = settings.num_inference_steps, settings.key_steps
+    assert steps is not None and not isinstance(key_steps, int), "settings are resolved"
+    schedule = settings.respaced(schedule)
+    vae_cfg = parts["vae"].cfg
+
+    def sample(params: Mapping[str, Any], batch: Batch) -> jax.Array:
+        encode, unet, vae = (parts[name].bind(params[name]) for name in PARTS)
+        text = encode(batch.ids).last_hidden_state
+        keys = samplers.image_keys(batch.seed, batch.prompt_ids, batch.numbers)
+        noise = jnp.where(batch.given, batch.latents, samplers.normal(keys, batch.latents.shape[1:]))
+        latents = samplers.SAMPLERS[settings.sampler](
+            samplers.Inputs(
+                unet=unet,
+                noise=noise,
+                keys=keys,
+                text=text,
+                null_text=jnp.broadcast_to(encode(batch.null_ids).last_hidden_state, text.shape),
+                guidance_scale=batch.guidance_scale if key.guided else 1,
+                schedule=schedule,
+                num_inference_steps=steps,
+                key_steps=key_steps or (),
+            )
+        )
+        latents = latents / vae_cfg.scaling_factor
+        decoded = vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
+        return images.to_uint8(decoded.astype(jnp.float32))
+
+    return sample
