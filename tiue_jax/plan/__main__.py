@@ -151,10 +151,14 @@ def run(argv: Sequence[str]) -> int:
     planner = Planner(settings, values.topology, values.mode)
     micro = settings.distill.gradient_accumulation_steps
     tried: list[Measured] = []
+    first = bases[0].batch_per_chip // micro
     for base in bases:
         if batches is None:
             of_micro = lambda size, base=base: planner(dataclasses.replace(base, batch_per_chip=size * micro))
-            tried += search.largest_batch(of_micro, base.batch_per_chip // micro, chip.hbm_bytes)
+            found = search.largest_batch(of_micro, first, chip.hbm_bytes)
+            # what fits with one mesh and policy is the best guess for the next
+            first = max([one.batch_per_chip // micro for one in found if one.fits], default=1)
+            tried += found
         else:
             tried += [planner(dataclasses.replace(base, batch_per_chip=batch)) for batch in batches]
     images = settings.train.max_train_steps * settings.train.batch_size
