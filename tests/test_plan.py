@@ -201,7 +201,7 @@ def test_tables_say_what_was_measured():
     for line in report.notes(tried[0], V5E, settings()):
         console.print(line)
     text = console.export_text()
-    for expected in ("student", "0.200", "peak", "9.000", "16.911", "chip-hours", "yes", "no", "508"):
+    for expected in ("200 MB", "9.00 GB", "16.9 GB", "chip-hours", "yes", "no", "508 ms"):
         assert expected in text, text
     assert "--config.train.batch_size=128" in text
     assert "66,500 steps of 64" in text

@@ -77,7 +77,8 @@ class Planner:
         name = cache.key(self._inputs(settings) | about)
         if (kept := cache.load(name)) is not None:
             return Measured.from_dict(kept)
-        with progress(f"compiling {choice.batch_per_chip} per chip, fsdp={choice.fsdp}, remat={choice.remat}"):
+        how = "the sampler" if self.sampler else f"the step, fsdp={choice.fsdp}, remat={choice.remat}"
+        with progress(f"compiling {how}, {choice.batch_per_chip} per chip"):
             mesh = sharding.make_mesh(self.chips // choice.fsdp, choice.fsdp, devices=self.devices)
             if self.sampler:
                 program = programs.sampler(settings, self.models, mesh, rows)
@@ -181,6 +182,7 @@ def show(tried: Sequence[Measured], chosen: Measured, settings: Settings, images
     """Prints the tables, and what to give to train.py."""
     chip, count = chips.parse(chosen.topology)
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    out.print(f"{chosen.topology}: what one of {count} chips holds\n")
     out.print(report.parts_table(chosen))
     out.print()
     out.print(report.table(tried, chosen, chip, images))
