@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
 from tiue_jax.flops import flops
-from tiue_jax.models import functional
+from tiue_jax.models import attention, functional
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNet
 
@@ -139,3 +139,14 @@ def test_stable_diffusion_at_full_size():
     features = jax.eval_shape(encode, shapes, latents, t, text)
     of_encoder, of_decoder = flops(encode, shapes, latents, t, text), flops(decode, shapes, features, t, text)
     np.testing.assert_allclose((of_encoder, of_decoder), (262e9, 542e9), rtol=0.005)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(5, 64), (8, 40)])
+def test_splash_attention_counts_as_attention(heads, width):
+    """Forward two products, backward five, as the logits are computed again, and the rows' sums of o * do."""
+    q = struct(2, heads, 1024, width, dtype=jnp.bfloat16)
+    product = 2 * 2 * heads * 1024 * 1024 * width
+    with attention.implementation("splash"):
+        assert flops(attention.attend, q, q, q) == 2 * product
+        loss = lambda q, k, v: jnp.sum(attention.attend(q, k, v).astype(jnp.float32))
+        assert flops(jax.value_and_grad(loss, argnums=(0, 1, 2)), q, q, q) == 7 * product + 2 * q.size

@@ -3,6 +3,7 @@
     python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4
     python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4 --batch_per_chip max
     python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:4x4 --search --json
+    python -m tiue_jax.plan --config configs/sd21_tiue.py --topology v5e:2x2 --sampler --batch_per_chip 8
 
 The very step that train.py runs is compiled by the TPU's own compiler, libtpu, which needs no TPU: pip install
 'tiue-jax[tpu]'. Weights are not needed either. Other settings are given as to train.py (--config.distill.remat=...).
@@ -57,8 +58,8 @@ class Choice:
 class Planner:
     """Measures choices for one topology, from the cache where they were measured before."""
 
-    def __init__(self, settings: Settings, topology: str, mode: str):
-        self.settings, self.topology, self.mode = settings, topology, mode
+    def __init__(self, settings: Settings, topology: str, mode: str, sampler: bool):
+        self.settings, self.topology, self.mode, self.sampler = settings, topology, mode, sampler
         self.chip, self.chips = chips.parse(topology)
         self.models = architecture.read(settings)
         self.devices = chips.devices(topology)
@@ -69,16 +70,20 @@ class Planner:
         settings = programs.with_choice(self.settings, rows, choice.fsdp, self.chips, choice.remat)
         about = {
             "topology": self.topology,
-            "program": "train",
+            "program": "sampler" if self.sampler else "train",
             **dataclasses.asdict(choice),
             "data": self.chips // choice.fsdp,
         }
         name = cache.key(self._inputs(settings) | about)
         if (kept := cache.load(name)) is not None:
             return Measured.from_dict(kept)
-        with progress(f"compiling {choice.batch_per_chip} per chip, fsdp={choice.fsdp}, remat={choice.remat}"):
+        how = "the sampler" if self.sampler else f"the step, fsdp={choice.fsdp}, remat={choice.remat}"
+        with progress(f"compiling {how}, {choice.batch_per_chip} per chip"):
             mesh = sharding.make_mesh(self.chips // choice.fsdp, choice.fsdp, devices=self.devices)
-            program = programs.train(settings, self.models, mesh)
+            if self.sampler:
+                program = programs.sampler(settings, self.models, mesh, rows)
+            else:
+                program = programs.train(settings, self.models, mesh)
             measured = measure(program, self.chip, self.chips, self.mode, **about)
         cache.save(name, dataclasses.asdict(measured))
         return measured
@@ -116,6 +121,8 @@ def choices(values: flags.FlagValues, settings: Settings, chips_count: int) -> t
     for batch in batches or []:
         if batch % micro:
             raise ValueError(f"batch_per_chip must be a multiple of the {micro} micro-batches, got {batch}")
+    if values.sampler:
+        return batches, [Choice(first, 1, None)]
     shape = sharding.mesh_shape(train.mesh_data, train.mesh_fsdp, chips_count)
     sizes, policies = [shape["fsdp"]], [settings.distill.remat]
     if values.search:
@@ -138,6 +145,7 @@ def run(argv: Sequence[str]) -> int:
     """Plans as the command line says. Returns the exit status; errors are ValueError, OSError, ModuleNotFoundError."""
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, "kind:shape of the TPU slice, such as v5e:4x4.", flag_values=values)
+    flags.DEFINE_bool("sampler", False, "Plan the student's sampler, not the training step.", flag_values=values)
     flags.DEFINE_string("batch_per_chip", None, "Batches to try, with commas, or max.", flag_values=values)
     flags.DEFINE_string("fsdp", None, "Sizes of the mesh axis fsdp to try, with commas, or all.", flag_values=values)
     flags.DEFINE_string("remat", None, "Remat policies to try, with commas.", flag_values=values)
@@ -148,16 +156,20 @@ def run(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # a TPU that may be here is not touched
     chip, count = chips.parse(values.topology)
     batches, bases = choices(values, settings, count)
-    planner = Planner(settings, values.topology, values.mode)
+    planner = Planner(settings, values.topology, values.mode, values.sampler)
     micro = settings.distill.gradient_accumulation_steps
     tried: list[Measured] = []
+    first = bases[0].batch_per_chip // micro
     for base in bases:
         if batches is None:
             of_micro = lambda size, base=base: planner(dataclasses.replace(base, batch_per_chip=size * micro))
-            tried += search.largest_batch(of_micro, base.batch_per_chip // micro, chip.hbm_bytes)
+            found = search.largest_batch(of_micro, first, chip.hbm_bytes)
+            # what fits with one mesh and policy is the best guess for the next
+            first = max([one.batch_per_chip // micro for one in found if one.fits], default=1)
+            tried += found
         else:
             tried += [planner(dataclasses.replace(base, batch_per_chip=batch)) for batch in batches]
-    images = settings.train.max_train_steps * settings.train.batch_size
+    images = None if values.sampler else settings.train.max_train_steps * settings.train.batch_size
     chosen = report.best(tried, chip)
     if values.json:
         print(json.dumps(report.as_json(chosen, tried, chip, images), indent=2))
@@ -170,6 +182,7 @@ def show(tried: Sequence[Measured], chosen: Measured, settings: Settings, images
     """Prints the tables, and what to give to train.py."""
     chip, count = chips.parse(chosen.topology)
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    out.print(f"{chosen.topology}: what one of {count} chips holds\n")
     out.print(report.parts_table(chosen))
     out.print()
     out.print(report.table(tried, chosen, chip, images))

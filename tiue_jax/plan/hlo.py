@@ -9,7 +9,8 @@ _BYTES = {"pred": 1, "bf16": 2, "token": 0} | {
 }
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.-]+)")
+_CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")  # elsewhere to_apply is of one element
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
@@ -54,12 +55,18 @@ def read(text: str) -> Text:
                 cycles += (1 if times is None else times) * int(found[1])
             if instruction := _INSTRUCTION.match(line):
                 shape, opcode = instruction.groups()
-                if kind := _COLLECTIVE.match(opcode):
+                if opcode in ("async-update", "async-done"):
+                    continue  # its start called the computation
+                if found := _COLLECTIVE.match(opcode):
+                    kind = found[1]
                     if times is None:
-                        raise ValueError(f"{kind[1]} in a loop of unknown length: {line.strip()[:200]}")
-                    seen = collectives.setdefault(kind[1], [0, 0])
+                        raise ValueError(f"{kind} in a loop of unknown length: {line.strip()[:200]}")
+                    sent = _sent(kind, bool(found[2]), shape, line)
+                    if name.startswith("all-reduce-scatter"):  # how the TPU's compiler fuses one with its slice
+                        kind, sent = "reduce-scatter", sent // 2
+                    seen = collectives.setdefault(kind, [0, 0])
                     seen[0] += times
-                    seen[1] += times * _sent(kind[1], bool(kind[2]), shape, line)
+                    seen[1] += times * sent
             if loop := _WHILE.search(line):
                 trips = _trips(computations[loop[1]])
                 visit(loop[2], None if trips is None or times is None else times * trips)
@@ -90,7 +97,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _called(line: str) -> list[str]:
-    names = _CALLED.findall(line)
+    names = _CALLED.findall(line) + _CALL.findall(line)
     for branches in _BRANCHES.findall(line):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
     return names

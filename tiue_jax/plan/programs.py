@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tiue_jax import distill, placement, sharding, train_program
+from tiue_jax import components, distill, placement, program, sharding, train_program
+from tiue_jax.export.run import student_sampling
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPModel, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny
 from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.plan.architecture import Architecture
 from tiue_jax.settings import Settings
 
@@ -54,10 +56,41 @@ def train(settings: Settings, models: Architecture, mesh: Mesh) -> Program:
     return Program(traced, _bytes_by_part(made.state, made.frozen))
 
 
+def sampler(settings: Settings, models: Architecture, mesh: Mesh, rows: int) -> Program:
+    """The run's student, sampled with K steps: token ids to pictures, `rows` at a time over all devices of the mesh.
+
+    Parameters are in the compute dtype, and every chip has them all.
+    """
+    unet, vae, text, schedule = models.pipeline
+    of = {"text_encoder": (CLIPTextModel, text), "unet": (UNet, unet), "vae": (AutoencoderKL, vae)}
+    parts = {name: components.Component(cfg, *functional.abstract(cls, cfg)) for name, (cls, cfg) in of.items()}
+    sample = program.make(parts, schedule, program.Key.of(student_sampling(settings).resolve(schedule)))
+    replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    dtype = jnp.dtype(settings.distill.compute_dtype)
+    params = {name: _placed(_cast(part.params, dtype), replicated) for name, part in parts.items()}
+    height, width = (side // vae.factor for side in components.image_size(unet, vae))
+    on_all = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+    by_row = lambda *shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+    batch = program.Batch(
+        ids=by_row(text.max_position_embeddings, dtype=jnp.int32),
+        null_ids=on_all(1, text.max_position_embeddings, dtype=jnp.int32),
+        prompt_ids=by_row(dtype=jnp.uint32),
+        numbers=by_row(dtype=jnp.uint32),
+        seed=on_all(dtype=jnp.uint32),
+        guidance_scale=on_all(dtype=jnp.float32),
+        latents=by_row(height, width, unet.in_channels, dtype=jnp.float32),
+        given=on_all(dtype=jnp.bool),
+    )
+    bytes_of = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in params.items()}
+    with jax.set_mesh(mesh):
+        return Program(jax.jit(sample).trace(params, batch), bytes_of)
+
+
 def with_choice(settings: Settings, rows: int, fsdp: int, chips: int, remat: Any) -> Settings:
-    """The settings with another batch of `rows`, another mesh of all chips and another remat policy."""
+    """The settings with a batch of `rows`, another mesh of all chips and another remat policy; None is its own."""
     train = dataclasses.replace(settings.train, batch_size=rows, mesh_fsdp=fsdp, mesh_data=chips // fsdp)
-    return dataclasses.replace(settings, train=train, distill=dataclasses.replace(settings.distill, remat=remat))
+    policy = settings.distill.remat if remat is None else remat
+    return dataclasses.replace(settings, train=train, distill=dataclasses.replace(settings.distill, remat=policy))
 
 
 def _bytes_by_part(*trees: Any) -> dict[str, int]:

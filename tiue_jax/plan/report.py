@@ -10,8 +10,6 @@ from tiue_jax.plan.chips import Chip
 from tiue_jax.plan.measure import Measured
 from tiue_jax.settings import Settings
 
-GB = 1e9
-
 
 class Cost(NamedTuple):
     """What a program costs in time, from the chip's published peaks.
@@ -71,56 +69,62 @@ def as_json(chosen: Measured, tried: Sequence[Measured], chip: Chip, images: int
 
 def parts_table(measured: Measured) -> Table:
     """Memory of one chip, by what is in it."""
-    table = Table(title=f"memory of one chip, {measured.topology}", title_justify="left", box=None, pad_edge=False)
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    for name, size in measured.parts.items():
-        table.add_row(name, f"{size / GB:.3f}")
+    rows = Table(box=None, pad_edge=False)
+    rows.add_column("part")
+    rows.add_column("per chip", justify="right")
     rest = measured.peak_bytes - measured.state_bytes - measured.temp_bytes
-    table.add_row("batch and outputs", f"{max(rest, 0) / GB:.3f}")
-    table.add_row("temporaries", f"{measured.temp_bytes / GB:.3f}")
-    table.add_row("peak", f"{measured.peak_bytes / GB:.3f}", style="bold")
-    table.add_row("HBM", f"{measured.hbm_bytes / GB:.3f}")
-    return table
+    contents = measured.parts | {"batch, outputs": max(rest, 0), "temporaries": measured.temp_bytes}
+    for name, size in contents.items():
+        rows.add_row(name, readable(size))
+    rows.add_row("peak", readable(measured.peak_bytes), style="bold")
+    rows.add_row("memory", readable(measured.hbm_bytes))
+    return rows
 
 
 def table(tried: Sequence[Measured], chosen: Measured, chip: Chip, images: int | None) -> Table:
     """One row for each program that was tried, the chosen one in bold."""
     rows = Table(box=None, pad_edge=False)
-    names = "batch/chip data fsdp remat state peak fits TFLOP accessed sent step links images/s".split()
-    units = ["", "", "", "", "GB", "GB", "", "", "GB", "GB", "ms", "%", ""]
-    if images is not None:
-        names, units = [*names, "days", "chip-hours"], [*units, "", ""]
-    for name, unit in zip(names, units, strict=True):
-        rows.add_column(f"{name} {unit}".strip(), justify="right")
+    names = "batch/chip data fsdp remat state peak fits TFLOP memory sent step links images/s".split()
+    for name in [*names, *([] if images is None else ["days", "chip-hours"])]:
+        rows.add_column(name, justify="right")
     for measured in tried:
-        its = cost(measured, chip, images)
-        known = measured.collectives is not None
         cells = [
             f"{measured.batch_per_chip}",
             f"{measured.data}",
             f"{measured.fsdp}",
             "" if measured.remat is None else str(measured.remat),
-            f"{measured.state_bytes / GB:.2f}",
-            f"{measured.peak_bytes / GB:.2f}",
+            readable(measured.state_bytes),
+            readable(measured.peak_bytes),
             "yes" if measured.fits else "no",
-            f"{measured.flops_per_chip / 1e12:.1f}",
-            f"{measured.bytes_accessed / GB:.0f}" if measured.bytes_accessed is not None else "",
-            f"{measured.collective_bytes / GB:.2f}" if known else "",
-            f"{1e3 * its.step_seconds:.0f}" if known else "",
-            f"{100 * its.collective_share:.0f}" if known else "",
-            f"{its.images_per_second:.0f}" if known else "",
+            f"{measured.flops_per_chip / 1e12:.3g}",
         ]
-        if its.days is not None and its.chip_hours is not None:
-            cells += [f"{its.days:.2f}", f"{its.chip_hours:,.0f}"] if known else ["", ""]
+        if measured.bytes_accessed is not None:  # else it did not compile
+            its = cost(measured, chip, images)
+            cells += [
+                readable(measured.bytes_accessed),
+                readable(measured.collective_bytes),
+                f"{1e3 * its.step_seconds:.3g} ms",
+                f"{100 * its.collective_share:.0f}%",
+                f"{its.images_per_second:,.0f}",
+            ]
+            if its.days is not None and its.chip_hours is not None:
+                cells += [f"{its.days:.2f}", f"{its.chip_hours:,.0f}"]
         rows.add_row(*cells, style="bold" if measured is chosen else None)
     return rows
 
 
+def readable(size: float) -> str:
+    """A number of bytes to three digits."""
+    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= of:
+            return f"{size / of:.{2 if size < 10 * of else 1 if size < 100 * of else 0}f} {unit}"
+    return f"{size:.0f} B"
+
+
 def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
     """What the tables leave to say: whether it fits, the settings of the chosen program, what the times are."""
-    needs = f"{chosen.peak_bytes / GB:.2f} of the {chosen.hbm_bytes / GB:.2f} GB of a {chip.kind} chip"
-    lines = [f"fits: it needs {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
+    needs = f"{readable(chosen.peak_bytes)} of the {readable(chosen.hbm_bytes)} of a {chip.kind} chip"
+    lines = [f"fits: {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
     if chosen.program == "train":
         rows = chosen.batch_per_chip * chosen.data * chosen.fsdp
         asked = {
@@ -137,6 +141,6 @@ def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
             f"{train.max_train_steps * train.batch_size:,} images in all"
         )
     bound = "the compiler's estimate" if chosen.mode == "full" else "a bound that no program beats"
-    peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {chip.ici_bandwidth / GB:.0f} GB/s between chips"
-    lines.append(f"step: {bound}, at {peaks}; links: the share of it that they are busy")
+    peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {readable(chip.ici_bandwidth)}/s between chips"
+    lines.append(f"step: {bound}, at {peaks}; links: the share of it that they are busy with what is sent")
     return lines
