@@ -23,9 +23,9 @@ def struct(*shape: int) -> jax.ShapeDtypeStruct:
 
 def test_mesh_of_one_device():
     mesh = sharding.make_mesh()
-    assert mesh.axis_names == ("data", "fsdp")
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1}
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert mesh.axis_names == ("data", "fsdp", "step")
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "step": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,10 @@ def test_mesh_of_one_device():
         ({"data": -1, "fsdp": -1}, "only one of the mesh axes"),
         ({"data": 0}, "mesh axis 'data' must be a positive number of devices or -1, got 0"),
         ({"fsdp": -2}, "mesh axis 'fsdp' must be a positive number of devices or -1, got -2"),
-        ({"data": -1, "fsdp": 3}, "must multiply to the number of devices, 1, got data=-1, fsdp=3"),
-        ({"data": 2}, "must multiply to the number of devices, 1, got data=2, fsdp=1"),
+        ({"data": -1, "fsdp": 3}, "must multiply to the number of devices, 1, got data=-1, fsdp=3, step=1"),
+        ({"data": 2}, "must multiply to the number of devices, 1, got data=2, fsdp=1, step=1"),
+        ({"step": 2}, "must multiply to the number of devices, 1, got data=-1, fsdp=1, step=2"),
+        ({"step": -1}, "mesh axis 'step' must be a positive number of devices, got -1"),
     ],
 )
 def test_a_mesh_that_cannot_be(axes, message):
@@ -81,7 +83,7 @@ def test_a_large_tensor_that_cannot_be_sharded_is_named():
 
 @pytest.mark.parametrize("size", [0, -8, 12])
 def test_batch_must_split_over_all_devices(size):
-    mesh = AbstractMesh((4, 2), ("data", "fsdp"))
+    mesh = AbstractMesh((4, 2, 3), ("data", "fsdp", "step"))
     sharding.check_batch_size(16, mesh)
     with pytest.raises(ValueError, match=f"multiple of the 8 devices \\(data=4 x fsdp=2\\), got {size}"):
         sharding.check_batch_size(size, mesh)
@@ -109,7 +111,7 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from tiue_jax import sharding
 mesh = sharding.make_mesh(data=-1, fsdp=4)
-assert dict(mesh.shape) == {"data": 2, "fsdp": 4}, mesh
+assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "step": 1}, mesh
 tree = {"kernel": np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256), "bias": np.ones(256, np.float32)}
 placed = sharding.place(tree, sharding.shardings(tree, mesh))
 assert placed["kernel"].sharding.spec == P("fsdp"), placed["kernel"].sharding

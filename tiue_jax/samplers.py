@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tiue_jax import student
 from tiue_jax.models import layers
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     schedule: Schedule
     num_inference_steps: int
     key_steps: tuple[int, ...]  # for faster_diffusion, empty elsewhere
+    mesh: Mesh | None = None  # for tiue, to split its timesteps over the axis `step`
 
 
 def image_keys(seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array) -> jax.Array:
@@ -101,9 +103,16 @@ def guided(
     return both[:, 1] + guidance_scale * (both[:, 0] - both[:, 1])
 
 
-def tiue(unet: UNetLike, noise: jax.Array, text: jax.Array, schedule: Schedule, num_inference_steps: int) -> jax.Array:
-    """The loop-free student: noise [b h w c], text [b l d] -> float32 [b h w c]. No guidance."""
-    return student.generate(unet, noise, text, schedule.closed_form(num_inference_steps))
+def tiue(
+    unet: UNetLike,
+    noise: jax.Array,
+    text: jax.Array,
+    schedule: Schedule,
+    num_inference_steps: int,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The loop-free student: noise [b h w c], text [b l d] -> float32 [b h w c]. No guidance. See student.generate."""
+    return student.generate(unet, noise, text, schedule.closed_form(num_inference_steps), mesh)
 
 
 def ddim(
@@ -265,7 +274,7 @@ def faster_diffusion(
 
 
 SAMPLERS: dict[str, Callable[[Inputs], jax.Array]] = {
-    "tiue": lambda x: tiue(x.unet, x.noise, x.text, x.schedule, x.num_inference_steps),
+    "tiue": lambda x: tiue(x.unet, x.noise, x.text, x.schedule, x.num_inference_steps, x.mesh),
     "ddim": lambda x: ddim(x.unet, x.noise, x.text, x.null_text, x.schedule, x.num_inference_steps, x.guidance_scale),
     "one_step": lambda x: one_step(x.unet, x.noise, x.text, x.schedule),
     "turbo": lambda x: turbo(x.unet, x.noise, x.text, x.schedule, x.num_inference_steps),

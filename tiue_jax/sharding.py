@@ -1,7 +1,8 @@
 """The device mesh, and where each array of the training state and of the batch lives on it.
 
-Two mesh axes: `data` repeats the parameters, `fsdp` shards them; the batch is split over both. Placement is a rule on
-the parameter tree, outside the models.
+Three mesh axes: `data` repeats the parameters, `fsdp` shards them, and the batch is split over both; over `step` the
+student's timesteps are split where it samples (student.py). Placement is a rule on the parameter tree, outside the
+models.
 """
 
 import math
@@ -12,18 +13,22 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")
+AXES = (*BATCH_AXES, "step")
 REPLICATE_BELOW = 2**16  # elements: gathering a smaller tensor costs more than the memory it frees
 LORA_NAMES = ("lora", "lora_A", "lora_B")  # sharding the small LoRA matrices caused most of the step's all-gathers
 
 
-def mesh_shape(data: int, fsdp: int, devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes over so many devices; one axis may be -1 and takes what the other leaves.
+def mesh_shape(data: int, fsdp: int, devices: int, step: int = 1) -> dict[str, int]:
+    """Sizes of the mesh axes over so many devices; one of the first two may be -1 and takes what is left.
 
     Raises:
-        ValueError: an axis is neither -1 nor positive, both are -1, or their product is not the number of devices.
+        ValueError: `data` or `fsdp` is neither -1 nor positive, both are -1, `step` is not positive, or the product of
+            the three is not the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp}
+    sizes = {"data": data, "fsdp": fsdp, "step": step}
+    if step < 1:
+        raise ValueError(f"mesh axis 'step' must be a positive number of devices, got {step}")
     for name, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh axis {name!r} must be a positive number of devices or -1, got {size}")
@@ -33,15 +38,15 @@ def mesh_shape(data: int, fsdp: int, devices: int) -> dict[str, int]:
         if size == -1:
             sizes[name] = max(devices // math.prod(s for s in sizes.values() if s != -1), 1)
     if math.prod(sizes.values()) != devices:
-        asked = ", ".join(f"{name}={size}" for name, size in (("data", data), ("fsdp", fsdp)))
+        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, (data, fsdp, step), strict=True))
         raise ValueError(f"mesh axes must multiply to the number of devices, {devices}, got {asked}")
     return sizes
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices over (`data`, `fsdp`). ValueError as `mesh_shape`."""
+def make_mesh(data: int = -1, fsdp: int = 1, step: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices over (`data`, `fsdp`, `step`). ValueError as `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
-    sizes = tuple(mesh_shape(data, fsdp, len(devices)).values())
+    sizes = tuple(mesh_shape(data, fsdp, len(devices), step).values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -51,15 +56,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over all devices, `data` x `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Axis 0 split over `data` x `fsdp`: over all devices but those along `step`, which hold the same rows."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
     """Raises ValueError where the global batch, or one of its micro-batches, does not split evenly over the devices."""
-    if batch_size < 1 or batch_size % (mesh.size * micro_batches):
-        axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        devices = f"{mesh.size} devices ({axes})" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
+    parts = batch_parts(mesh)
+    if batch_size < 1 or batch_size % (parts * micro_batches):
+        axes = " x ".join(f"{name}={mesh.shape[name]}" for name in BATCH_AXES)
+        devices = f"{parts} devices ({axes})" + (f" x {micro_batches} micro-batches" if micro_batches > 1 else "")
         raise ValueError(f"batch_size must be a positive multiple of the {devices}, got {batch_size}")
 
 

@@ -103,7 +103,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     if not free:  # one device, or inside another shard_map
         return run(q, k, v)
-    rows = PartitionSpec(tuple(name for name in sharding.AXES if name in free))
+    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in free))
     return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=free, check_vma=False)(q, k, v)
 
 

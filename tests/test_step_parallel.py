@@ -1,0 +1,77 @@
+"""The student's timesteps split over devices: the same latents, one decoder's work each, and one small sum between."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from tiue_jax import student
+
+ROOT = Path(__file__).parents[1]
+
+ON_FOUR_DEVICES = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from tests.tiny import UNET, random_params
+from tiue_jax import sharding, student
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet
+from tiue_jax.schedule import Schedule
+
+graphdef, _ = functional.abstract(UNet, UNET)
+params, form = random_params(UNet, UNET, 0), Schedule(timestep_spacing="trailing").closed_form(4)
+rng = np.random.default_rng(0)
+noise, text = rng.standard_normal((2, 8, 8, 4), np.float32), rng.standard_normal((2, 5, 8), np.float32)
+bind = lambda params: functional.bind(graphdef, params)
+
+def compile(mesh, rows, function=student.generate):
+    run = jax.jit(lambda params, noise, text: function(bind(params), noise, text, form, mesh))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.replicated(mesh)), *jax.device_put(
+            (noise[:rows], text[:rows]), sharding.batch_sharding(mesh)
+        )
+        return run.lower(*placed).compile(), placed
+
+alone = sharding.make_mesh(devices=jax.devices()[:1])
+whole, args = compile(alone, 2)
+expected = np.asarray(whole(*args))
+
+def encode_and_decode(unet, noise, text, form, mesh):
+    t = jnp.full((1,), 999)
+    return unet.decode(unet.encode(noise, t, text), t, text)
+
+one_step, _ = compile(alone, 1, encode_and_decode)
+flops = lambda compiled: compiled.cost_analysis()["flops"]
+for axes, rows in (({"data": 1, "step": 4}, 1), ({"data": 2, "step": 2}, 2)):
+    mesh = sharding.make_mesh(**axes)
+    split, args = compile(mesh, rows)
+    found = split(*args)
+    np.testing.assert_allclose(found, expected[:rows], atol=1e-5 * np.abs(expected).max())
+    text_of = split.as_text()
+    collectives = re.findall(r"= (\\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)", text_of)
+    assert [kind for _, kind in collectives] == ["all-reduce"], collectives
+    sizes = [np.prod([int(n) for n in re.search(r"\\[([0-9,]+)\\]", shape)[1].split(",")]) for shape, _ in collectives]
+    assert max(sizes) <= 8 * 8 * 4, collectives  # the latents of the one image that each device has
+    if axes["step"] == 4:
+        work = flops(split) / flops(one_step)
+        print(f"work of each device: {work:.3f} of encoding once and decoding once")
+        assert work <= 1.1
+"""
+
+
+def test_four_devices():
+    flags = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS"]
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def test_timesteps_must_split_over_the_axis():
+    mesh = AbstractMesh((1, 1, 4), ("data", "fsdp", "step"))
+    student.check_step_axis(8, mesh)
+    with pytest.raises(ValueError, match="num_inference_steps must be a multiple of the mesh axis step=4, got 6"):
+        student.check_step_axis(6, mesh)
