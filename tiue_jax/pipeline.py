@@ -255,19 +255,18 @@ class Pipeline:
                 ),
                 split,
             )
-            pictures = sample(
-                params,
-                program.Batch(
-                    ids=ids,
-                    null_ids=null,
-                    prompt_ids=prompt_ids,
-                    numbers=numbers,
-                    seed=np.uint32(seed),
-                    guidance_scale=guidance_scale,
-                    latents=noise,
-                    given=np.bool_(latents is not None),
-                ),
+            inputs = program.Batch(
+                ids=ids,
+                null_ids=null,
+                prompt_ids=prompt_ids,
+                numbers=numbers,
+                seed=np.uint32(seed),
+                guidance_scale=guidance_scale,
+                latents=noise,
+                given=np.bool_(latents is not None),
             )
+            with jax.set_mesh(self._mesh):  # attention's kernels are not split over devices without it
+                pictures = sample(params, inputs)
             yield np.asarray(pictures)[: len(part)]
 
     def _program(self, settings: Sampling) -> Callable[..., jax.Array]:
