@@ -24,6 +24,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 _LOADER = Path(__file__).with_name("compiled_sampler.py")
 _OWN = (MANIFEST, PROGRAM, TOKENIZER, WEIGHTS, "sampler.py")
+_CUDNN = "__cudnn$fmhaSoftmax"  # attention, where a GPU is at hand while exporting; a later jax may not know it
 _ONLY_ENCODE = ("vae/encoder/", "vae/quant_conv/")  # where the autoencoder here only decodes
 
 
@@ -118,7 +119,8 @@ def _export(
         given=of(jnp.bool_),
     )
     shapes = {name: of(leaf.dtype, *leaf.shape) for name, leaf in weights.items()}
-    return export.export(jax.jit(flat), platforms=tuple(platforms))(shapes, *fields)
+    cudnn = export.DisabledSafetyCheck.custom_call(_CUDNN)
+    return export.export(jax.jit(flat), platforms=tuple(platforms), disabled_checks=[cudnn])(shapes, *fields)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""What bfloat16 costs in precision, part by part: each against float32 from the same inputs, on a model's own weights.
+
+    python benchmarks/precision.py [--models emoji-tiue emoji] [--images 16]
+
+For the parts: relative error, the root mean square of the difference over that of the float32 result; the inputs are
+what the float32 pipeline feeds them. For pictures: PSNR in dB over all pixels of uint8 pictures, and the largest
+difference of a pixel in 255ths. The whole picture is drawn from the same noise by one pipeline of each dtype, with the
+autoencoder in bfloat16 and in float32: what it adds to the error of the UNet is the difference of the last two rows.
+
+    text encoder   its last hidden state
+    encode         the UNet's encoder and middle at the noisiest timestep: the worst of what it hands on
+    decode         the UNet's decoder from float32 features, at all the student's timesteps
+    closed form    z_0 from the decoder's outputs in bfloat16 (the sum itself is float32 everywhere)
+    sampler        z_0 of the whole sampler from float32 text embeddings
+    vae            pictures from float32 latents z_0
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from machine import machine
+
+from tiue_jax import images, samplers, student
+from tiue_jax.data.prompts import load_prompts
+from tiue_jax.models import functional
+from tiue_jax.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[1]
+STEPS = {"tiue": 4, "ddim": 25}  # of the student; of a teacher, with its usual guidance
+GUIDANCE = 7.5
+
+
+def error(got: Any, want: Any) -> float:
+    """Root mean square of the difference over that of `want`; of several arrays the worst."""
+    if isinstance(want, jax.Array | np.ndarray):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+    return max(error(g, w) for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+
+
+def psnr(got: np.ndarray, want: np.ndarray) -> tuple[float, int]:
+    """Of uint8 pictures: PSNR in dB, and the largest difference of a pixel."""
+    difference = got.astype(int) - want
+    return float(10 * np.log10(255**2 / np.mean(difference**2))), int(np.abs(difference).max())
+
+
+def rows(model: str, prompts: list[str]) -> dict[str, str]:
+    """The table's column of a model."""
+    pipe = Pipeline.from_pretrained(model)
+    kind = pipe.settings().sampler
+    steps = STEPS[kind]
+    form = pipe.settings().respaced(pipe.schedule).closed_form(steps)
+    noise = np.random.default_rng(0).standard_normal((len(prompts), *pipe.latents_shape()), np.float32)
+    ids, null_ids = pipe.tokenize(prompts), pipe.tokenize([""] * len(prompts))
+    half = {name: functional.cast(getattr(pipe, name).params, jnp.bfloat16) for name in ("text_encoder", "unet", "vae")}
+    full = {name: getattr(pipe, name).params for name in half}
+
+    encode_text = jax.jit(lambda p, ids: pipe.text_encoder.bind(p)(ids).last_hidden_state)
+    t = np.broadcast_to(form.timesteps, (len(prompts), len(form.timesteps)))
+    encode = jax.jit(lambda p, text: pipe.unet.bind(p).encode(noise, t[:, 0], text))
+
+    @jax.jit
+    def decode(p: Any, features: Any, text: jax.Array) -> jax.Array:
+        unet = pipe.unet.bind(p)
+        each = jax.lax.map(lambda now: unet.decode(features, now, text).astype(jnp.float32), t[:, :4].T)
+        return jnp.moveaxis(each, 0, 1)
+
+    @jax.jit
+    def sample(p: Any, text: jax.Array, null: jax.Array) -> jax.Array:
+        unet = pipe.unet.bind(p)
+        if kind == "tiue":
+            return student.generate(unet, noise, text, form)
+        return samplers.ddim(unet, noise, text, null, pipe.schedule, steps, GUIDANCE)
+
+    draw = jax.jit(lambda p, z: images.to_uint8(pipe.vae.bind(p).decode(z / pipe.vae.cfg.scaling_factor).astype("f4")))
+
+    text, null = (encode_text(full["text_encoder"], x) for x in (ids, null_ids))
+    features = encode(full["unet"], text)
+    outputs, z = decode(full["unet"], features, text), sample(full["unet"], text, null)
+    pictures = draw(full["vae"], z)
+    text16, null16 = (encode_text(half["text_encoder"], x) for x in (ids, null_ids))
+    z16 = sample(half["unet"], text16, null16)
+    bf16 = jnp.bfloat16
+
+    show = "{:.1e}".format
+    show_psnr = lambda found: "{:.1f} dB, at most {}".format(*found)
+    column = {
+        "text encoder": show(error(text16, text)),
+        "encode": show(error(encode(half["unet"], text.astype(bf16)), features)),
+        "decode": show(error(decode(half["unet"], functional.cast(features, bf16), text.astype(bf16)), outputs)),
+    }
+    if kind == "tiue":
+        exact = student.combine(noise, outputs, form)
+        column["closed form"] = show(error(student.combine(noise, outputs.astype(bf16).astype("f4"), form), exact))
+    column["sampler"] = show(error(sample(half["unet"], text.astype(bf16), null.astype(bf16)), z))
+    column["vae (pictures)"] = show_psnr(psnr(np.asarray(draw(half["vae"], z)), np.asarray(pictures)))
+    for name, vae in (("bfloat16", half), ("float32", full)):
+        drawn = np.asarray(draw(vae["vae"], z16))
+        column[f"whole picture, vae in {name}"] = show_psnr(psnr(drawn, np.asarray(pictures)))
+    return column
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["emoji-tiue", "emoji"], help="as sample.py --model")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--prompts", default=str(ROOT / "examples" / "emoji" / "eval_prompts.txt"))
+    args = parser.parse_args()
+    prompts = list(load_prompts(args.prompts).prompts)[: args.images]
+    columns = {model: rows(model, prompts) for model in args.models}
+    print(f"{machine('jax', 'jaxlib', 'flax', 'numpy')}; {len(prompts)} pictures each\n")
+    print("| bfloat16 against float32 | " + " | ".join(columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    for name in names:
+        print(f"| {name} | " + " | ".join(column.get(name, "") for column in columns.values()) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
