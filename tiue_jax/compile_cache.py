@@ -21,9 +21,9 @@ def enable() -> Path | None:
     Returns:
         The folder that is in use from now on, None where there is none.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None
-    if chosen := jax.config.jax_compilation_cache_dir:
+    if chosen := jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return Path(chosen)
     folder = user_cache() / "xla"
     try:

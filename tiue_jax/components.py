@@ -89,8 +89,8 @@ def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
     """
     alias = TINY_VAE if name == "tiny" else name
     if alias == TINY_VAE and own.scaling_factor != SD_SCALING_FACTOR:
-        expected = f"a model of Stable Diffusion's latents, with scaling_factor {SD_SCALING_FACTOR}"
-        raise ValueError(f"vae {str(name)!r} decodes for {expected}, got a model with {own.scaling_factor}")
+        latents = f"a model of Stable Diffusion's latents, with scaling_factor {SD_SCALING_FACTOR}"
+        raise ValueError(f"vae {str(name)!r} decodes for {latents}, got a model with {own.scaling_factor}")
     folder = hub.resolve(alias)
     kind = convert.read_config(folder).get("_class_name")
     if kind not in AUTOENCODERS:

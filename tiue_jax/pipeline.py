@@ -91,7 +91,9 @@ class Pipeline:
         own = components.read_config(folder / "vae", VAEConfig)
         text_encoder = components.read_config(folder / "text_encoder", CLIPTextConfig)
         components.check_widths(str(name), unet, own, text_encoder)
-        vae_source = (folder / "vae", AutoencoderKL, VAEConfig) if vae is None else components.find_vae(vae, own)
+        vae_source: tuple[Path, Any, Any] = folder / "vae", AutoencoderKL, VAEConfig
+        if vae is not None:
+            vae_source = components.find_vae(vae, own)
         config = folder / "tiue_config.json"
         usual = Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
         return cls(

@@ -28,18 +28,18 @@ class Tokenizer:
     def __init__(self, folder: str | Path, length: int):
         tokenizer = _load(Path(folder))
         self.length = min(tokenizer.model_max_length, length)
-        self._pad = tokenizer.pad_token_id
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()  # which tokenizer.json may set
-        self._backend.no_padding()
+        self.pad = tokenizer.pad_token_id
+        self.backend = tokenizer.backend_tokenizer
+        self.backend.no_truncation()  # which tokenizer.json may set
+        self.backend.no_padding()
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [b l], padded; logs a warning for each prompt it cuts."""
-        padded = np.full((len(prompts), self.length), self._pad, np.int32)
-        for row, prompt, encoding in zip(padded, prompts, self._backend.encode_batch_fast(list(prompts)), strict=True):
+        padded = np.full((len(prompts), self.length), self.pad, np.int32)
+        for row, prompt, encoding in zip(padded, prompts, self.backend.encode_batch_fast(list(prompts)), strict=True):
             ids = encoding.ids
             if len(ids) > self.length:  # the last token kept is the end of text
-                cut = self._backend.decode(ids[self.length - 1 : -1]).strip()
+                cut = self.backend.decode(ids[self.length - 1 : -1]).strip()
                 logger.warning("prompt %r is longer than %d tokens, ignored: %r", prompt, self.length, cut)
                 ids = ids[: self.length - 1] + ids[-1:]
             row[: len(ids)] = ids
