@@ -56,7 +56,7 @@ from tiue_jax.settings import EVAL_METRICS, Settings
 from tiue_jax.workdir import Workdir
 
 UNEXPECTED, BAD_INPUT, NOT_FINITE, NOT_SAVED = 1, 2, 3, 4
-STEPS_IN_FLIGHT = 2  # one runs, the next waits behind it on the device
+STEPS_IN_FLIGHT = 2  # one runs, the next waits behind it on the device; not on CPUs, where it takes threads by waiting
 CUT_PROMPT_WARNINGS = 5
 
 
@@ -142,11 +142,12 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     since = time.monotonic()
     done = logged = start
     skipped = int(jax.device_get(state.skipped))
+    in_flight = 1 if jax.default_backend() == "cpu" else STEPS_IN_FLIGHT
     running: deque[distill.Metrics] = deque()
     last, stopped = start >= train.max_train_steps, False
     while not last:
         batch = sharding.place_rows(next(batches), train.batch_size, mesh)
-        if len(running) == STEPS_IN_FLIGHT:
+        if len(running) == in_flight:
             jax.block_until_ready(running.popleft())
         with jax.transfer_guard("disallow"):  # but for the batch nothing goes to the devices or comes from them
             state, metrics = train_step(state, frozen, batch, key)

@@ -190,6 +190,7 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     assert distance(frozen.unet, params) == 0
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(state, frozen):
     rng = np.random.default_rng(3)
     batch = {"text": jnp.asarray(rng.standard_normal((4, 5, 16), np.float32))}

@@ -106,7 +106,8 @@ def test_the_notice_of_preemption_is_a_signal():
 # Process 1 is told to go, or killed, in its fourth call: the batch of step 3. Half a second a step from there on, since
 # jax needs a second or two to agree on the step to stop after.
 WORKER = """
-import os, signal, sys, time
+import faulthandler, os, signal, sys, time
+faulthandler.dump_traceback_later(500, exit=True)  # a process that hangs says where
 import train
 from tiue_jax import sharding
 ends = {"--preempt": signal.SIGTERM, "--kill": signal.SIGKILL}
@@ -139,6 +140,7 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
         "train__checkpoint_every": 1000,
     }
     flags = f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0"
+    flags += " --xla_llvm_disable_expensive_passes=true"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(model / "compiled"), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     with socket.socket() as free:
@@ -157,7 +159,7 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
                 text=True,
             )
         )
-    with_output = [(process, *process.communicate(timeout=400)) for process in started]
+    with_output = [(process, *process.communicate(timeout=600)) for process in started]
     return [(process.returncode, out, err) for process, out, err in with_output]
 
 

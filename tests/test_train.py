@@ -145,6 +145,7 @@ def test_the_exported_student_is_the_average_and_samples(whole, model):
     assert "| training steps | 4 |" in card and (whole / "student" / "pipeline.py").is_file()
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, model, tmp_path, monkeypatch, capsys):
     write = MetricsWriter.scalars
 
@@ -198,6 +199,7 @@ train.main(sys.argv)
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_resumed_is_bitwise_the_uninterrupted_run(whole, model, tmp_path):
     cache = jax.config.jax_compilation_cache_dir
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
@@ -245,6 +247,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
     assert_same_end(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_a_good_checkpoint(model, tmp_path, capsys):
     broken = shutil.copytree(model, tmp_path / "model")
     assert train.main(command(broken, tmp_path / "run", train__max_train_steps=2)) == 0
@@ -360,6 +363,7 @@ def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(
     assert {step for step, _ in losses(tmp_path)} == {6}
 
 
+@pytest.mark.slow
 def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, tmp_path, capsys):
     prompts, text = tmp_path / "corpus", tmp_path / "embeddings"
     assert prepare.main(["--prompts", str(model / "prompts.txt"), "--out", str(prompts)]) == 0
@@ -378,6 +382,7 @@ def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, t
     assert "stale text embeddings, made from other prompts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, model, tmp_path):
     eight = {"train__mesh_data": 2, "train__mesh_fsdp": 4, "train__mesh_replicate_below": 512}
     four = eight | {"train__mesh_data": 1, "train__mesh_replicate_frozen": True}

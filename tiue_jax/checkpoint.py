@@ -265,9 +265,8 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 def checksums(tree: Any) -> dict[str, int]:
     """A 32-bit checksum of every array, by its dotted path; the same however the array is sharded."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_sum(x) for _, x in leaves])
-    return {_dotted(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+    # one after the other: of hundreds at once each process might begin with another, and wait for the others' in vain
+    return {_dotted(path): int(jax.device_get(_sum(x))) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @jax.jit
