@@ -133,7 +133,10 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
     settings = {
         "train__mesh_data": 1,
         "train__mesh_fsdp": 8,  # the state lies across both processes
-        "train__mesh_replicate_below": 512,
+        "train__mesh_replicate_below": 1000,
+        "distill__num_inference_steps": 1,
+        "distill__timestep_spacing": "trailing",
+        "distill__lora_targets": "('to_q', 'to_v')",
         "train__validation_prompts": "('a red apple',)",
         "train__validation_num_inference_steps": 1,
         "train__validation_every": 1000,
