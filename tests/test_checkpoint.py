@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -346,3 +347,40 @@ def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(2, here)
     np.testing.assert_array_equal(restored["kernel"], np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256))
+
+
+BY_TWO_PROCESSES = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(300, exit=True)  # a process that hangs says where
+import jax
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from tests.test_checkpoint import many
+from tiue_jax import sharding
+from tiue_jax.checkpoint import Checkpoints, checksums
+tree = many()
+placement = sharding.shardings(tree, sharding.make_mesh(data=1, fsdp=8), replicate_below=200)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, sharding.place(tree, placement), {}, {"step": 1})
+    restored = checkpoints.resume(sharding.structs(tree, placement), lambda config: None)
+assert checksums(restored.state) == checksums(tree)
+"""
+
+
+def many() -> dict[str, np.ndarray]:
+    """Arrays of several shapes, of which those of 200 elements and more can be sharded over eight devices."""
+    return {str(i): np.random.default_rng(i).standard_normal((8 * (1 + i % 5), 16), np.float32) for i in range(100)}
+
+
+def test_two_processes_save_one_checkpoint(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", BY_TWO_PROCESSES, tmp_path, address]
+    both = [subprocess.Popen([*argv, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    here = sharding.shardings(many(), sharding.make_mesh(devices=jax.devices()[:1]))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.resume(sharding.structs(many(), here), lambda config: None)
+    assert_same(jax.tree.map(np.asarray, restored.state), many())
