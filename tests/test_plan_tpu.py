@@ -48,6 +48,7 @@ def plan(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_training_step(plan):
     """The step fits, what is sharded takes a quarter on each of four chips, and gradients are reduced between them."""
     result = plan("--topology=v5e:2x2", "--json")
