@@ -43,7 +43,7 @@ def plan(tmp_path_factory):
         given = [f"--config.{name}={value}" for name, value in small.items()]
         call = [sys.executable, "-m", "tiue_jax.plan", "--config=configs/sd21_tiue.py", *given, *flags]
         env = os.environ | {"XDG_CACHE_HOME": str(folder)}
-        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
 
     return run
 
