@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from configs import sd21_tiue
 from tests import tiny
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.plan import __main__ as main
-from tiue_jax.plan import architecture, cache, chips, hlo, report, search
+from tiue_jax.plan import architecture, cache, chips, hlo, programs, report, search
 from tiue_jax.plan.measure import Measured, memory_needed
 from tiue_jax.settings import Settings
 
@@ -323,3 +324,34 @@ def test_without_libtpu(capsys, monkeypatch):
 def test_help():
     result = command("--help")
     assert result.returncode == 0 and "--batch_per_chip" in result.stdout
+
+
+def given(**flags):
+    return SimpleNamespace(
+        **{"batch_per_chip": None, "fsdp": None, "remat": None, "search": False, "sampler": False} | flags
+    )
+
+
+def test_the_recipe_itself_is_the_default():
+    batches, bases = main.choices(given(), settings(), 16)
+    assert batches == [4] and bases == [main.Choice(4, 16, settings().distill.remat)]
+
+
+def test_a_search_tries_every_mesh_and_policy():
+    batches, bases = main.choices(given(search=True), settings(), 16)
+    assert batches is None
+    assert {(base.fsdp, base.remat) for base in bases} == {(n, p) for n in (4, 8, 16) for p in main.REMAT_POLICIES}
+    assert len(bases) == 3 * len(main.REMAT_POLICIES)
+
+
+def test_what_is_asked_for_is_tried():
+    policy = list(main.REMAT_POLICIES)[-1]
+    batches, bases = main.choices(given(batch_per_chip="2,8", fsdp="4,all", remat=str(policy)), settings(), 16)
+    assert batches == [2, 8]
+    assert [(base.fsdp, base.remat) for base in bases] == [(4, policy), (16, policy)]
+
+
+def test_the_plan_of_a_choice_is_the_recipe_otherwise():
+    changed = programs.with_choice(settings(), 128, 4, 16, None)
+    assert (changed.train.batch_size, changed.train.mesh_data, changed.train.mesh_fsdp) == (128, 4, 4)
+    assert changed.distill == settings().distill

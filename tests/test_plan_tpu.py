@@ -43,11 +43,12 @@ def plan(tmp_path_factory):
         given = [f"--config.{name}={value}" for name, value in small.items()]
         call = [sys.executable, "-m", "tiue_jax.plan", "--config=configs/sd21_tiue.py", *given, *flags]
         env = os.environ | {"XDG_CACHE_HOME": str(folder)}
-        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
 
     return run
 
 
+@pytest.mark.slow
 def test_the_training_step(plan):
     """The step fits, what is sharded takes a quarter on each of four chips, and gradients are reduced between them."""
     result = plan("--topology=v5e:2x2", "--json")

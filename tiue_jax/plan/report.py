@@ -125,6 +125,8 @@ def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
     """What the tables leave to say: whether it fits, the settings of the chosen program, what the times are."""
     needs = f"{readable(chosen.peak_bytes)} of the {readable(chosen.hbm_bytes)} of a {chip.kind} chip"
     lines = [f"fits: {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
+    if not chosen.fits:
+        return lines
     if chosen.program == "train":
         rows = chosen.batch_per_chip * chosen.data * chosen.fsdp
         asked = {

@@ -1,0 +1,72 @@
+"""The tables of docs/planning.md: what the recipes need of TPU slices, compiled ahead of time. Needs libtpu.
+
+    python benchmarks/plan_tables.py --topology v5e:4x4,v6e:4x4 --batch_per_chip 8
+    python benchmarks/plan_tables.py --topology v5e:4x4 --batch_per_chip max
+
+A row comes as soon as it is known, which takes minutes; what was compiled before is in the cache of `plan`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tiue_jax.plan.report import readable
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = "sd21_tiue,sd15_tiue"
+TOPOLOGIES = "v5e:4x4,v5e:16x16,v4:2x2x4,v6e:4x4,v5p:2x2x1"
+COLUMNS = (
+    "recipe, topology, batch per chip, fsdp, remat, state, peak, of, fits, TFLOP, sent, step at least, images/s, "
+    "days, chip-hours, compiled in"
+).split(", ")
+
+
+def plan(config: str, topology: str, flags: list[str]) -> list[dict]:
+    """What `python -m tiue_jax.plan` measured, all that it tried."""
+    call = [sys.executable, "-m", "tiue_jax.plan", "--config", f"configs/{config}.py", "--topology", topology, "--json"]
+    result = subprocess.run([*call, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode > 1:  # 1 says that nothing fits
+        sys.exit(result.returncode)
+    return json.loads(result.stdout)["tried"]
+
+
+def row(config: str, one: dict) -> list[str]:
+    known = one["bytes_accessed"] is not None
+    return [
+        config,
+        f"`{one['topology']}`",
+        str(one["batch_per_chip"]),
+        str(one["fsdp"]),
+        "" if one["remat"] is None else str(one["remat"]),
+        readable(one["state_bytes"]),
+        readable(one["peak_bytes"]),
+        readable(one["hbm_bytes"]),
+        "yes" if one["fits"] else "**no**",
+        f"{one['flops_per_chip'] / 1e12:.1f}",
+        readable(sum(size for _, size in one["collectives"].values())) if known else "",
+        f"{1e3 * one['step_seconds']:,.0f} ms" if known else "",
+        f"{one['images_per_second']:,.0f}" if known else "",
+        f"{one['days']:.2f}" if known and one["days"] is not None else "",
+        f"{one['chip_hours']:,.0f}" if known and one["chip_hours"] is not None else "",
+        f"{one['compile_seconds'] / 60:.0f} min",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=CONFIGS, help="recipes in configs/, with commas")
+    parser.add_argument("--topology", default=TOPOLOGIES, help="with commas")
+    args, flags = parser.parse_known_args()  # the rest is for plan
+    line = lambda cells: print("| " + " | ".join(cells) + " |", flush=True)
+    line(COLUMNS)
+    line(["---"] * len(COLUMNS))
+    for config in args.config.split(","):
+        for topology in args.topology.split(","):
+            for one in plan(config, topology, flags):
+                line(row(config, one))
+
+
+if __name__ == "__main__":
+    main()
