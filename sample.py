@@ -55,6 +55,8 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_float("tile_overlap_factor", None, "of a tile, shared with its neighbour; 0.25 by default", **add)
     flags.DEFINE_integer("batch_size", None, "pictures at a time, 8 by default", **add)
+    steps = "devices that share the timesteps of a picture, for the student; others take other pictures"
+    flags.DEFINE_integer("mesh_step", 1, steps, **add)
     flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_integer("width", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_integer("columns", None, "of the grid; num_images_per_prompt, or a square, by default", **add)
@@ -77,7 +79,7 @@ def run(args: flags.FlagValues) -> None:
     how_decoded = {"vae": args.vae, "vae_dtype": args.vae_dtype, "vae_tiling": read_tiling(args)}
     if not args.no_compile_cache:
         compile_cache.enable()
-    pipe = Pipeline.from_pretrained(args.model, args.dtype, **how_decoded)
+    pipe = Pipeline.from_pretrained(args.model, args.dtype, mesh_step=args.mesh_step, **how_decoded)
     given = lambda *names: {name: getattr(args, name) for name in names}
     how = given("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
     how["key_steps"] = read_key_steps(args.key_steps)

@@ -30,7 +30,9 @@ def cli(model, pipe, tmp_path, monkeypatch, capsys):
     load = Pipeline.from_pretrained
 
     def same(name, dtype, **how):
-        usual = (name, dtype) == (str(model), "float32") and not any(how.values())
+        usual = (name, dtype) == (str(model), "float32") and not any(
+            (how | {"mesh_step": how["mesh_step"] > 1}).values()
+        )
         return pipe if usual else load(name, dtype, **how)
 
     monkeypatch.setattr(Pipeline, "from_pretrained", same)
@@ -170,6 +172,7 @@ def write_broken_latents():
         (["--latents", "double.npy"], "got float64 [1 8 8 4]"),
         (["--latents", "nan.npy"], "latents must be finite, got nan at [0, 0, 0, 0]"),
         (["--dtype", "int8"], "dtype"),
+        (["--mesh_step", "2"], "must multiply to the number of devices, 1, got data=-1, fsdp=1, step=2"),
         (["--columns", "0"], "columns must be >= 1, got 0"),
         (["--upscale", "0"], "upscale must be >= 1, got 0"),
         (["--stpes", "4"], "stpes"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from tiue_jax import student
+from tests import tiny
+from tiue_jax.pipeline import Pipeline, check_mesh_step
+from tiue_jax.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 
-ON_FOUR_DEVICES = """
+LATENTS = """
 import re
 import jax, jax.numpy as jnp, numpy as np
 from tests.tiny import UNET, random_params
@@ -61,17 +63,54 @@ for axes, rows in (({"data": 1, "step": 4}, 1), ({"data": 2, "step": 2}, 2)):
         assert work <= 1.1
 """
 
+# the folder of a student with K = 4 is the first argument
+PICTURES = """
+import sys
+import jax, numpy as np
+from tiue_jax.pipeline import Pipeline
 
-def test_four_devices():
+prompts = ["red apple", "pear", "red apple"]
+draw = lambda step, **how: Pipeline.from_pretrained(sys.argv[1], mesh_step=step)(prompts, seed=5, **how)
+expected = draw(1)
+assert expected.std() > 5
+for step in (2, 4):
+    found = draw(step)
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1, step
+"""
+
+
+def on_four_devices(script: str, *args: str) -> str:
+    """The script's output."""
     flags = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS"]
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=env, capture_output=True, text=True)
-    print(done.stdout)
+    done = subprocess.run([sys.executable, "-c", script, *args], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_timesteps_must_split_over_the_axis():
+def test_latents_collectives_and_work():
+    print(on_four_devices(LATENTS))
+
+
+def test_pictures(tmp_path):
+    settings = {"sampler": "tiue", "num_inference_steps": 4, "timestep_spacing": "trailing"}
+    on_four_devices(PICTURES, str(tiny.write_pipeline(tmp_path / "student", settings)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Sampling("tiue", 6), "num_inference_steps must be a multiple of the mesh axis step=4, got 6"),
+        (Sampling("ddim", 8), "mesh_step is for sampler 'tiue', got 4 with 'ddim'"),
+    ],
+)
+def test_what_cannot_be_split_is_named(settings, message):
     mesh = AbstractMesh((1, 1, 4), ("data", "fsdp", "step"))
-    student.check_step_axis(8, mesh)
-    with pytest.raises(ValueError, match="num_inference_steps must be a multiple of the mesh axis step=4, got 6"):
-        student.check_step_axis(6, mesh)
+    check_mesh_step(Sampling("tiue", 8), mesh)
+    with pytest.raises(ValueError, match=message):
+        check_mesh_step(settings, mesh)
+
+
+def test_more_devices_than_there_are(tmp_path):
+    with pytest.raises(ValueError, match="must multiply to the number of devices, 1, got data=-1, fsdp=1, step=2"):
+        Pipeline.from_pretrained(tmp_path / "not looked at", mesh_step=2)

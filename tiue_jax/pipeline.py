@@ -13,8 +13,9 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from tiue_jax import components, convert, hub, program, sharding
+from tiue_jax import components, convert, hub, program, sharding, student
 from tiue_jax.components import DTYPES, Component
 from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models.clip import CLIPTextConfig
@@ -33,7 +34,8 @@ MAX_SEED = 2**32 - 1
 class Pipeline:
     """Text-to-image Stable Diffusion, with a TiUE student or its teacher as the UNet.
 
-    Batches are split over all local devices. One function is compiled for each image size, sampler, number of steps
+    Batches are split over all local devices, or over groups of `mesh_step` devices, each of which splits the student's
+    timesteps: the fewest seconds for one image. One function is compiled for each image size, sampler, number of steps
     and bucket of batch sizes, and for guidance or none; guidance scale, seed, latents and prompts are its arguments.
     """
 
@@ -45,13 +47,14 @@ class Pipeline:
     schedule: Schedule
     sampling: Sampling = Sampling()
     vae_tiling: Tiling | None = None
+    mesh_step: int = 1
 
     def __post_init__(self):
         components.check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
         if self.vae_tiling is not None:
             self.vae_tiling.cut(self.vae.cfg)
         self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
-        self._mesh = sharding.make_mesh(devices=jax.local_devices())
+        self._mesh = sharding.make_mesh(step=self.mesh_step, devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
         place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
         self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
@@ -67,6 +70,7 @@ class Pipeline:
         vae: str | Path | None = None,
         vae_dtype: str | None = None,
         vae_tiling: Tiling | None = None,
+        mesh_step: int = 1,
     ) -> Self:
         """Reads a pipeline folder, a shipped model or a hub repository (see hub.resolve).
 
@@ -76,6 +80,7 @@ class Pipeline:
             vae: another autoencoder in place of the folder's: "tiny" for TAESD, or what hub.resolve takes.
             vae_dtype: of the autoencoder, as `dtype` by default.
             vae_tiling: decode pictures larger than a tile in tiles.
+            mesh_step: the number of devices that share the timesteps of one image; for sampler "tiue".
 
         Raises:
             FileNotFoundError, ValueError: one line naming the file, tensor or config field that is missing or wrong.
@@ -84,6 +89,7 @@ class Pipeline:
         for what, given in (("dtype", dtype), ("vae_dtype", vae_dtype)):
             if given not in DTYPES:
                 raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
+        sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
         folder = hub.resolve(name, dtype)
         convert.check_pipeline(folder)
         # all that can be wrong with the small files is found before gigabytes are read
@@ -105,6 +111,7 @@ class Pipeline:
             vae=components.load(*vae_source, vae_dtype),
             text_encoder=components.load_text_encoder(folder, dtype),
             vae_tiling=vae_tiling,
+            mesh_step=mesh_step,
         )
 
     @property
@@ -155,9 +162,9 @@ class Pipeline:
             guidance_scale: for "ddim", "lcm" and "faster_diffusion"; 1 is no guidance.
             timestep_spacing: "leading", "trailing" or "linspace"; for "tiue", "ddim" and "faster_diffusion".
             key_steps: for "faster_diffusion", the steps that run the encoder, from 0; a number n is every n-th.
-            batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices. A call
-                for fewer images takes the next power of two, so that few sizes are ever compiled; the rest of a batch
-                that is not full is made of copies and thrown away.
+            batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices, or of
+                groups of `mesh_step`. A call for fewer images takes the next power of two, so that few sizes are ever
+                compiled; the rest of a batch that is not full is made of copies and thrown away.
             height, width: in pixels, multiples of the VAE's factor; the UNet's training size by default.
             latents: float32 [n h w c], the initial standard normal noise of each image in order, in place of the
                 seed's; h and w are height and width over the VAE's factor.
@@ -175,10 +182,12 @@ class Pipeline:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         shape = self.latents_shape(height, width)
         settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
+        check_mesh_step(settings, self._mesh)
         numbered = number_images(prompts, num_images_per_prompt)
         if latents is not None:
             check_latents(latents, (len(numbered), *shape))
-        batch = bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, self._mesh.size)
+        parts = sharding.batch_parts(self._mesh)
+        batch = bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, parts)
         return self._stream(numbered, seed, settings, batch, shape, latents)
 
     def latents_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
@@ -276,7 +285,7 @@ class Pipeline:
         key = program.Key.of(settings)
         if key not in self._compiled:
             parts = {name: getattr(self, name) for name in program.PARTS}
-            self._compiled[key] = jax.jit(program.make(parts, self.schedule, key, self.vae_tiling))
+            self._compiled[key] = jax.jit(program.make(parts, self.schedule, key, self.vae_tiling, self._mesh))
         return self._compiled[key]
 
 
@@ -284,6 +293,15 @@ def bucket(images: int, batch_size: int, devices: int = 1) -> int:
     """The size of the batches for so many images: a power of two, but at most `batch_size`; of whole devices."""
     batch = min(batch_size, 1 << (images - 1).bit_length())
     return batch + -batch % devices
+
+
+def check_mesh_step(settings: Sampling, mesh: Mesh) -> None:
+    """Raises ValueError where resolved settings do not go with a mesh whose axis `step` is larger than 1."""
+    if mesh.shape["step"] > 1:
+        if settings.sampler != "tiue":
+            raise ValueError(f"mesh_step is for sampler 'tiue', got {mesh.shape['step']} with {settings.sampler!r}")
+        assert settings.num_inference_steps is not None
+        student.check_step_axis(settings.num_inference_steps, mesh)
 
 
 def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> None:

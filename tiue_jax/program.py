@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from tiue_jax import images, samplers
+from tiue_jax import images, samplers, sharding
 from tiue_jax.components import Component
 from tiue_jax.models.tiling import Tiling, tiled_decode
 from tiue_jax.sampling import Sampling
@@ -48,7 +49,11 @@ class Key:
 
 
 def make(
-    parts: Mapping[str, Component], schedule: Schedule, key: Key, vae_tiling: Tiling | None = None
+    parts: Mapping[str, Component],
+    schedule: Schedule,
+    key: Key,
+    vae_tiling: Tiling | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[Mapping[str, Any], Batch], jax.Array]:
     """The function from parameters, by the names in PARTS, and a batch to uint8 pictures [b h w 3]; not compiled.
 
@@ -60,6 +65,7 @@ def make(
         schedule: the model's.
         key: what to make it for.
         vae_tiling: decode in tiles.
+        mesh: the devices, where there may be several (see student.generate).
     """
     settings = key.settings
     steps, key_steps = settings.num_inference_steps, settings.key_steps
@@ -83,9 +89,13 @@ def make(
                 schedule=schedule,
                 num_inference_steps=steps,
                 key_steps=key_steps or (),
+                mesh=mesh,
             )
         )
         latents = latents / vae_cfg.scaling_factor
+        if mesh is not None and latents.shape[0] % mesh.size == 0:
+            # the autoencoder knows no timesteps: the devices along `step` have images to share out as well
+            latents = jax.lax.with_sharding_constraint(latents, sharding.split_everywhere(mesh))
         decoded = vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
         return images.to_uint8(decoded.astype(jnp.float32))
 

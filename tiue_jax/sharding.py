@@ -60,6 +60,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def split_everywhere(mesh: Mesh) -> NamedSharding:
+    """Axis 0 split over all devices, those along `step` among them."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
