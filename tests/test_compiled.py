@@ -50,8 +50,10 @@ def folder(pipe, tmp_path_factory):
 
 
 def test_without_this_package_it_gives_the_pipelines_pictures_bit_for_bit(pipe, folder, tmp_path):
-    files = sorted(path.name for path in folder.iterdir())
-    assert files == ["compiled.json", "sampler.jax_export", "sampler.py", "tokenizer.json", "weights.safetensors"]
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"compiled.json", "sampler.py", "tokenizer.json", "weights.safetensors"} | {
+        f"sampler.{name}.jax_export" for name in ("cpu", "cuda", "tpu")
+    }
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
     subprocess.run([sys.executable, "-c", ALONE, elsewhere, tmp_path / "pictures.npy"], check=True)
     got = np.load(tmp_path / "pictures.npy")
@@ -59,14 +61,22 @@ def test_without_this_package_it_gives_the_pipelines_pictures_bit_for_bit(pipe, 
     assert len(np.unique(got.reshape(3, -1), axis=0)) == 3
 
 
+def program(folder, platform):
+    return jax.export.deserialize(bytearray((folder / f"sampler.{platform}.jax_export").read_bytes()))
+
+
 def test_it_is_lowered_for_every_platform(folder):
-    program = jax.export.deserialize(bytearray((folder / "sampler.jax_export").read_bytes()))
-    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert [program(folder, name).platforms for name in ("cpu", "cuda", "tpu")] == [("cpu",), ("cuda",), ("tpu",)]
     manifest = json.loads((folder / "compiled.json").read_text())
     assert manifest["platforms"] == ["cpu", "cuda", "tpu"] and manifest["batch_size"] is None
     assert manifest["sampling"] == {"sampler": "tiue", "num_inference_steps": 2, "timestep_spacing": "trailing"}
     names = set(load_file(folder / "weights.safetensors"))
     assert "vae/decoder/conv_in/kernel" in names and not any(name.startswith("vae/encoder") for name in names)
+
+
+def test_large_pictures_keep_the_attention_kernel_of_tpus(pipe, tmp_path):
+    compiled.export_compiled(pipe, tmp_path / "out", height=64, width=64, platforms=["tpu"])  # 1,024 tokens, any batch
+    assert "tpu_custom_call" in program(tmp_path / "out", "tpu").mlir_module()
 
 
 def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe, tmp_path):
@@ -114,6 +124,7 @@ def test_broken_folders_are_named(folder, tmp_path):
     (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(ValueError, match="compiled.json: format must be 1, got 2"):
         Sampler(broken)
+    (broken / "compiled.json").write_text(json.dumps(manifest))
     (broken / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="weights.safetensors: no such file"):
         Sampler(broken)

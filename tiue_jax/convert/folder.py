@@ -60,7 +60,7 @@ def load(
     """Reads the weights of a model folder into a tree like `shapes`, cast to `dtype`.
 
     Takes `diffusion_pytorch_model.safetensors` or `model.safetensors`, sharded by an index or not, and their `.fp16`
-    variants where the plain ones are absent; never pickles. Beside the result, one tensor is held at a time.
+    variants where the plain ones are absent; never pickles. Beside the result, a few tensors are held at a time.
 
     Args:
         folder: holds the safetensors files.

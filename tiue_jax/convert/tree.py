@@ -1,7 +1,8 @@
-"""Parameter trees from tensors under torch's names, and back: strict, one tensor at a time."""
+"""Parameter trees from tensors under torch's names, and back: strict, a few tensors at a time."""
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Sharding
 
 from tiue_jax.convert.names import Params, from_torch, insert, leaves, modernise, on_disk, to_torch, torch_shape
 
+READERS = 4  # tensors that are read, transposed and placed at a time, each in a thread
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # buffers that transformers < 4.31 stored beside the parameters: 0, 1, 2, ...
 _HARMLESS_EXTRA = re.compile(r"(text_model|vision_model)\.embeddings\.position_ids")
@@ -73,11 +75,12 @@ def from_torch_names(
     if not any(problems.values()):
         what = f"with values not finite in {np.dtype(dtype).name}"
         problems[what] = []
-        for name, tensor, path, shape in both:
-            array, finite = _read(tensor, path, shape, dtype, placed.get(path))
-            insert(params, path, array)
-            if not finite:
-                problems[what].append(_say(name, tensor))
+        with ThreadPoolExecutor(READERS) as pool:
+            read = pool.map(lambda item: _read(*item[1:], dtype, placed.get(item[2])), both)
+            for (name, tensor, path, _), (array, finite) in zip(both, read, strict=True):
+                insert(params, path, array)
+                if not finite:
+                    problems[what].append(_say(name, tensor))
     if any(problems.values()):
         listed = "; ".join(f"{len(which)} {what}: {', '.join(which)}" for what, which in problems.items() if which)
         raise ValueError(f"{source}: weights do not fit the model: {listed}")

@@ -1,7 +1,8 @@
 """The whole sampler as one jax.export artifact: token ids and a seed in, pictures out, without model code to run it.
 
-A folder holds the program (StableHLO, lowered for each platform), its weights, the tokenizer, `compiled.json` and
-`sampler.py`, a copy of compiled_sampler.py, which runs it.
+A folder holds a program for each platform (StableHLO), the weights, the tokenizer, `compiled.json` and `sampler.py`, a
+copy of compiled_sampler.py, which runs them. There is one program a platform since jax 0.10 cannot lower TPU kernels,
+such as attention's, as a part of one program for several.
 """
 
 import shutil
@@ -23,7 +24,7 @@ from tiue_jax.pipeline import Pipeline
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _LOADER = Path(__file__).with_name("compiled_sampler.py")
-_OWN = (MANIFEST, PROGRAM, TOKENIZER, WEIGHTS, "sampler.py")
+_OWN = (MANIFEST, TOKENIZER, WEIGHTS, "sampler.py", *map(PROGRAM.format, PLATFORMS))
 _CUDNN = "__cudnn$fmhaSoftmax"  # attention, where a GPU is at hand while exporting; a later jax may not know it
 _ONLY_ENCODE = ("vae/encoder/", "vae/quant_conv/")  # where the autoencoder here only decodes
 
@@ -66,7 +67,7 @@ def export_compiled(
     batch = export.symbolic_shape("b")[0] if batch_size is None else batch_size
     params = {name: getattr(pipe, name).params for name in program.PARTS}
     weights = {name: leaf for name, leaf in _named(params).items() if not name.startswith(_ONLY_ENCODE)}
-    exported = _export(pipe, key, weights, batch, latents, platforms)
+    programs = {platform: _export(pipe, key, weights, batch, latents, platform) for platform in platforms}
     manifest = {
         "format": FORMAT,
         "model": pipe.name,
@@ -84,7 +85,8 @@ def export_compiled(
         "jax": jax.__version__,
     }
     with writing_folder_aside(out, MANIFEST, _OWN, overwrite) as new:
-        (new / PROGRAM).write_bytes(exported.serialize())
+        for platform, exported in programs.items():
+            (new / PROGRAM.format(platform)).write_bytes(exported.serialize())
         save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, new / WEIGHTS)
         pipe.tokenizer.backend.save(str(new / TOKENIZER))
         shutil.copyfile(_LOADER, new / "sampler.py")
@@ -97,9 +99,9 @@ def _export(
     weights: dict[str, Any],
     batch: Any,
     latents: tuple[int, int, int],
-    platforms: Sequence[str],
+    platform: str,
 ) -> export.Exported:
-    """The sampler as a function of flat weights and the fields of program.Batch, lowered for the platforms."""
+    """The sampler as a function of flat weights and the fields of program.Batch, lowered for a platform."""
     parts = {name: getattr(pipe, name) for name in program.PARTS}
     sample = program.make(parts, pipe.schedule, key, pipe.vae_tiling)
     whole = {name: part.params for name, part in parts.items()}
@@ -120,7 +122,7 @@ def _export(
     )
     shapes = {name: of(leaf.dtype, *leaf.shape) for name, leaf in weights.items()}
     cudnn = export.DisabledSafetyCheck.custom_call(_CUDNN)
-    return export.export(jax.jit(flat), platforms=tuple(platforms), disabled_checks=[cudnn])(shapes, *fields)
+    return export.export(jax.jit(flat), platforms=[platform], disabled_checks=[cudnn])(shapes, *fields)
 
 
 def _named(tree: Any) -> dict[str, Any]:

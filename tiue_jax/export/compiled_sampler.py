@@ -26,10 +26,10 @@ from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, PROGRAM, WEIGHTS, TOKENIZER = "compiled.json", "sampler.jax_export", "weights.safetensors", "tokenizer.json"
+MANIFEST, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
+PROGRAM = "sampler.{}.jax_export"  # of each platform
 FORMAT = 1
 BATCH_SIZE = 8  # where the program takes any
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}  # jax's backends, as exported
 
 
 class Sampler:
@@ -41,18 +41,15 @@ class Sampler:
 
     def __init__(self, folder: str | Path | None = None):
         folder = Path(__file__).parent if folder is None else Path(folder)
-        for name in (MANIFEST, PROGRAM, WEIGHTS, TOKENIZER):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: no such file, expected a folder of export-compiled")
-        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        self.manifest: dict[str, Any] = json.loads(_existing(folder / MANIFEST).read_text(encoding="utf-8"))
         if (found := self.manifest["format"]) != FORMAT:
             raise ValueError(f"{folder / MANIFEST}: format must be {FORMAT}, got {found}")
-        backend = jax.default_backend()
-        if PLATFORMS.get(backend) not in self.manifest["platforms"]:
-            raise ValueError(f"{folder}: compiled for {', '.join(self.manifest['platforms'])}, got {backend}")
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        self._weights = jax.device_put(load_file(folder / WEIGHTS))
-        program = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+        if platform not in self.manifest["platforms"]:
+            raise ValueError(f"{folder}: compiled for {', '.join(self.manifest['platforms'])}, got {platform}")
+        self._tokenizer = Tokenizer.from_file(str(_existing(folder / TOKENIZER)))
+        self._weights = jax.device_put(load_file(_existing(folder / WEIGHTS)))
+        program = export.deserialize(bytearray(_existing(folder / PROGRAM.format(platform)).read_bytes()))
         self._sample = jax.jit(program.call)
 
     def __call__(
@@ -123,6 +120,13 @@ class Sampler:
             logger.warning("prompt %r is longer than %d tokens, the rest is ignored", prompt, length)
             ids = ids[: length - 1] + ids[-1:]
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
+
+
+def _existing(path: Path) -> Path:
+    """The path of a file; FileNotFoundError where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected a folder of export-compiled")
+    return path
 
 
 def main(argv: Sequence[str]) -> int:
