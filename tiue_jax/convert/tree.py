@@ -76,8 +76,9 @@ def from_torch_names(
         what = f"with values not finite in {np.dtype(dtype).name}"
         problems[what] = []
         with ThreadPoolExecutor(READERS) as pool:
-            read = pool.map(lambda item: _read(*item[1:], dtype, placed.get(item[2])), both)
-            for (name, tensor, path, _), (array, finite) in zip(both, read, strict=True):
+            read = [pool.submit(_read, x, path, shape, dtype, placed.get(path)) for _, x, path, shape in both]
+            for (name, tensor, path, _), future in zip(both, read, strict=True):
+                array, finite = future.result()
                 insert(params, path, array)
                 if not finite:
                     problems[what].append(_say(name, tensor))
