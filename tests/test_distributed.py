@@ -107,7 +107,7 @@ def test_the_notice_of_preemption_is_a_signal():
 # jax needs a second or two to agree on the step to stop after.
 WORKER = """
 import faulthandler, os, signal, sys, time
-faulthandler.dump_traceback_later(500, exit=True)  # a process that hangs says where
+faulthandler.dump_traceback_later(900, exit=True)  # a process that hangs says where
 import train
 from tiue_jax import sharding
 ends = {"--preempt": signal.SIGTERM, "--kill": signal.SIGKILL}
@@ -162,7 +162,7 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
                 text=True,
             )
         )
-    with_output = [(process, *process.communicate(timeout=600)) for process in started]
+    with_output = [(process, *process.communicate(timeout=1000)) for process in started]
     return [(process.returncode, out, err) for process, out, err in with_output]
 
 
