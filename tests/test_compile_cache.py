@@ -9,9 +9,11 @@ import jax
 import pytest
 
 import sample
+import train
 from tests import tiny
 from tiue_jax import compile_cache
 
+ROOT = Path(sample.__file__).parent
 OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
 
 
@@ -57,6 +59,12 @@ def test_a_folder_that_cannot_be_written_is_a_warning_in_one_line(cache_home, ca
     assert warning == f"warning: compiled programs are not kept: {cache_home}/tiue_jax/xla: Not a directory\n"
 
 
+def test_training_can_do_without():
+    given = ["train.py", f"--config={ROOT}/configs/emoji_tiue.py", "--workdir=runs/x"]
+    assert train.read_flags(given).keep_compiled
+    assert not train.read_flags([*given, "--no_compile_cache"]).keep_compiled
+
+
 RUN = """
 import sys, jax, sample
 hits = []
@@ -68,9 +76,8 @@ print(sum(hits), "hits")
 
 def test_the_second_run_of_a_command_does_not_compile(tmp_path):
     model = tiny.write_pipeline(tmp_path / "model", {"sampler": "tiue", "num_inference_steps": 1})
-    root = Path(sample.__file__).parent
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # the tiny model takes less than the usual second
 
     def hits(*more):

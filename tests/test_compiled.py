@@ -79,6 +79,17 @@ def test_large_pictures_keep_the_attention_kernel_of_tpus(pipe, tmp_path):
     assert "tpu_custom_call" in program(tmp_path / "out", "tpu").mlir_module()
 
 
+def test_bfloat16_weights_and_a_tiny_autoencoder(pipe, tmp_path):
+    vae = tiny.write_tiny_vae(tmp_path / "vae")
+    half = Pipeline.from_pretrained(pipe.name, "bfloat16", vae=vae)
+    with jax.numpy_dtype_promotion("standard"):
+        compiled.export_compiled(half, tmp_path / "out", batch_size=1, platforms=["cpu"])
+        sampler = Sampler(tmp_path / "out")
+        np.testing.assert_array_equal(sampler(["red"]), half(["red"]))
+    assert set(sampler.manifest["dtype"].values()) == {"bfloat16"}
+    assert {x.dtype.name for x in sampler._weights.values()} == {"bfloat16"}
+
+
 def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe, tmp_path):
     how = {"sampler": "ddim", "num_inference_steps": 2, "guidance_scale": 3.0}
     compiled.export_compiled(pipe, tmp_path / "two", batch_size=2, height=12, width=20, platforms=["cpu"], **how)

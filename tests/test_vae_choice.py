@@ -113,6 +113,8 @@ def test_command_line(model, taesd, tmp_path, monkeypatch, capsys):
     pipe = Pipeline.from_pretrained(model, vae=taesd / "taesd", vae_tiling=Tiling(16, 0.5))
     np.testing.assert_array_equal(picture, pipe(["red"], height=32, width=24)[0])
     capsys.readouterr()
+    assert run("--vae_dtype", "int8") == 2
+    assert "vae_dtype" in capsys.readouterr().err
     assert run("--tile_sample_min_size", 16) == 2
     assert capsys.readouterr().err == "error: tile_sample_min_size is for --vae_tiling, got 16 without\n"
     assert run("--vae_tiling", "--tile_overlap_factor", 0.3) == 2
