@@ -1,0 +1,313 @@
+"""Sampling, ours beside PyTorch diffusers: the same weights, noise and work, alternating on one machine, in float32.
+
+    python benchmarks/sampling.py [--shapes emoji reduced sd21] [--batch_size 1] [--rounds 5] [--json FILE]
+
+    emoji     the shipped student's networks, 8 x 8 latents
+    reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents: seconds on two cores
+    sd21      Stable Diffusion 2.1 at its own width, 64 x 64 latents: 8 GiB, and half an hour on two cores
+
+Weights are random, which costs what trained ones do. The programs, each from noise and text embedding to latents:
+
+    TiUE                 K = 4 as `sample.py` runs it: what does not see the timestep is computed once
+    TiUE, repeated       K = 4 by repeating the encoder's features on the batch axis, as PyTorch does
+    one step             one evaluation of the UNet
+    4-step loop          four, one after the other: DDIM, as a latent consistency model is sampled
+    25 guided steps      the teacher, DDIM, two evaluations a step; at sd21 one of them is timed, and counts 25 times
+
+and the VAE's decoder by itself, which is added for the column "to the pixel". Every output is compared with PyTorch's.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from machine import machine
+from side_by_side import Measured, Programs, Worker, alternate, relative_error, table
+from tiue_jax.flops import flops
+
+from tiue_jax import convert, samplers, student
+from tiue_jax.hub import resolve
+from tiue_jax.models import functional
+from tiue_jax.models.presets import PRESETS
+from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.schedule import Schedule
+
+OURS, EAGER, COMPILED = "tiue_jax", "PyTorch", "PyTorch, torch.compile"
+TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
+    *("TiUE", "TiUE, repeated", "one step", "4-step loop", "25 guided steps"),
+    "VAE decoder",
+)
+K, STEPS, GUIDANCE = 4, 25, 7.5
+TOKENS = 77
+SD21 = PRESETS["sd21-base"]
+
+
+class Shape(NamedTuple):
+    """What is timed."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    guided_steps: int = STEPS  # how many are run; the time is scaled to 25
+
+    @property
+    def latent_size(self) -> int:
+        return self.unet.sample_size or 64
+
+
+def shape(name: str) -> Shape:
+    if name == "emoji":
+        folder = resolve("emoji-tiue")
+        read = lambda part: convert.read_config(folder / part)
+        return Shape(UNetConfig.from_dict(read("unet")), VAEConfig.from_dict(read("vae")))
+    if name == "reduced":
+        unet = dataclasses.replace(
+            SD21.unet, block_out_channels=(64, 128, 256, 256), attention_head_dim=(1, 2, 4, 4), cross_attention_dim=256
+        )
+        return Shape(unet, dataclasses.replace(SD21.vae, block_out_channels=(32, 64, 128, 128)))
+    return Shape(SD21.unet, SD21.vae, guided_steps=1)
+
+
+SHAPES = ("emoji", "reduced", "sd21")
+
+
+def inputs(shape: Shape, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noise [b h w c], text embeddings and the null prompt's [b l d]."""
+    rng, cfg, size = np.random.default_rng(0), shape.unet, shape.latent_size
+    width = cfg.per_block("cross_attention_dim")[0]
+    normal = lambda *dims: rng.standard_normal((batch_size, *dims), np.float32)
+    return normal(size, size, cfg.in_channels), normal(TOKENS, width), normal(TOKENS, width)
+
+
+def latents_for_vae(shape: Shape, batch_size: int) -> np.ndarray:
+    size = shape.latent_size
+    return np.random.default_rng(1).standard_normal((batch_size, size, size, shape.vae.latent_channels), np.float32)
+
+
+def weights(cls: Any, cfg: Any) -> tuple[Any, functional.Params]:
+    graphdef, shapes = functional.abstract(cls, cfg)
+    return graphdef, functional.init(shapes, seed=0)
+
+
+def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
+    """(parameters, noise, text, null text) -> latents, by program."""
+    graphdef, _ = functional.abstract(UNet, shape.unet)
+    schedule = Schedule()
+    form = schedule.closed_form(K)
+
+    def repeated(unet: UNet, noise: Any, text: Any) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        again = lambda x: jnp.repeat(x, K, axis=0)
+        t = jnp.tile(jnp.asarray(form.timesteps), len(noise))
+        features = unet.encode(noise, t[: len(noise)], text)
+        outputs = unet.decode(jax.tree.map(again, features), t, again(text))
+        return student.combine(noise, outputs.reshape(-1, K, *noise.shape[1:]), form)
+
+    bind = lambda params: functional.bind(graphdef, params)
+    return {
+        TIUE: lambda p, x, y, null: student.generate(bind(p), x, y, form),
+        REPEATED: lambda p, x, y, null: repeated(bind(p), x, y),
+        ONE_STEP: lambda p, x, y, null: samplers.one_step(bind(p), x, y, schedule),
+        LOOP: lambda p, x, y, null: samplers.ddim(bind(p), x, y, null, schedule, K, 1.0),
+        GUIDED: lambda p, x, y, null: samplers.ddim(bind(p), x, y, null, schedule, shape.guided_steps, GUIDANCE),
+    }
+
+
+def ours(shape: Shape, batch_size: int) -> Programs:
+    """In a process of its own."""
+    import jax
+
+    _, params = weights(UNet, shape.unet)
+    graphdef, vae_params = weights(AutoencoderKL, shape.vae)
+    params, vae_params = jax.device_put((params, vae_params))
+    arrays = jax.device_put(inputs(shape, batch_size))
+    latents = jax.device_put(latents_for_vae(shape, batch_size))
+
+    def program(function: Callable[..., Any], *args: Any) -> Callable[[], np.ndarray]:
+        compiled = jax.jit(function)
+        return lambda: np.asarray(compiled(*args))
+
+    decode = lambda p, z: functional.bind(graphdef, p).decode(z)
+    programs = {name: program(function, params, *arrays) for name, function in our_functions(shape).items()}
+    return programs | {VAE: program(decode, vae_params, latents)}
+
+
+def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
+    """PyTorch diffusers, in a process of its own; method.md's sampler on its blocks."""
+    import torch
+    from diffusers import AutoencoderKL as TorchAutoencoderKL
+    from diffusers import UNet2DConditionModel
+
+    torch.set_grad_enabled(False)
+    schedule = Schedule()
+    form, guided_form = schedule.closed_form(K), schedule.closed_form(shape.guided_steps)
+    nchw = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    noise, text, null = inputs(shape, batch_size)
+    noise, text, null = nchw(noise), torch.from_numpy(text), torch.from_numpy(null)
+
+    def load(module: Any, cls: Any, cfg: Any) -> Any:
+        named = convert.to_torch_names(weights(cls, cfg)[1])
+        module.load_state_dict({name: torch.from_numpy(x) for name, x in named.items()}, assign=True)
+        return module.eval()
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel.from_config(shape.unet.to_dict()), None
+        if not compiled:
+            vae = TorchAutoencoderKL.from_config(shape.vae.to_dict())
+    unet = load(unet, UNet, shape.unet)
+
+    def embed(t: Any) -> Any:
+        return unet.time_embedding(unet.time_proj(t).to(noise.dtype))
+
+    def run(block: Any, h: Any, temb: Any, text: Any, **skips: Any) -> Any:
+        extra = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        return block(hidden_states=h, temb=temb, **extra, **skips)
+
+    def repeated() -> Any:
+        t = torch.from_numpy(form.timesteps).repeat(batch_size)
+        temb, h = embed(t[:1].repeat(batch_size)), unet.conv_in(noise)
+        skips = (h,)
+        for block in unet.down_blocks:
+            h, new = run(block, h, temb, text)
+            skips += new
+        h = unet.mid_block(h, temb, encoder_hidden_states=text)
+        again = lambda x: x.repeat_interleave(K, dim=0)
+        h, temb, y, left = again(h), embed(t), again(text), [again(x) for x in skips]
+        for block in unet.up_blocks:
+            n = len(block.resnets)
+            h, left = run(block, h, temb, y, res_hidden_states_tuple=tuple(left[-n:])), left[:-n]
+        outputs = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).unflatten(0, (batch_size, K))
+        w = torch.tensor(form.weights, dtype=torch.float32).reshape(1, K, 1, 1, 1)
+        return float(form.scale) * noise + (w * outputs).sum(1)
+
+    def one_step() -> Any:
+        abar = float(schedule.alphas_cumprod[-1])
+        e = unet(noise, torch.tensor(schedule.num_train_timesteps - 1), text).sample
+        return (noise - (1 - abar) ** 0.5 * e) / abar**0.5
+
+    def loop() -> Any:
+        x = noise
+        for t, c, d in zip(form.timesteps, form.c, form.d, strict=True):
+            x = float(c) * x + float(d) * unet(x, torch.tensor(int(t)), text).sample
+        return x
+
+    def guided() -> Any:
+        x, texts = noise, torch.cat([null, text])
+        for t, c, d in zip(guided_form.timesteps, guided_form.c, guided_form.d, strict=True):
+            without, with_text = unet(torch.cat([x, x]), torch.tensor(int(t)), texts).sample.chunk(2)
+            x = float(c) * x + float(d) * (without + GUIDANCE * (with_text - without))
+        return x
+
+    def program(function: Callable[[], Any]) -> Callable[[], np.ndarray]:
+        return lambda: function().permute(0, 2, 3, 1).numpy()
+
+    if compiled:
+        fast = {REPEATED: repeated, ONE_STEP: one_step}
+        return {name: program(torch.compile(function, dynamic=False)) for name, function in fast.items()}
+    vae = load(vae, AutoencoderKL, shape.vae)
+    latents = nchw(latents_for_vae(shape, batch_size))
+    decode = lambda: vae.decode(latents).sample
+    programs = {REPEATED: repeated, ONE_STEP: one_step, LOOP: loop, GUIDED: guided, VAE: decode}
+    return {name: program(function) for name, function in programs.items()}
+
+
+def counted(shape: Shape, batch_size: int) -> dict[str, float]:
+    """FLOPs of our programs, from their jaxprs; PyTorch's "TiUE, repeated" does the same work as ours."""
+    import jax
+
+    abstract = lambda cls, cfg: functional.abstract(cls, cfg)[1]
+    structs = lambda arrays: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    params, arrays = abstract(UNet, shape.unet), structs(inputs(shape, batch_size))
+    found = {name: flops(f, params, *arrays) for name, f in our_functions(shape).items()}
+    graphdef, vae = functional.abstract(AutoencoderKL, shape.vae)
+    (latents,) = structs([latents_for_vae(shape, batch_size)])
+    found[VAE] = flops(lambda p, z: functional.bind(graphdef, p).decode(z), vae, latents)
+    return found | {GUIDED: found[GUIDED] * STEPS / shape.guided_steps}
+
+
+def compare(name: str, batch_size: int, rounds: int, with_compile: bool) -> dict[str, Any]:
+    """One shape: prints its table, and returns what it printed."""
+    this = shape(name)
+    workers = {OURS: Worker(ours, this, batch_size), EAGER: Worker(theirs, this, batch_size, False)}
+    if with_compile:
+        workers[COMPILED] = Worker(theirs, this, batch_size, True)
+    say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
+    measured = alternate(workers, rounds, say)
+    for worker in workers.values():
+        worker.close()
+
+    work = counted(this, batch_size)
+    times = {
+        key: result.median * (STEPS / this.guided_steps if key[1] == GUIDED else 1) for key, result in measured.items()
+    }
+    rows, results = [], []
+    for (library, program), result in measured.items():
+        seconds = times[library, program]
+        vae = times.get((library, VAE))
+        reference = measured.get((EAGER, REPEATED if program == TIUE else program))
+        error = relative_error(result.output, reference.output) if reference else float("nan")
+        row: dict[str, Any] = {"program": program, "library": library, "gflop": work[program] / 1e9}
+        row |= {"seconds": seconds, "gflop_per_s": work[program] / 1e9 / seconds, "peak_gib": result.peak / 2**30}
+        row |= {"pixel_seconds": None if vae is None or program == VAE else seconds + vae, "error": error}
+        row |= {"first_seconds": result.first, "rounds": result.seconds}
+        results.append(row)
+    for row in sorted(results, key=lambda row: list(work).index(row["program"])):
+        pixel = "" if row["pixel_seconds"] is None else f"{row['pixel_seconds']:.3f}"
+        rows.append(
+            (
+                *(row["program"], row["library"], f"{row['gflop']:.1f}", f"{row['seconds']:.3f}", pixel),
+                *(f"{row['gflop_per_s']:.0f}", f"{row['peak_gib']:.2f}", f"{row['error']:.0e}"),
+            )
+        )
+    header = ("program", "library", "GFLOP", "seconds", "to the pixel", "GFLOP/s", "peak GiB", "against PyTorch")
+    print(f"\n### {name}, batch of {batch_size}\n\n{table(header, rows)}\n")
+    ratios = ratios_of(measured)
+    for what, ratio in ratios.items():
+        print(f"- {what}: {ratio:.2f}")
+    return {"shape": name, "batch_size": batch_size, "results": results, "ratios": ratios}
+
+
+def ratios_of(measured: dict[tuple[str, str], Measured]) -> dict[str, float]:
+    """Medians of the ratios within each round, above 1 where ours is the faster."""
+
+    def ratio(slower: tuple[str, str], faster: tuple[str, str]) -> float:
+        pairs = zip(measured[slower].seconds, measured[faster].seconds, strict=True)
+        return float(np.median([a / b for a, b in pairs]))
+
+    return {
+        "PyTorch eager's time over ours, the same work (TiUE, repeated)": ratio((EAGER, REPEATED), (OURS, REPEATED)),
+        "PyTorch eager's time over ours, TiUE": ratio((EAGER, REPEATED), (OURS, TIUE)),
+        "what exact sharing gains (TiUE, repeated, over TiUE)": ratio((OURS, REPEATED), (OURS, TIUE)),
+        "TiUE over one step": ratio((OURS, TIUE), (OURS, ONE_STEP)),
+        "4-step loop over TiUE": ratio((OURS, LOOP), (OURS, TIUE)),
+    } | (
+        {"torch.compile's time over ours, TiUE": ratio((COMPILED, REPEATED), (OURS, TIUE))}
+        if (COMPILED, REPEATED) in measured
+        else {}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["emoji", "reduced"])
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out; it needs a C++ compiler")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    versions = machine("jax", "torch", "diffusers")
+    found = [compare(name, args.batch_size, args.rounds, not args.no_compile) for name in args.shapes]
+    print(f"\n{versions}; medians of {args.rounds} rounds, float32.")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": versions, "shapes": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

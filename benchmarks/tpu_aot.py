@@ -1,0 +1,123 @@
+"""Samplers compiled for TPU chips that are not here: FLOPs, memory traffic, roofline time and memory of each.
+
+    python benchmarks/tpu_aot.py [--chips v5e v6e v5p] [--batch_size 1] [--mode quick] [--programs ...] [--json FILE]
+
+Stable Diffusion 2.1 in bfloat16, 64 x 64 latents, from noise and text embedding to latents: the programs of
+benchmarks/sampling.py on one chip, and TiUE on four chips that share its timesteps ("step-parallel"). Needs libtpu.
+
+"at least" is a bound that no program beats: FLOPs over the chip's published peak or bytes over its memory bandwidth,
+whichever is longer, and on four chips what they send one another. `--mode full` optimises as for a real run, takes
+several times as long, and only its bytes are those of a real run, and it adds the compiler's own estimate of the time.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from machine import machine
+from sampling import LOOP, ONE_STEP, REPEATED, TIUE, K, inputs, our_functions, shape
+from side_by_side import table
+
+from tiue_jax import sharding, student
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet
+from tiue_jax.plan import chips
+from tiue_jax.plan.measure import MODES, Measured, measure
+from tiue_jax.plan.programs import Program
+from tiue_jax.schedule import Schedule
+
+STEP_PARALLEL = "TiUE, step-parallel"
+PROGRAMS = (ONE_STEP, TIUE, REPEATED, LOOP, STEP_PARALLEL)
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "v4": "v4:2x2x1"}  # four chips each
+
+
+class Row(NamedTuple):
+    program: str
+    chip: str
+    chips: int
+    seconds: float  # the bound
+    measured: Measured
+
+
+def compile_for(program: str, kind: str, batch_size: int, mode: str) -> Row:
+    """One program on one chip of this kind, or on four."""
+    this, topology = shape("sd21"), TOPOLOGIES[kind]
+    chip, count = chips.parse(topology)
+    step = K if program == STEP_PARALLEL else 1
+    mesh = sharding.make_mesh(1, 1, step, devices=chips.devices(topology)[: step if step > 1 else 1])
+    everywhere = sharding.replicated(mesh)
+    graphdef, params = functional.abstract(UNet, this.unet)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=everywhere)
+    if program == STEP_PARALLEL:
+        form = Schedule().closed_form(K)
+        function: Any = lambda p, x, y, null: student.generate(functional.bind(graphdef, p), x, y, form, mesh)
+    else:
+        function = our_functions(this)[program]
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
+        traced = jax.jit(function).trace(*jax.tree.map(place, (params, *inputs(this, batch_size))))
+    about = {
+        "topology": topology,
+        "program": program,
+        "batch_per_chip": batch_size,
+        "data": 1,
+        "fsdp": 1,
+        "remat": None,
+    }
+    made = Program(traced, {"unet": 2 * functional.count(params)})
+    found = measure(made, chip, mesh.size, mode, **about)
+    sent = found.collective_bytes / chip.ici_bandwidth
+    bound = max(found.flops_per_chip / chip.peak_flops, (found.bytes_accessed or 0) / chip.hbm_bandwidth, sent)
+    return Row(program, kind, mesh.size, bound, found)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    found, chip = row.measured, chips.CHIPS[row.chip]
+    cycles = found.estimated_cycles
+    estimate = "" if cycles is None else f"{1e3 * cycles / chip.clock:.1f}"
+    return (
+        f"{row.program}, {row.chip}" + (f" x {row.chips}" if row.chips > 1 else ""),
+        f"{found.flops_per_chip / 1e9:.0f}",
+        f"{(found.bytes_accessed or 0) / 1e9:.1f}",
+        f"{found.collective_bytes / 1e6:.2f}",
+        f"{1e3 * row.seconds:.1f}",
+        estimate,
+        f"{found.temp_bytes / 1e9:.2f}",
+        f"{found.compile_seconds:.0f}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=["v5e", "v6e", "v5p"])
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--mode", choices=MODES, default="quick")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    rows, began = [], time.monotonic()
+    for kind in args.chips:
+        for program in args.programs:
+            rows.append(compile_for(program, kind, args.batch_size, args.mode))
+            say(f"  [{time.monotonic() - began:5.0f} s] {' | '.join(cells(rows[-1]))}")
+    header = (
+        *("program", "GFLOP a chip", "GB of memory traffic", "MB sent", "ms at least", "ms estimated"),
+        *("GB of temporaries", "s to compile"),
+    )
+    versions = machine("jax", "libtpu")
+    print(table(header, [cells(row) for row in rows]))
+    print(f"\nbatch of {args.batch_size}, {args.mode} mode; compiled on {versions}")
+    if args.json:
+        found = [{**row._asdict(), "measured": vars(row.measured)} for row in rows]
+        args.json.write_text(json.dumps({"machine": versions, "rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

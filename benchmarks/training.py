@@ -1,0 +1,164 @@
+"""The training step, ours beside PyTorch: the same formulas at the same shapes, alternating on one machine, in float32.
+
+    python benchmarks/training.py [--shapes emoji reduced] [--rounds 5] [--json FILE]
+
+    emoji     the shipped teacher's UNet, 8 x 8 latents, batch of 16
+    reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents, batch of 1
+
+A step is that of method.md: the student forward and backward, teacher and LoRA teacher with guidance, the LoRA teacher
+forward and backward, both Adam updates, the moving average. PyTorch's is the one that tests/parity/test_train_step.py
+holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from machine import machine
+from sampling import TOKENS, K, shape
+from side_by_side import Programs, Worker, alternate, table
+from tiue_jax.flops import flops
+
+from tiue_jax.distill_config import DistillConfig
+from tiue_jax.models import functional
+from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.schedule import Schedule
+
+OURS, EAGER = "tiue_jax", "PyTorch"
+STEP = "training step"
+CONFIG = DistillConfig(num_inference_steps=K, compute_dtype="float32", max_train_steps=1_000)
+
+
+class Case(NamedTuple):
+    unet: UNetConfig
+    batch_size: int
+
+
+CASES = {"emoji": Case(shape("emoji").unet, 16), "reduced": Case(shape("reduced").unet, 1)}
+
+
+def texts(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the prompts [b l d] and of the null prompt [1 l d]."""
+    rng, width = np.random.default_rng(0), case.unet.per_block("cross_attention_dim")[0]
+    return rng.standard_normal((case.batch_size, TOKENS, width), np.float32), np.zeros((1, TOKENS, width), np.float32)
+
+
+def distillation(case: Case) -> Any:
+    import jax.numpy as jnp
+
+    from tiue_jax import distill
+
+    null = texts(case)[1]
+    return distill.Distillation(CONFIG, case.unet, Schedule(), lambda frozen, batch: (batch["text"], jnp.asarray(null)))
+
+
+def ours(case: Case) -> Programs:
+    """In a process of its own."""
+    import jax
+
+    from tiue_jax import distill
+
+    params = functional.init(functional.abstract(UNet, case.unet)[1], seed=0)
+    state = distill.init_state(CONFIG, case.unet, params, seed=0)
+    frozen = distill.Frozen(unet=jax.device_put(params))
+    batch, key = {"text": jax.device_put(texts(case)[0])}, jax.random.key(0)
+    step = jax.jit(distillation(case).train_step, donate_argnums=0)
+
+    def run() -> np.ndarray:
+        nonlocal state
+        state, metrics = step(state, frozen, batch, key)
+        return np.asarray(metrics["loss"])
+
+    return {STEP: run}
+
+
+def theirs(case: Case) -> Programs:
+    """PyTorch, in a process of its own."""
+    import jax
+    import torch
+
+    from tests.parity.test_train_step import Torch
+
+    them = Torch(case.unet, "epsilon", CONFIG)
+    draws = distillation(case).draw(jax.random.key(0), case.batch_size)
+    arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items()}
+    arrays = {name: x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x for name, x in arrays.items()}
+    text, null = (torch.from_numpy(x) for x in texts(case))
+    null = null.expand_as(text)
+
+    def run() -> np.ndarray:
+        losses = them.gradients(arrays, text, null)
+        them.step()
+        return losses["loss"].detach().numpy()
+
+    return {STEP: run}
+
+
+def counted(case: Case) -> int:
+    """FLOPs of our step, from its jaxpr."""
+    import jax
+    import jax.numpy as jnp
+
+    from tiue_jax import distill
+
+    params = functional.abstract(UNet, case.unet)[1]
+    state = jax.eval_shape(lambda p: distill.init_state(CONFIG, case.unet, p, seed=0), params)
+    batch = {"text": jax.ShapeDtypeStruct(texts(case)[0].shape, jnp.float32)}
+    return flops(distillation(case).train_step, state, distill.Frozen(unet=params), batch, jax.random.key(0))
+
+
+def compare(name: str, rounds: int) -> dict[str, Any]:
+    """One shape: prints its table, and returns what it printed."""
+    case = CASES[name]
+    workers = {OURS: Worker(ours, case), EAGER: Worker(theirs, case)}
+    say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
+    measured = alternate(workers, rounds, say)
+    for worker in workers.values():
+        worker.close()
+    gflop = counted(case) / 1e9
+    results = [
+        {
+            "library": library,
+            "seconds": m.median,
+            "rounds": m.seconds,
+            "first_seconds": m.first,
+            "peak_gib": m.peak / 2**30,
+        }
+        for (library, _), m in measured.items()
+    ]
+    rows = [
+        (
+            r["library"],
+            f"{r['seconds']:.3f}",
+            f"{gflop / r['seconds']:.0f}",
+            f"{r['peak_gib']:.2f}",
+            f"{r['first_seconds']:.1f}",
+        )
+        for r in results
+    ]
+    print(f"\n### {name}, batch of {case.batch_size}, {gflop:.1f} GFLOP a step as ours is written\n")
+    print(table(("library", "seconds", "GFLOP/s", "peak GiB", "first step, seconds"), rows), "\n")
+    pairs = zip(measured[EAGER, STEP].seconds, measured[OURS, STEP].seconds, strict=True)
+    ratio = float(np.median([a / b for a, b in pairs]))
+    print(f"- PyTorch eager's time over ours: {ratio:.2f}")
+    return {"shape": name, "batch_size": case.batch_size, "gflop": gflop, "results": results, "ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    versions = machine("jax", "torch", "diffusers", "peft")
+    found = [compare(name, args.rounds) for name in args.shapes]
+    print(f"\n{versions}; medians of {args.rounds} rounds, float32.")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": versions, "shapes": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
