@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tests.tiny import UNET, random_params
 from tiue_jax import student
@@ -89,6 +90,26 @@ def test_bfloat16_is_no_further_from_float32_than_the_plain_decoder():
     rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float32) - expected))))
     print(f"rms error in bfloat16: {rms(ours):.2e}, of the plain decoder {rms(theirs):.2e}")
     assert rms(ours) < 1.1 * rms(theirs)
+
+
+def convolutions(jaxpr):
+    """All convolutions of a jaxpr, those in what it calls too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield eqn
+        for body in jaxprs_in_params(eqn.params):
+            yield from convolutions(getattr(body, "jaxpr", body))
+
+
+def test_gradients_in_bfloat16_convolve_bfloat16():
+    """Not what was cast to float32, as JAX differentiates a convolution with a float32 result."""
+    graphdef, params, (features, *rest) = problem(UNET)
+    loss = lambda p, f: functional.bind(graphdef, p).decode_steps(f, *rest).astype(jnp.float32).sum()
+    with jax.numpy_dtype_promotion("standard"):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*functional.cast((params, features), jnp.bfloat16))
+    found = list(convolutions(jaxpr.jaxpr))
+    assert len(found) > 30
+    assert {x.aval.dtype for eqn in found for x in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_adapters_on_every_layer_that_is_computed_in_parts():

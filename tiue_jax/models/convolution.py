@@ -24,6 +24,24 @@ def convolve(x: jax.Array, kernel: jax.Array, **kwargs: Any) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, **defaults | kwargs, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+@jax.custom_vjp
+def convolve_unrounded(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` with a float32 result, to be added up; differentiated as `convolve` is, in the dtype of x."""
+    return convolve(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return convolve_unrounded(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # JAX itself would convolve float32 cotangents with activations and kernels cast to float32
+    return jax.vjp(convolve, *saved)[1](cotangent.astype(saved[0].dtype))
+
+
+convolve_unrounded.defvjp(_forward, _backward)
+
+
 def upsample_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Nearest x2, then a 3x3 convolution, on the pixels of x alone: [b h w c], [3 3 c d] -> [b 2h 2w d].
 

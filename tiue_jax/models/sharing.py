@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiue_jax.models.convolution import convolve
+from tiue_jax.models.convolution import convolve_unrounded
 from tiue_jax.models.layers import ResnetBlock2D, repeat
 
 
@@ -45,6 +45,6 @@ class SkipResnetBlock2D(ResnetBlock2D):
 def _split_convolve(x: jax.Array, shared: jax.Array, kernel: jax.Array) -> jax.Array:
     """concat([x, shared]) by the kernel: x [b*k h w c], shared [b h w c'], [kh kw c+c' d] -> float32 [b*k h w d]."""
     b, channels = shared.shape[0], x.shape[-1]
-    own = convolve(x, kernel[:, :, :channels], preferred_element_type=jnp.float32)
-    once = convolve(shared, kernel[:, :, channels:], preferred_element_type=jnp.float32)
+    own = convolve_unrounded(x, kernel[:, :, :channels])
+    once = convolve_unrounded(shared, kernel[:, :, channels:])
     return (own.reshape(b, -1, *own.shape[1:]) + once[:, None]).reshape(own.shape)
