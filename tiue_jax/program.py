@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """The arguments of one batch of pictures. Only their shapes are compiled for, so any value may change for free."""
 
     ids: Any  # int32 [b l], the prompts' tokens
-    null_ids: Any  # int32 [1 l], those of the empty prompt
+    null_ids: Any  # int32 [1 l], those of the empty prompt, for guidance
     prompt_ids: Any  # uint32 [b], a hash of each image's prompt
     numbers: Any  # uint32 [b], which of its prompt's images each one is
     seed: Any  # uint32
@@ -75,7 +75,9 @@ def make(
 
     def sample(params: Mapping[str, Any], batch: Batch) -> jax.Array:
         encode, unet, vae = (parts[name].bind(params[name]) for name in PARTS)
-        text = encode(batch.ids).last_hidden_state
+        text = null_text = encode(batch.ids).last_hidden_state
+        if key.guided:  # else nobody looks at it, and half of the text encoder's tracing is saved
+            null_text = jnp.broadcast_to(encode(batch.null_ids).last_hidden_state, text.shape)
         keys = samplers.image_keys(batch.seed, batch.prompt_ids, batch.numbers)
         noise = jnp.where(batch.given, batch.latents, samplers.normal(keys, batch.latents.shape[1:]))
         latents = samplers.SAMPLERS[settings.sampler](
@@ -84,7 +86,7 @@ def make(
                 noise=noise,
                 keys=keys,
                 text=text,
-                null_text=jnp.broadcast_to(encode(batch.null_ids).last_hidden_state, text.shape),
+                null_text=null_text,
                 guidance_scale=batch.guidance_scale if key.guided else 1,
                 schedule=schedule,
                 num_inference_steps=steps,
