@@ -137,6 +137,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         placement.write(workdir.local / "placement.tsv", arrays)
     previews = bool(train.validation_prompts)
     preview = Preview(teacher.folder, settings) if previews and jax.process_index() == 0 else None
+    distributed.barrier("before the first step")  # process 0 made pictures
     bar = stack.enter_context(progress_bar(start, train.max_train_steps))
     stop = stack.enter_context(distributed.StopRequest(train.max_train_minutes))
     since = time.monotonic()
@@ -176,6 +177,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
                 grid, distance = preview(ema)
                 about = {"step": done, "prompts": "; ".join(train.validation_prompts)}
                 writer.image(done, "student_above_teacher", grid, about)
+            distributed.barrier(f"pictures of step {done}")
             evaluated = {"eval/teacher_distance": distributed.from_process_0(distance)}
             writer.scalars(done, evaluated)
             since += time.monotonic() - paused
