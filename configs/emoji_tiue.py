@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
             "student_learning_rate": 5e-5,
             "student_learning_rate_schedule": "linear",
             "compute_dtype": "float32",
-            "remat": False,
+            "remat": "none",
         }
     )
     return config

@@ -110,7 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
             "adam_eps": 1e-8,
             "compute_dtype": "bfloat16",
             "gradient_accumulation_steps": 1,
-            "remat": True,
+            "remat": "full",  # all but the blocks' inputs is computed again; "streams", "attention", "none": ever less
             "latent_size": config_dict.placeholder(int),  # the UNet's own if None
         }
     )

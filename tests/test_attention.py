@@ -205,4 +205,4 @@ def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypat
         compiled = with_gradients(attention.attend).trace(q, q, q).lower().compile()
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2 and "all-gather" not in text
-    assert compiled.memory_analysis().temp_size_in_bytes < n * n  # a quarter of one matrix of float32 logits
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n * n  # one matrix of float32 logits

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiue_jax import distill, samplers
+from tiue_jax import distill, flops, samplers
 from tiue_jax.distill import Distillation, DistillConfig, Frozen
 from tiue_jax.models import functional
-from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.models.unet import REMAT_POLICIES, UNet, UNetConfig
 from tiue_jax.schedule import Schedule
 
 UNET = UNetConfig(
@@ -154,7 +154,7 @@ def test_dropped_text_is_the_null_prompt(state, frozen, distillation, update):
 
 
 def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(params):
-    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat=True)
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat="full")
     state = adapted(initial(config, params))
     frozen = Frozen(jax.tree.map(jnp.asarray, functional.cast(params, jnp.bfloat16)))
     step = distill.make_train_step(config, UNET, Schedule(), encode_text)
@@ -178,7 +178,7 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     key = jax.random.key(7)
     _, expected = update(state, frozen, BATCH, distillation.draw(jax.random.fold_in(key, 0), 2))
     # with remat, which must change no gradient
-    config = dataclasses.replace(CONFIG, remat=True)
+    config = dataclasses.replace(CONFIG, remat="full")
     step = jax.jit(distill.make_train_step(config, UNET, Schedule(), encode_text), donate_argnums=0)
     new, first = step(state, frozen, BATCH, key)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
@@ -188,6 +188,21 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     assert int(newer.step) == 2
     assert first["loss_lora"] != second["loss_lora"]  # the step's number is folded into the key
     assert distance(frozen.unet, params) == 0
+
+
+@pytest.mark.slow
+def test_no_remat_policy_changes_a_gradient(state, frozen, distillation):
+    draws = distillation.draw(jax.random.key(3), 2)
+    args = adapted(state), frozen, BATCH, draws
+    *expected, _ = jax.jit(distillation.gradients)(*args)
+    computed = []
+    for policy in REMAT_POLICIES:
+        gradients = make(remat=policy).gradients
+        *got, _ = jax.jit(gradients)(*args)
+        assert distance(got, expected) < 1e-5 * max(norm(expected), 1), policy
+        computed.append(flops.flops(gradients, *args))
+    none, full, streams, attention = computed
+    assert none < attention < streams < full
 
 
 @pytest.mark.slow
@@ -309,6 +324,7 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
         ({"text_dropout": 1.0}, r"text_dropout must be in \[0, 1\), got 1.0"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"compute_dtype": "float16"}, "compute_dtype must be among .* got 'float16'"),
+        ({"remat": True}, "remat must be among \\['none', 'full', 'streams', 'attention'\\], got True"),
         ({"student_learning_rate": 0.0}, "student_learning_rate must be > 0, got 0.0"),
         ({"lora_learning_rate": -1.0}, "lora_learning_rate must be > 0, got -1.0"),
         ({"student_learning_rate_schedule": "cosine"}, "needs total_steps > warmup_steps"),

@@ -107,6 +107,7 @@ def test_place_and_structs():
 
 
 ON_EIGHT_DEVICES = """
+import functools, re
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 from tiue_jax import sharding
@@ -127,6 +128,23 @@ assert micro.sharding.shard_shape(micro.shape) == (2, 1, 4), micro.sharding  # e
 for collective in ("all-to-all", "all-gather", "collective-permute", "all-reduce"):
     assert collective not in split.as_text(), collective
 np.testing.assert_array_equal(np.sort(np.asarray(micro), axis=None), np.arange(64.0))
+
+def loss(weights, x, cast):
+    whole = sharding.gathered(jax.tree.map(lambda w: w.astype(cast), weights))
+    h = sharding.split_rows(x.astype(cast) @ whole["kernel"] + whole["bias"][None])
+    return jax.numpy.square(h.astype("float32")).mean()
+
+x = sharding.place(np.linspace(-1, 1, 16 * 512, dtype=np.float32).reshape(16, 512), sharding.batch_sharding(mesh))
+trace = lambda cast: jax.jit(jax.value_and_grad(functools.partial(loss, cast=cast))).trace(placed, x)
+with jax.set_mesh(mesh):
+    compiled, narrow = trace("float32").lower().compile(), trace("bfloat16").lower().as_text()
+moved = re.findall(r"= (\\S+) all-(gather|to-all)\\(", compiled.as_text())
+assert ("f32[512,256]{1,0}", "gather") in moved and not [kind for _, kind in moved if kind == "to-all"], moved
+assert re.findall(r"sharding_constraint.*tensor<512x256x(\\w+)>", narrow) == ["bf16", "bf16"]  # forward and backward
+for got, expected in zip(*(jax.tree.leaves(f(placed, x)) for f in (compiled, trace("float32").lower().compile()))):
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+assert compiled(placed, x)[1]["bias"].shape == (256,)
+assert sharding.gathered(tree) is tree and sharding.split_rows(tree) is tree  # without an ambient mesh
 """
 
 

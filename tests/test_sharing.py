@@ -62,7 +62,7 @@ def test_equals_the_plain_decoder(cfg, size):
 def test_gradients_equal_the_plain_decoders():
     """With respect to every parameter, all features, and the text, of a random linear function of the outputs."""
     graphdef, params, (features, t, text, cond) = problem(UNET)
-    remat, _ = functional.abstract(UNet, UNET, remat=True)
+    remat, _ = functional.abstract(UNet, UNET, remat="full")
     direction = np.random.default_rng(1).standard_normal((2, 3, 8, 8, 4), np.float32)
 
     def gradients(graphdef, decode, *args):

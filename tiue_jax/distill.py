@@ -125,7 +125,7 @@ def make_encode_text(graphdef: nnx.GraphDef, null_input_ids: np.ndarray) -> Enco
     """Text encoding inside the step, from `batch["input_ids"]` [b l]; `null_input_ids` [l] is the empty prompt."""
 
     def encode_text(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        encoder = functional.bind(graphdef, frozen.text_encoder)
+        encoder = functional.bind(graphdef, sharding.gathered(frozen.text_encoder))
         null = jnp.asarray(null_input_ids, jnp.int32)[None]
         return encoder(batch["input_ids"]).last_hidden_state, encoder(null).last_hidden_state
 
@@ -213,7 +213,7 @@ class Distillation:
         """The random numbers of a step; they do not depend on how the batch is sharded (partitionable threefry)."""
         config, shape = self.config, (batch_size, *self.latent_shape)
         keys = jax.random.split(key, len(Draws._fields))
-        return Draws(
+        draws = Draws(
             noise=jax.random.normal(keys[0], shape),
             timesteps=jax.random.randint(keys[1], (batch_size,), config.min_timestep, config.max_timestep + 1),
             diffusion_noise=jax.random.normal(keys[2], shape),
@@ -221,6 +221,8 @@ class Distillation:
             lora_noise=jax.random.normal(keys[4], shape),
             drop_text=jax.random.bernoulli(keys[5], config.text_dropout),
         )
+        by_row = {name: value for name, value in draws._asdict().items() if value.ndim}
+        return draws._replace(**sharding.split_rows(by_row))
 
     def update(self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws) -> tuple[TrainState, Metrics]:
         """One step with given random numbers: the new state and scalar metrics, float32.
@@ -298,6 +300,7 @@ class Distillation:
         """What `gradients` returns, of one batch or micro-batch."""
         grads, (latents, metrics) = jax.grad(self._student_loss, has_aux=True)(state.params, state, inputs)
         latents = jax.lax.stop_gradient(latents)
+        grads, inputs = _then(grads, inputs)
         lora_grads, lora_metrics = jax.grad(self._lora_loss, has_aux=True)(state.lora, latents, inputs)
         return grads, lora_grads, metrics | lora_metrics
 
@@ -345,8 +348,9 @@ class Distillation:
         config, t, texts = self.config, inputs.draws.timesteps, (inputs.text, inputs.null)
         noisy = jax.lax.stop_gradient(self.schedule.add_noise(latents, inputs.draws.diffusion_noise, t))
         teacher = self._epsilon(functional.bind(self.teacher, inputs.frozen.unet))
-        lora_teacher = self._epsilon(self._bind_lora_teacher(adapters, inputs))
         real = guided(teacher, noisy, t, *texts, config.teacher_guidance_scale)
+        real, inputs = _then(real, inputs)
+        lora_teacher = self._epsilon(self._bind_lora_teacher(adapters, inputs))
         fake = guided(lora_teacher, noisy, t, *texts, config.lora_guidance_scale)
         _, sigma = self.schedule.signal_and_noise(t)
         return losses.vsd(latents, real, fake, losses.timestep_weight(config.timestep_weighting, sigma))
@@ -367,6 +371,16 @@ class Distillation:
     def _epsilon(self, unet: UNet) -> Epsilon:
         """The network as a float32 noise prediction of (latents, t, text), whatever it was trained to predict."""
         return lambda latents, t, text: self.schedule.to_epsilon(unet(latents, t, text).astype(jnp.float32), latents, t)
+
+
+def _then(done: Any, inputs: _Inputs) -> tuple[Any, _Inputs]:
+    """`inputs` for what is to follow `done`, not to run beside it.
+
+    Three evaluations gather the same frozen weights. Left to itself XLA gathers once, and so keeps them whole on every
+    device from the first evaluation to the last, and through the student's backward pass in between.
+    """
+    done, unet = jax.lax.optimization_barrier((done, inputs.frozen.unet))
+    return done, inputs._replace(frozen=inputs.frozen._replace(unet=unet))
 
 
 def make_train_step(

@@ -11,6 +11,7 @@ import optax
 
 from tiue_jax import losses, optim
 from tiue_jax.models.lora import LoRAConfig
+from tiue_jax.models.unet import REMAT_POLICIES
 from tiue_jax.schedule import SPACINGS
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -54,7 +55,7 @@ class DistillConfig:
     adam_eps: float = 1e-8
     compute_dtype: str = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
     gradient_accumulation_steps: int = 1  # micro-batches, one after the other, that a batch is split into
-    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    remat: str = "none"  # what the backward pass computes again: see models.unet.REMAT_POLICIES
     latent_size: int | None = None  # height and width of the latents; the UNet's own sample_size where None
 
     def __post_init__(self):
@@ -65,6 +66,7 @@ class DistillConfig:
             ("student_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
             ("lora_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
             ("compute_dtype", COMPUTE_DTYPES),
+            ("remat", REMAT_POLICIES),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be among {list(known)}, got {getattr(self, name)!r}")

@@ -148,6 +148,31 @@ def place(tree: Any, placement: Any) -> Any:
     return jax.tree.map(put, tree, placement)
 
 
+def ambient_axes() -> tuple[str, ...]:
+    """Axes of the ambient mesh (`jax.set_mesh`) that XLA partitions over: none without one or inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+
+
+def split_rows(tree: Any) -> Any:
+    """Arrays [b ...] made inside a traced function, split over the ambient mesh as the batch is."""
+    axes = tuple(name for name in BATCH_AXES if name in ambient_axes())
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes)), tree) if axes else tree
+
+
+def gathered(tree: Any) -> Any:
+    """Parameters inside a traced function, whole on every device of the ambient mesh.
+
+    Without it XLA may move activations instead, and backwards split them as it does the parameters. Called inside a
+    jax.checkpoint, the whole copies live no longer than that part of the network, and are gathered again in the
+    backward pass, where their gradients are summed over the devices.
+    """
+    if "fsdp" not in ambient_axes() or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+        return tree
+    # backwards the same is asked of the gradient
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold, int64 [b], ascending; whatever their order."""
     of_devices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()

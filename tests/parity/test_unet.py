@@ -92,7 +92,7 @@ def test_output(name, cfg, size):
     check(name, relative_error(ours, nhwc(expected)))
 
 
-@pytest.mark.parametrize(("name", "cfg", "remat"), [("sd15", SD15, False), ("sd21, remat", SD21, True)])
+@pytest.mark.parametrize(("name", "cfg", "remat"), [("sd15", SD15, "none"), ("sd21, remat", SD21, "full")])
 def test_gradients(name, cfg, remat):
     """With respect to latents, text and every parameter, of a random linear function of the output."""
     theirs, graphdef, params = build(cfg, remat=remat)

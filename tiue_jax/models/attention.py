@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.extend.backend import get_backend
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from tiue_jax import sharding
 from tiue_jax.models.lora import LoRALinear
@@ -99,12 +99,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     if q.shape[2] % LANES or k.shape[2] % LANES:
         raise ValueError(f"splash attention needs multiples of {LANES} tokens, got {q.shape[2]} and {k.shape[2]}")
     run = functools.partial(_splash, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
-    if not free:  # one device, or inside another shard_map
+    if not (axes := sharding.ambient_axes()):  # one device, or inside another shard_map
         return run(q, k, v)
-    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in free))
-    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=free, check_vma=False)(q, k, v)
+    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in axes))
+    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(q, k, v)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tiue_jax.models import attention, convolution
 from tiue_jax.models.convolution import Conv
@@ -62,6 +63,9 @@ def timestep_embedding(t: jax.Array, dim: int, flip_sin_to_cos: bool = True, fre
     angles = t.astype(jnp.float32)[:, None] * freqs[None, :]  # [b dim/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
 
 
 class TimestepEmbedding(nnx.Module):
@@ -139,10 +143,10 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-        x = x + self.attn1(self.norm1(x))
+        x = checkpoint_name(x + self.attn1(self.norm1(x)), STREAM)
         # the rows of x that share a text, one for each timestep, attend to it together: its keys are computed once
         queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
-        x = x + self.attn2(queries, text).reshape(x.shape)
+        x = checkpoint_name(x + self.attn2(queries, text).reshape(x.shape), STREAM)
         return x + self.ff(self.norm3(x))
 
 
@@ -176,7 +180,7 @@ class Transformer2DModel(nnx.Module):
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:
-            y = block(y, text)
+            y = block(checkpoint_name(y, STREAM), text)
         return self.proj_out(y.reshape(b, h, w, c)) + x
 
 

@@ -4,12 +4,15 @@ TiUE (arXiv 2505.21960) runs `encode` once and `decode` at several timesteps; a 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 from flax import nnx
 
-from tiue_jax.models import functional, layers
+from tiue_jax import sharding
+from tiue_jax.models import attention, functional, layers
 from tiue_jax.models.lora import LoRAConfig, adapt
 from tiue_jax.models.sharing import SkipResnetBlock2D
 
@@ -46,6 +49,13 @@ _FIXED: dict[str, Any] = {
     "time_embedding_dim": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
+}
+# What the backward pass finds of a block's activations; the rest it computes again.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,  # everything: jax.checkpoint is not used
+    "full": jax.checkpoint_policies.nothing_saveable,  # the block's inputs
+    "streams": jax.checkpoint_policies.save_only_these_names(layers.STREAM),  # and their attention's and MLP's inputs
+    "attention": jax.checkpoint_policies.save_only_these_names(layers.STREAM, attention.OUTPUT),  # and its results
 }
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -192,10 +202,10 @@ class UNet(nnx.Module):
     Args:
         cfg: the architecture.
         lora: where given, its target layers carry low-rank adapters (the LoRA teacher of method.md, step 8).
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what the backward pass computes again, one of REMAT_POLICIES.
     """
 
-    def __init__(self, cfg: UNetConfig, *, lora: LoRAConfig | None = None, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, cfg: UNetConfig, *, lora: LoRAConfig | None = None, remat: str = "none", rngs: nnx.Rngs):
         self.cfg, self.remat = cfg, remat
         widths, depths, heads = (
             cfg.block_out_channels,
@@ -253,7 +263,7 @@ class UNet(nnx.Module):
                     h = self._run(block.attentions[i], h, text)
                 skips.append(h)
             for downsampler in block.downsamplers:
-                h = downsampler(h)
+                h = self._run(downsampler, h)
                 skips.append(h)
         h = self._run(self.mid_block.resnets[0], h, temb)
         h = self._run(self.mid_block.attentions[0], h, text)
@@ -285,8 +295,8 @@ class UNet(nnx.Module):
             for upsampler in block.upsamplers:
                 # the next skip's size, which is not twice this one's where the latents' size is odd at some level
                 _, height, width, _ = skips[-1].shape
-                h = upsampler(h, (height, width))
-        outputs = self.conv_out(nnx.silu(self.conv_norm_out(h)))
+                h = self._run(upsampler, h, call=functools.partial(_resize, size=(height, width)))
+        outputs = self._run((self.conv_norm_out, self.conv_out), h, call=_output)
         return outputs.reshape(b, k, *outputs.shape[1:])
 
     def __call__(
@@ -298,13 +308,27 @@ class UNet(nnx.Module):
     def _embed_time(self, t: jax.Array, time_cond: jax.Array | None) -> jax.Array:
         cfg = self.cfg
         sinusoids = layers.timestep_embedding(t, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift)
-        return self.time_embedding(self._cast(sinusoids), None if time_cond is None else self._cast(time_cond))
+        embed = sharding.gathered(self.time_embedding)
+        return embed(self._cast(sinusoids), None if time_cond is None else self._cast(time_cond))
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x.astype(functional.dtype_of(self.conv_in))
 
-    def _run(self, block: nnx.Module, *args: jax.Array) -> jax.Array:
-        return jax.checkpoint(lambda module, *a: module(*a))(block, *args) if self.remat else block(*args)
+    def _run(self, block: Any, *args: jax.Array, call: Callable[..., jax.Array] = lambda block, *a: block(*a)) -> Any:
+        """`call(block, *args)` of one block, which is gathered, and in the backward pass recomputed, by itself."""
+        whole = lambda block, *a: call(sharding.gathered(block), *a)
+        if self.remat == "none":
+            return whole(block, *args)
+        return jax.checkpoint(whole, policy=REMAT_POLICIES[self.remat])(block, *args)
+
+
+def _resize(upsampler: layers.Upsample2D, h: jax.Array, size: tuple[int, int]) -> jax.Array:
+    return upsampler(h, size)
+
+
+def _output(norm_and_conv: tuple[nnx.Module, nnx.Module], h: jax.Array) -> jax.Array:
+    norm, conv = norm_and_conv
+    return conv(nnx.silu(norm(h)))
 
 
 def _up_inputs(widths: tuple[int, ...], level: int, depth: int) -> list[int]:

@@ -37,11 +37,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tiue_jax import config_file, sharding
+from tiue_jax.models.unet import REMAT_POLICIES
 from tiue_jax.plan import architecture, cache, chips, programs, report, search
 from tiue_jax.plan.measure import MODES, Measured, measure
 from tiue_jax.settings import Settings
 
-REMAT_POLICIES = (False, True)
 DOES_NOT_FIT, BAD_INPUT = 1, 2
 FSDP = (4, 8, 16)  # sizes of the mesh axis that a search tries, besides all chips
 
@@ -52,7 +52,7 @@ class Choice:
 
     batch_per_chip: int
     fsdp: int
-    remat: Any
+    remat: str
 
 
 class Planner:
@@ -134,10 +134,9 @@ def choices(values: flags.FlagValues, settings: Settings, chips_count: int) -> t
         if chips_count % size:
             raise ValueError(f"fsdp must divide the number of chips, {chips_count}, got {size}")
     if values.remat:
-        known = {str(policy): policy for policy in REMAT_POLICIES}
-        if unknown := [text for text in values.remat.split(",") if text not in known]:
-            raise ValueError(f"remat must be among {list(known)}, got {unknown[0]!r}")
-        policies = [known[text] for text in values.remat.split(",")]
+        policies = values.remat.split(",")
+        if unknown := [policy for policy in policies if policy not in REMAT_POLICIES]:
+            raise ValueError(f"remat must be among {list(REMAT_POLICIES)}, got {unknown[0]!r}")
     return batches, [Choice(first, size, policy) for policy in policies for size in sizes]
 
 
