@@ -52,7 +52,7 @@ class Choice:
 
     batch_per_chip: int
     fsdp: int
-    remat: str
+    remat: str | None  # None is the config's
 
 
 class Planner:
