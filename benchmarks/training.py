@@ -20,9 +20,9 @@ import numpy as np
 from machine import machine
 from sampling import TOKENS, K, shape
 from side_by_side import Programs, Worker, alternate, table
-from tiue_jax.flops import flops
 
 from tiue_jax.distill_config import DistillConfig
+from tiue_jax.flops import flops
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
@@ -62,7 +62,7 @@ def ours(case: Case) -> Programs:
     from tiue_jax import distill
 
     params = functional.init(functional.abstract(UNet, case.unet)[1], seed=0)
-    state = distill.init_state(CONFIG, case.unet, params, seed=0)
+    state = distill.init_state(CONFIG, params, distill.init_adapters(CONFIG, case.unet, seed=0))
     frozen = distill.Frozen(unet=jax.device_put(params))
     batch, key = {"text": jax.device_put(texts(case)[0])}, jax.random.key(0)
     step = jax.jit(distillation(case).train_step, donate_argnums=0)
@@ -105,7 +105,7 @@ def counted(case: Case) -> int:
     from tiue_jax import distill
 
     params = functional.abstract(UNet, case.unet)[1]
-    state = jax.eval_shape(lambda p: distill.init_state(CONFIG, case.unet, p, seed=0), params)
+    state = distill.state_shapes(CONFIG, case.unet)
     batch = {"text": jax.ShapeDtypeStruct(texts(case)[0].shape, jnp.float32)}
     return flops(distillation(case).train_step, state, distill.Frozen(unet=params), batch, jax.random.key(0))
 
