@@ -205,4 +205,6 @@ def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypat
         compiled = with_gradients(attention.attend).trace(q, q, q).lower().compile()
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2 and "all-gather" not in text
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * n * n  # one matrix of float32 logits
+    # one matrix of float32 logits, of which the plain softmax keeps several; or, of wide heads, 20 arrays like q
+    limit = max(4 * n * n, 20 * n * width * jnp.dtype(dtype).itemsize)
+    assert compiled.memory_analysis().temp_size_in_bytes < limit
