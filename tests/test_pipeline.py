@@ -54,7 +54,7 @@ def by_hand(pipe, seed, sampler):
 
     @jax.jit
     def draw(unet_params, vae_params, text, null):
-        noise = samplers.image_noise(seed, np.array([RED_APPLE]), np.array([0]), (8, 8, 4))
+        noise = samplers.normal(samplers.image_keys(seed, np.array([RED_APPLE]), np.array([0])), (8, 8, 4))
         latents = sampler(pipe.unet.bind(unet_params), noise, text, null)
         return pipe.vae.bind(vae_params).decode(latents / tiny.VAE.scaling_factor)
 
@@ -143,7 +143,7 @@ def test_bucket(number, batch_size, devices, expected):
 
 def test_given_latents_take_the_place_of_the_seeds(pipe):
     ids, numbers = np.array([RED_APPLE] * 3), np.arange(3)
-    noise = np.array(samplers.image_noise(7, ids, numbers, (8, 8, 4)))
+    noise = np.array(samplers.normal(samplers.image_keys(7, ids, numbers), (8, 8, 4)))
     how = {"prompts": ["red apple"], "num_images_per_prompt": 3}
     want = pipe(**how, seed=7)
     np.testing.assert_array_equal(pipe(**how, latents=noise), want)

@@ -31,10 +31,10 @@ class Linear:
 
 def test_image_noise_depends_on_seed_prompt_and_number_only():
     ids, numbers, shape = np.array([7, 7, 9], np.uint32), np.array([0, 1, 0]), (8, 8, 4)
-    noise = samplers.image_noise(0, ids, numbers, shape)
-    np.testing.assert_array_equal(samplers.image_noise(0, ids[::-1], numbers[::-1], shape), noise[::-1])
-    np.testing.assert_array_equal(samplers.image_noise(0, ids[1:2], numbers[1:2], shape), noise[1:2])
-    other = samplers.image_noise(1, ids, numbers, shape)
+    noise = samplers.normal(samplers.image_keys(0, ids, numbers), shape)
+    np.testing.assert_array_equal(samplers.normal(samplers.image_keys(0, ids[::-1], numbers[::-1]), shape), noise[::-1])
+    np.testing.assert_array_equal(samplers.normal(samplers.image_keys(0, ids[1:2], numbers[1:2]), shape), noise[1:2])
+    other = samplers.normal(samplers.image_keys(1, ids, numbers), shape)
     everything = np.concatenate([noise, other]).reshape(6, -1)
     assert np.abs(np.corrcoef(everything) - np.eye(6)).max() < 0.3  # six different images, seed 0 among them
     assert abs(float(noise.std()) - 1) < 0.1
@@ -43,8 +43,8 @@ def test_image_noise_depends_on_seed_prompt_and_number_only():
 def test_image_noise_is_the_same_on_several_devices():
     """Sharded over a mesh or not, threefry gives every image the same numbers; here by jit against eager."""
     ids, numbers = np.arange(6, dtype=np.uint32), np.zeros(6, np.int32)
-    jitted = jax.jit(lambda i, n: samplers.image_noise(3, i, n, (4, 4, 4)))(ids, numbers)
-    np.testing.assert_array_equal(jitted, samplers.image_noise(3, ids, numbers, (4, 4, 4)))
+    jitted = jax.jit(lambda i, n: samplers.normal(samplers.image_keys(3, i, n), (4, 4, 4)))(ids, numbers)
+    np.testing.assert_array_equal(jitted, samplers.normal(samplers.image_keys(3, ids, numbers), (4, 4, 4)))
 
 
 def test_step_noise_is_an_images_own_at_every_step():
@@ -52,7 +52,7 @@ def test_step_noise_is_an_images_own_at_every_step():
     noise = samplers.step_noise(keys, 3, (8, 8, 4))
     assert noise.shape == (2, 3, 8, 8, 4) and samplers.step_noise(keys, 0, (8, 8, 4)).shape == (2, 0, 8, 8, 4)
     np.testing.assert_array_equal(samplers.step_noise(keys[1:], 2, (8, 8, 4)), noise[1:, :2])
-    initial = samplers.image_noise(0, np.array([7, 9], np.uint32), np.array([0, 0]), (8, 8, 4))
+    initial = samplers.normal(samplers.image_keys(0, np.array([7, 9], np.uint32), np.array([0, 0])), (8, 8, 4))
     everything = np.concatenate([noise, initial[:, None]], axis=1).reshape(8, -1)
     assert np.abs(np.corrcoef(everything) - np.eye(8)).max() < 0.3
 

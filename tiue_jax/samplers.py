@@ -53,15 +53,8 @@ def image_keys(seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array)
     return jax.vmap(one)(jnp.asarray(prompt_ids, jnp.uint32), jnp.asarray(numbers, jnp.uint32))
 
 
-def image_noise(
-    seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array, shape: tuple[int, int, int]
-) -> jax.Array:
-    """Standard normal latents of `shape` (h, w, c), each from its own key (see image_keys): float32 [b h w c]."""
-    return normal(image_keys(seed, prompt_ids, numbers), shape)
-
-
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal latents of `shape` (h, w, c) from each of the keys [b]: float32 [b h w c]."""
+    """Standard normal latents of `shape` (h, w, c), one from each of the keys [b] (image_keys): float32 [b h w c]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 

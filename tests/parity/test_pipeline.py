@@ -31,7 +31,7 @@ def theirs(folder):
 def test_pytorch_makes_the_same_pictures(folder, theirs):
     ours = Pipeline.from_pretrained(folder)
     got = ours(["red apple"], seed=4, sampler="ddim", num_inference_steps=4, guidance_scale=3.0)
-    noise = np.array(samplers.image_noise(4, np.array([RED_APPLE]), np.array([0]), (8, 8, 4)))
+    noise = np.array(samplers.normal(samplers.image_keys(4, np.array([RED_APPLE]), np.array([0])), (8, 8, 4)))
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
     want = theirs("red apple", num_inference_steps=4, guidance_scale=3.0, latents=latents, output_type="np").images
     difference = np.abs(got / 255 - want).max()

@@ -17,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from tiue_jax.models import attention, convolution
 from tiue_jax.models.convolution import Conv
 
+STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
+
 
 def conv2d(
     cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 1, *, use_bias: bool = True, rngs: nnx.Rngs
@@ -25,16 +27,14 @@ def conv2d(
     return Conv(cin, cout, (kernel, kernel), stride, padding=((padding, padding),) * 2, use_bias=use_bias, rngs=rngs)
 
 
-def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> "GroupNorm":
-    if channels % groups:
-        raise ValueError(f"norm_num_groups must divide the number of channels, got {groups} for {channels} channels")
-    return GroupNorm(channels, groups, eps, rngs=rngs)
-
-
 class GroupNorm(nnx.Module):
     """Group normalisation (arXiv 1803.08494) of x [b h w c], also of some of its groups alone."""
 
-    def __init__(self, channels: int, groups: int, eps: float, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, eps: float):
+        if channels % groups:
+            raise ValueError(
+                f"norm_num_groups must divide the number of channels, got {groups} for {channels} channels"
+            )
         self.group_size, self.eps = channels // groups, eps
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
@@ -63,9 +63,6 @@ def timestep_embedding(t: jax.Array, dim: int, flip_sin_to_cos: bool = True, fre
     angles = t.astype(jnp.float32)[:, None] * freqs[None, :]  # [b dim/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
-
-
-STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
 
 
 class TimestepEmbedding(nnx.Module):
@@ -164,7 +161,7 @@ class Transformer2DModel(nnx.Module):
         use_linear_projection: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.norm = group_norm(channels, groups, 1e-6, rngs=rngs)
+        self.norm = GroupNorm(channels, groups, 1e-6)
         project = (
             (lambda: nnx.Linear(channels, channels, rngs=rngs))
             if use_linear_projection
@@ -190,11 +187,11 @@ class ResnetBlock2D(nnx.Module):
     def __init__(
         self, cin: int, cout: int, time_dim: int | None, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs
     ):
-        self.norm1 = group_norm(cin, groups, eps, rngs=rngs)
+        self.norm1 = GroupNorm(cin, groups, eps)
         self.conv1 = conv2d(cin, cout, rngs=rngs)
         if time_dim is not None:
             self.time_emb_proj = nnx.Linear(time_dim, cout, rngs=rngs)
-        self.norm2 = group_norm(cout, groups, eps, rngs=rngs)
+        self.norm2 = GroupNorm(cout, groups, eps)
         self.conv2 = conv2d(cout, cout, rngs=rngs)
         self.conv_shortcut = conv2d(cin, cout, 1, padding=0, rngs=rngs) if cin != cout else None
 

@@ -243,7 +243,7 @@ class UNet(nnx.Module):
                 for i, kind in zip(range(last, -1, -1), cfg.up_block_types, strict=True)
             ]
         )
-        self.conv_norm_out = layers.group_norm(widths[0], cfg.norm_num_groups, cfg.norm_eps, rngs=rngs)
+        self.conv_norm_out = layers.GroupNorm(widths[0], cfg.norm_num_groups, cfg.norm_eps)
         self.conv_out = layers.conv2d(widths[0], cfg.out_channels, rngs=rngs)
         if lora is not None:
             adapt(self, lora, rngs=rngs)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tiue_jax.models.functional import dtype_of
-from tiue_jax.models.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, conv2d, group_norm
+from tiue_jax.models.layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv2d
 
 EPS = 1e-6  # of every norm of the autoencoder
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -106,7 +106,7 @@ class AttentionBlock(Attention):
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         super().__init__(channels, heads=1, qkv_bias=True, rngs=rngs)
-        self.group_norm = group_norm(channels, groups, EPS, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, EPS)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # over itself only
         b, h, w, c = x.shape
@@ -168,7 +168,7 @@ class Encoder(nnx.Module):
             ]
         )
         self.mid_block = UNetMidBlock2D(widths[-1], groups, cfg.mid_block_add_attention, rngs=rngs)
-        self.conv_norm_out = group_norm(widths[-1], groups, EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, EPS)
         self.conv_out = conv2d(widths[-1], 2 * cfg.latent_channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ class Decoder(nnx.Module):
                 for i, width in enumerate(widths)
             ]
         )
-        self.conv_norm_out = group_norm(widths[-1], groups, EPS, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, EPS)
         self.conv_out = conv2d(widths[-1], cfg.out_channels, rngs=rngs)
 
     def __call__(self, z: jax.Array) -> jax.Array:
