@@ -68,6 +68,14 @@ def test_splash_attention_is_the_definition(n, m, width):
     assert_same(functools.partial(attention.splash, interpret=True), definition, *qkv(n, m, width))
 
 
+@pytest.mark.parametrize(("n", "m", "width"), [(1024, 1024, 8), (1040, 70, 24)])
+def test_chunked_attention_is_the_definition(n, m, width):
+    """Chunks of 512 and, since 512 does not divide it, of 260; what is kept for the backward pass is no chunk's."""
+    assert_same(attention.chunked, definition, *qkv(n, m, width, batch=2))
+    _, pull = jax.eval_shape(lambda *a: jax.vjp(attention.chunked, *a), *qkv(n, m, width))
+    assert max(x.size for x in jax.tree.leaves(pull)) <= 2 * max(n, m) * width
+
+
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
@@ -96,7 +104,11 @@ def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
         ("gpu", 77, 77, 64, jnp.bfloat16, True, "cudnn"),
         ("gpu", 64, 64, 36, jnp.bfloat16, False, "xla"),
         ("gpu", 4096, 4096, 40, jnp.float32, False, "xla"),
-        ("cpu", 4096, 4096, 64, jnp.bfloat16, False, "xla"),
+        ("cpu", 4096, 4096, 64, jnp.bfloat16, False, "chunked"),
+        ("cpu", 1024, 1024, 64, jnp.float32, False, "chunked"),
+        ("cpu", 1024, 1024, 64, jnp.float32, True, "xla"),
+        ("cpu", 4096, 77, 64, jnp.float32, False, "xla"),
+        ("cpu", 4099, 4099, 64, jnp.float32, False, "xla"),  # a prime number
     ],
 )
 def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected, monkeypatch):
@@ -146,7 +158,8 @@ def test_an_implementation_can_be_asked_for():
     [
         ("sdpa", 128, False, "one of .*'splash'.*, got 'sdpa'"),
         ("splash", 100, False, "multiples of 128 tokens, got 100 and 100"),
-        ("splash", 128, True, "not causal"),
+        ("splash", 128, True, "splash attention is not causal"),
+        ("chunked", 128, True, "chunked attention is not causal"),
     ],
 )
 def test_an_implementation_that_cannot_be(name, n, is_causal, message):
@@ -167,16 +180,17 @@ many = jax.vmap(attention.attend, in_axes=(None, None, 0))
 loss = lambda q, k, v: jnp.sum(jnp.square(many(q, k, jnp.stack([v, 2 * v]))))
 run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower().compile()
 expected = run()(q, k, v)
-with jax.set_mesh(mesh), attention.implementation("splash_interpreted"):
-    compiled = run()
-    got = compiled(q, k, v)
-assert got[1][0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4), got[1][0].sharding
-assert "all-gather" not in compiled.as_text()
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+for kind in ("splash_interpreted", "chunked"):
+    with jax.set_mesh(mesh), attention.implementation(kind):
+        compiled = run()
+        got = compiled(q, k, v)
+    assert got[1][0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4), got[1][0].sharding
+    assert "all-gather" not in compiled.as_text(), kind
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
 """
 
 
-def test_splash_attention_of_a_sharded_batch():
+def test_attention_of_a_sharded_batch():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

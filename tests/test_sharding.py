@@ -59,7 +59,7 @@ PARAMETERS = {
 def test_the_rule_on_named_kernels():
     mesh = AbstractMesh((1, 16), ("data", "fsdp"))
     specs = jax.tree.map(lambda s: s.spec, sharding.shardings(PARAMETERS, mesh))
-    assert specs["attn1"]["to_q"]["kernel"] == P(None, "fsdp")  # equals: the last axis
+    assert specs["attn1"]["to_q"]["kernel"] == P("fsdp")  # equals: the first axis
     assert specs["attn1"]["ff"]["kernel"] == P(None, "fsdp")
     assert specs["down"][0]["conv1"]["kernel"] == P(None, None, "fsdp")
     for small in (specs["conv_in"]["kernel"], specs["conv_in"]["bias"], specs["norm"]["scale"]):
@@ -137,14 +137,20 @@ def loss(weights, x, cast):
 x = sharding.place(np.linspace(-1, 1, 16 * 512, dtype=np.float32).reshape(16, 512), sharding.batch_sharding(mesh))
 trace = lambda cast: jax.jit(jax.value_and_grad(functools.partial(loss, cast=cast))).trace(placed, x)
 with jax.set_mesh(mesh):
-    compiled, narrow = trace("float32").lower().compile(), trace("bfloat16").lower().as_text()
+    compiled, narrow = trace("float32").lower().compile(), trace("float16").lower()
 moved = re.findall(r"= (\\S+) all-(gather|to-all)\\(", compiled.as_text())
 assert ("f32[512,256]{1,0}", "gather") in moved and not [kind for _, kind in moved if kind == "to-all"], moved
-assert re.findall(r"sharding_constraint.*tensor<512x256x(\\w+)>", narrow) == ["bf16", "bf16"]  # forward and backward
+whole = re.findall(r"sharding_constraint.*\\[{}, {}\\].*tensor<512x256x(\\w+)>", narrow.as_text())
+assert whole == ["f16", "f16"], narrow.as_text()  # forward and backward
+assert re.findall(r"= (f.*?)\\[512,256\\]\\S* all-gather", narrow.compile().as_text()) == ["f16"]  # not before the cast
 for got, expected in zip(*(jax.tree.leaves(f(placed, x)) for f in (compiled, trace("float32").lower().compile()))):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 assert compiled(placed, x)[1]["bias"].shape == (256,)
-assert sharding.gathered(tree) is tree and sharding.split_rows(tree) is tree  # without an ambient mesh
+# without an ambient mesh
+assert sharding.gathered(tree) is tree and sharding.split_rows(tree) is tree and sharding.not_before(tree, x) is tree
+assert sharding.parts_of_rows(16) == 1
+with jax.set_mesh(mesh):
+    assert sharding.parts_of_rows(16) == 8 and sharding.parts_of_rows(12) == 1
 """
 
 

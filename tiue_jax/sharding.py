@@ -90,8 +90,8 @@ def micro_batches(batch: Any, count: int) -> Any:
 def parameter_spec(
     path: tuple[Any, ...], shape: tuple[int, ...], fsdp: int, replicate_below: int = REPLICATE_BELOW
 ) -> PartitionSpec:
-    """Where one array lives: its largest axis that `fsdp` divides is sharded (the last of equals); LoRA, and arrays of
-    fewer than `replicate_below` elements, are replicated.
+    """Where one array lives: its largest axis that `fsdp` divides is sharded, the first of equals (a TPU pads the last
+    axis to 128); LoRA, and arrays of fewer than `replicate_below` elements, are replicated.
 
     Args:
         path: the array's key path in the tree, as `jax.tree_util` gives it.
@@ -104,10 +104,10 @@ def parameter_spec(
     """
     if fsdp == 1 or math.prod(shape) < replicate_below or any(_name(part) in LORA_NAMES for part in path):
         return PartitionSpec()
-    divisible = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    divisible = [(size, -axis) for axis, size in enumerate(shape) if size % fsdp == 0]
     if not divisible:
         raise ValueError(f"{jax.tree_util.keystr(path)} {list(shape)} has no axis that fsdp={fsdp} divides")
-    _, axis = max(divisible)
+    axis = -max(divisible)[1]
     return PartitionSpec(*("fsdp" if i == axis else None for i in range(axis + 1)))
 
 
@@ -160,6 +160,13 @@ def split_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes)), tree) if axes else tree
 
 
+def parts_of_rows(batch_size: int) -> int:
+    """Into how many parts the ambient mesh splits a batch; 1 where it does not split evenly, and so not at all."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), ambient_axes()
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES if name in axes)
+    return 1 if batch_size % parts else parts
+
+
 def gathered(tree: Any) -> Any:
     """Parameters inside a traced function, whole on every device of the ambient mesh.
 
@@ -167,10 +174,27 @@ def gathered(tree: Any) -> Any:
     jax.checkpoint, the whole copies live no longer than that part of the network, and are gathered again in the
     backward pass, where their gradients are summed over the devices.
     """
-    if "fsdp" not in ambient_axes() or jax.sharding.get_abstract_mesh().shape["fsdp"] == 1:
+    if not _fully_sharded():
         return tree
-    # backwards the same is asked of the gradient
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+    def whole(x: jax.Array) -> jax.Array:
+        # what is asked of the whole would otherwise be asked of what it is made from as well, up to where x was cast or
+        # left a jax.checkpoint's barrier, and all parameters would be gathered there, in float32 and for good
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*(PartitionSpec.UNCONSTRAINED,) * x.ndim))
+        return jax.lax.with_sharding_constraint(x, PartitionSpec())  # backwards the same is asked of the gradient
+
+    return jax.tree.map(whole, tree)
+
+
+def not_before(tree: Any, x: jax.Array) -> Any:
+    """Parameters that are not gathered before x is known; XLA else gathers those of a whole network when it begins."""
+    if not _fully_sharded():
+        return tree
+    return jax.lax.optimization_barrier((tree, x))[0]
+
+
+def _fully_sharded() -> bool:
+    return "fsdp" in ambient_axes() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -5,6 +5,7 @@
 | TPU | 1,024 queries and keys or more, multiples of 128 | `splash` | plain softmax writes every logit to memory |
 | TPU | the 256- and 64-token levels, 77 keys of text, causal | `xla` | few logits; the kernel's tiles are larger |
 | CUDA | bfloat16 or float16, width a multiple of 8 that the GPU takes | `cudnn` | fused, at every length |
+| CPU | 2^20 logits a head or more | `chunked` | they stay in the cache |
 | all others | | `xla` | |
 
 Nothing here was timed on a TPU or GPU. The TPU compiler, ahead of time for v5e, batch 8, 4,096 tokens in 5 heads of 64,
@@ -13,6 +14,8 @@ forward and backward with the projections as below: 305 MB of temporaries with s
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -28,10 +31,12 @@ from jax.sharding import PartitionSpec
 from tiue_jax import sharding
 from tiue_jax.models.lora import LoRALinear
 
-Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
+Implementation = Literal["xla", "chunked", "cudnn", "splash", "splash_interpreted"]
 IMPLEMENTATIONS = get_args(Implementation)
 OUTPUT = "attention"  # what jax.checkpoint policies call the result, with the normaliser that the backward pass needs
 SPLASH_FROM = 1024  # tokens
+CHUNKED_FROM = 2**20  # logits of a head
+CHUNK = 512  # queries, at most
 LANES = 128  # of a TPU register: splash takes lengths that are multiples of it
 
 # Around tracing, `with implementation("xla"):` has one of IMPLEMENTATIONS for every shape, whatever the platform.
@@ -52,7 +57,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False)
         return run(implementation.value)(q, k, v)
     if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return run(choose(device.platform, q, k, is_causal))(q, k, v)
-    kinds = {"tpu": choose("tpu", q, k, is_causal), "cuda": choose("gpu", q, k, is_causal)}
+    kinds = {name: choose(kind, q, k, is_causal) for name, kind in (("tpu", "tpu"), ("cuda", "gpu"), ("cpu", "cpu"))}
     special = {platform: run(kind) for platform, kind in kinds.items() if kind != "xla"}
     return jax.lax.platform_dependent(q, k, v, **special, default=run("xla")) if special else run("xla")(q, k, v)
 
@@ -62,6 +67,8 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -
     lengths, width = (q.shape[2], k.shape[2]), q.shape[3]
     if platform == "tpu" and not is_causal and min(lengths) >= SPLASH_FROM and not any(n % LANES for n in lengths):
         return "splash"
+    if platform == "cpu" and not is_causal and math.prod(lengths) >= CHUNKED_FROM and _chunk(lengths[0]) >= LANES:
+        return "chunked"
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= _cudnn_width():
         return "cudnn"
     return "xla"
@@ -98,11 +105,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     """
     if q.shape[2] % LANES or k.shape[2] % LANES:
         raise ValueError(f"splash attention needs multiples of {LANES} tokens, got {q.shape[2]} and {k.shape[2]}")
-    run = functools.partial(_splash, interpret=interpret)
-    if not (axes := sharding.ambient_axes()):  # one device, or inside another shard_map
-        return run(q, k, v)
-    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in axes))
-    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(q, k, v)
+    return _on_own_rows(functools.partial(_splash, interpret=interpret), q, k, v)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
@@ -135,6 +138,43 @@ def _tile(length: int, limit: int = 4 * LANES) -> int:
     return next(tile for tile in range(limit - limit % LANES, 0, -LANES) if length % tile == 0)
 
 
+def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Some queries of one head after the other, each device on its own rows of the batch.
+
+    A chunk's logits are all that there ever are, which a CPU's cache holds; the backward pass computes them again
+    (arXiv 2112.05682). Chunks are of the most queries up to 512 that divide their number.
+    """
+
+    def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [s d], [m d], [m d] -> [s d]
+        logits = jnp.einsum("sd,md->sm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+        return jax.nn.softmax(logits).astype(v.dtype) @ v
+
+    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = head
+        return jax.lax.map(lambda chunk: jax.checkpoint(attend_chunk)(chunk, k, v), q)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        b, heads, n, width = q.shape
+        one_axis = lambda x: x.reshape(b * heads, *x.shape[2:])
+        chunks = one_axis(q).reshape(b * heads, -1, _chunk(n), width)
+        return jax.lax.map(attend_head, (chunks, one_axis(k), one_axis(v))).reshape(q.shape)
+
+    return _on_own_rows(run, q, k, v)
+
+
+def _chunk(length: int) -> int:
+    """The largest divisor of a length up to CHUNK."""
+    return next(size for size in range(min(length, CHUNK), 0, -1) if length % size == 0)
+
+
+def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`run(q, k, v)`, each device of the ambient mesh on its own rows of the batch."""
+    if not (axes := sharding.ambient_axes()):  # one device, or inside another shard_map
+        return run(q, k, v)
+    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in axes))
+    return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(q, k, v)
+
+
 def _by_tokens(kind: Literal["xla", "cudnn"], q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [b n h d]
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kind).swapaxes(1, 2)
@@ -146,7 +186,9 @@ def _run(kind: Implementation, is_causal: bool, q: jax.Array, k: jax.Array, v: j
     if kind == "xla" or kind == "cudnn":
         return checkpoint_name(_by_tokens(kind, q, k, v, is_causal), OUTPUT)
     if is_causal:
-        raise ValueError("splash attention is not causal here")
+        raise ValueError(f"{kind} attention is not causal here")
+    if kind == "chunked":
+        return checkpoint_name(chunked(q, k, v), OUTPUT)
     return splash(q, k, v, interpret=kind == "splash_interpreted")
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tiue_jax.models import attention, convolution
+from tiue_jax.models import attention, convolution, rows
 from tiue_jax.models.convolution import Conv
 
 STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
@@ -81,7 +81,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x [b l d] over context [b m c] (x itself where context is None) -> [b l d]."""
+    """Multi-head attention of x [b*k l d] over context [b m c] (x itself where context is None) -> [b*k l d]."""
 
     def __init__(
         self,
@@ -102,8 +102,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
-        inputs = ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        out = attention.attend(*(attention.project(layer, y, self.heads) for layer, y in inputs))
+        q = attention.project(self.to_q, x, self.heads)
+        k, v = (attention.project(layer, context, self.heads) for layer in (self.to_k, self.to_v))
+        out = attention.attend(q, *(rows.repeat(y, x.shape[0]) for y in (k, v)))
         return self.to_out[0](attention.merge_heads(out))
 
 
@@ -141,9 +142,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
         x = checkpoint_name(x + self.attn1(self.norm1(x)), STREAM)
-        # the rows of x that share a text, one for each timestep, attend to it together: its keys are computed once
-        queries = self.norm2(x).reshape(text.shape[0], -1, x.shape[-1])
-        x = checkpoint_name(x + self.attn2(queries, text).reshape(x.shape), STREAM)
+        x = checkpoint_name(x + self.attn2(self.norm2(x), text), STREAM)
         return x + self.ff(self.norm3(x))
 
 
@@ -203,10 +202,10 @@ class ResnetBlock2D(nnx.Module):
         return self.conv1(nnx.silu(self.norm1(x))), x if self.conv_shortcut is None else self.conv_shortcut(x)
 
     def finish(self, h: jax.Array, residual: jax.Array, temb: jax.Array | None) -> jax.Array:
-        """The time embedding and what follows; where temb is [b*k d], one row of h may stand for its k."""
+        """The time embedding and what follows; where temb is [b*k d], one row of h may stand for its k (rows.py)."""
         if temb is not None:
-            h = repeat(h, temb.shape[0]) + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
-        return self.conv2(nnx.silu(self.norm2(h))) + repeat(residual, h.shape[0])
+            h = rows.repeat(h, temb.shape[0]) + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
+        return rows.add(self.conv2(nnx.silu(self.norm2(h))), residual)
 
 
 class Downsample2D(nnx.Module):
@@ -233,8 +232,3 @@ class Upsample2D(nnx.Module):
         if size in (None, twice):
             return self.conv.linear(lambda kernel: convolution.upsample_convolve(x, kernel))
         return self.conv(convolution.resize_nearest(x, size))
-
-
-def repeat(x: jax.Array, rows: int) -> jax.Array:
-    """Each of the b rows of x [b ...] so often, one after the other, that there are `rows`."""
-    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.models import rows
 from tiue_jax.models.convolution import convolve_unrounded
-from tiue_jax.models.layers import ResnetBlock2D, repeat
+from tiue_jax.models.layers import ResnetBlock2D
 
 
 class SkipResnetBlock2D(ResnetBlock2D):
@@ -32,9 +33,9 @@ class SkipResnetBlock2D(ResnetBlock2D):
         if h.shape[0] == skip.shape[0]:
             return self.finish(*self.begin(jnp.concatenate([h, skip], axis=-1)), temb)
         assert self.conv_shortcut is not None  # a concatenation is wider than what comes out
-        rows, streams = h.shape[0], h.shape[-1]
+        streams = h.shape[-1]
         border = -(-streams // self.norm1.group_size) * self.norm1.group_size
-        mixed = jnp.concatenate([h, repeat(skip[..., : border - streams], rows)], axis=-1)
+        mixed = jnp.concatenate([h, rows.repeat(skip[..., : border - streams], h.shape[0])], axis=-1)
         alone = skip[..., border - streams :]
         mixed, alone = nnx.silu(self.norm1(mixed)), nnx.silu(self.norm1(alone, start=border))
         hidden = self.conv1.linear(lambda kernel: _split_convolve(mixed, alone, kernel))
@@ -44,7 +45,6 @@ class SkipResnetBlock2D(ResnetBlock2D):
 
 def _split_convolve(x: jax.Array, shared: jax.Array, kernel: jax.Array) -> jax.Array:
     """concat([x, shared]) by the kernel: x [b*k h w c], shared [b h w c'], [kh kw c+c' d] -> float32 [b*k h w d]."""
-    b, channels = shared.shape[0], x.shape[-1]
-    own = convolve_unrounded(x, kernel[:, :, :channels])
-    once = convolve_unrounded(shared, kernel[:, :, channels:])
-    return (own.reshape(b, -1, *own.shape[1:]) + once[:, None]).reshape(own.shape)
+    channels = x.shape[-1]
+    own, once = kernel[:, :, :channels], kernel[:, :, channels:]
+    return rows.add(convolve_unrounded(x, own), convolve_unrounded(shared, once))

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from tiue_jax import sharding
-from tiue_jax.models import attention, functional, layers
+from tiue_jax.models import attention, functional, layers, rows
 from tiue_jax.models.lora import LoRAConfig, adapt
 from tiue_jax.models.sharing import SkipResnetBlock2D
 
@@ -254,20 +254,20 @@ class UNet(nnx.Module):
         `time_cond` [b p], here and below, goes into the time embedding of a UNet with a `time_cond_proj_dim` p.
         """
         temb, text = self._embed_time(t, time_cond), self._cast(text)
-        h = self.conv_in(self._cast(latents))
+        h, run = self.conv_in(self._cast(latents)), _Run(self.remat, latents)
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = self._run(resnet, h, temb)
+                h = run(resnet, h, temb)
                 if block.attentions:
-                    h = self._run(block.attentions[i], h, text)
+                    h = run(block.attentions[i], h, text)
                 skips.append(h)
             for downsampler in block.downsamplers:
-                h = self._run(downsampler, h)
+                h = run(downsampler, h)
                 skips.append(h)
-        h = self._run(self.mid_block.resnets[0], h, temb)
-        h = self._run(self.mid_block.attentions[0], h, text)
-        h = self._run(self.mid_block.resnets[1], h, temb)
+        h = run(self.mid_block.resnets[0], h, temb)
+        h = run(self.mid_block.attentions[0], h, text)
+        h = run(self.mid_block.resnets[1], h, temb)
         return Features(h, tuple(skips))
 
     def decode(
@@ -281,23 +281,23 @@ class UNet(nnx.Module):
     ) -> jax.Array:
         """`decode` at every timestep of t [b k], with what they have in common done once (sharing.py): [b k h w c].
 
-        The k timesteps of a sample are neighbouring rows of its activations, [b*k h w c]: batch stays the major part of
-        axis 0, and its sharding with it. `time_cond` [b p] is one for all of them.
+        Activations are [b*k h w c], see rows.py. `time_cond` [b p] is one for all timesteps.
         """
         b, k = t.shape
-        temb = self._embed_time(t.reshape(-1), None if time_cond is None else layers.repeat(time_cond, b * k))
+        temb = self._embed_time(rows.flatten(t), None if time_cond is None else rows.repeat(time_cond, b * k))
         h, skips, text = features.mid, list(features.skips), self._cast(text)
+        run = _Run(self.remat, skips[-1])
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
-                h = self._run(resnet, h, temb, skips.pop())
+                h = run(resnet, h, temb, skips.pop())
                 if block.attentions:
-                    h = self._run(block.attentions[i], h, text)
+                    h = run(block.attentions[i], h, text)
             for upsampler in block.upsamplers:
                 # the next skip's size, which is not twice this one's where the latents' size is odd at some level
                 _, height, width, _ = skips[-1].shape
-                h = self._run(upsampler, h, call=functools.partial(_resize, size=(height, width)))
-        outputs = self._run((self.conv_norm_out, self.conv_out), h, call=_output)
-        return outputs.reshape(b, k, *outputs.shape[1:])
+                h = run(upsampler, h, call=functools.partial(_resize, size=(height, width)))
+        outputs = run((self.conv_norm_out, self.conv_out), h, call=_output)
+        return rows.unflatten(outputs, b)
 
     def __call__(
         self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
@@ -314,12 +314,26 @@ class UNet(nnx.Module):
     def _cast(self, x: jax.Array) -> jax.Array:
         return x.astype(functional.dtype_of(self.conv_in))
 
-    def _run(self, block: Any, *args: jax.Array, call: Callable[..., jax.Array] = lambda block, *a: block(*a)) -> Any:
-        """`call(block, *args)` of one block, which is gathered, and in the backward pass recomputed, by itself."""
+
+class _Run:
+    """Runs a network's blocks one after the other, each gathered, and in the backward pass recomputed, by itself.
+
+    Parameters are gathered while the block before runs, and no earlier: not before `after` is known, which goes into
+    the block before the first, then what goes into the first, and so on.
+    """
+
+    def __init__(self, remat: str, after: jax.Array):
+        self.remat, self.after = remat, after
+
+    def __call__(
+        self, block: Any, *args: jax.Array, call: Callable[..., jax.Array] = lambda block, *a: block(*a)
+    ) -> jax.Array:
+        """`call(block, *args)`."""
+        block, self.after = sharding.not_before(block, self.after), args[0]
         whole = lambda block, *a: call(sharding.gathered(block), *a)
         if self.remat == "none":
             return whole(block, *args)
-        return jax.checkpoint(whole, policy=REMAT_POLICIES[self.remat])(block, *args)
+        return functional.backward_in_turn(jax.checkpoint(whole, policy=REMAT_POLICIES[self.remat]))(block, *args)
 
 
 def _resize(upsampler: layers.Upsample2D, h: jax.Array, size: tuple[int, int]) -> jax.Array:
