@@ -130,7 +130,7 @@ for collective in ("all-to-all", "all-gather", "collective-permute", "all-reduce
 np.testing.assert_array_equal(np.sort(np.asarray(micro), axis=None), np.arange(64.0))
 
 def loss(weights, x, cast):
-    whole = sharding.gathered(jax.tree.map(lambda w: w.astype(cast), weights))
+    whole = sharding.gathered(sharding.split_parameters(jax.tree.map(lambda w: w.astype(cast), weights)))
     h = sharding.split_rows(x.astype(cast) @ whole["kernel"] + whole["bias"][None])
     return jax.numpy.square(h.astype("float32")).mean()
 

@@ -168,6 +168,7 @@ class Distillation:
         schedule: the teacher's noise schedule; its timestep spacing is replaced by the config's.
         encode_text: see EncodeText.
         clip_features: see ClipFeatures; required where `config.clip_weight` is not 0.
+        replicated: every device has the whole teacher, whatever the mesh's axis `fsdp`.
 
     Raises:
         ValueError: settings that do not fit the schedule or the UNet, or a CLIP loss without CLIP.
@@ -180,6 +181,8 @@ class Distillation:
         schedule: Schedule,
         encode_text: EncodeText,
         clip_features: ClipFeatures | None = None,
+        *,
+        replicated: bool = False,
     ):
         size = config.latent_size or unet.sample_size
         if size is None:
@@ -199,8 +202,9 @@ class Distillation:
         self.encode_text, self.clip_features = encode_text, clip_features
         self.dtype = jnp.dtype(config.compute_dtype)
         self.student, _ = functional.abstract(UNet, unet, remat=config.remat)
-        self.teacher, _ = functional.abstract(UNet, unet)
-        self.lora_teacher, _ = functional.abstract(UNet, unet, lora=config.lora, remat=config.remat)
+        teacher = functools.partial(functional.abstract, UNet, unet, replicated=replicated)
+        self.teacher, _ = teacher()
+        self.lora_teacher, _ = teacher(lora=config.lora, remat=config.remat)
         self.optimizer, self.lora_optimizer = config.optimizers()
         self.learning_rate, self.lora_learning_rate = config.learning_rates()
 
@@ -389,6 +393,8 @@ def make_train_step(
     schedule: Schedule,
     encode_text: EncodeText,
     clip_features: ClipFeatures | None = None,
+    *,
+    replicated: bool = False,
 ) -> TrainStep:
     """The training step (state, frozen, batch, key) -> (state, metrics); jit it with donate_argnums=0."""
-    return Distillation(config, unet, schedule, encode_text, clip_features).train_step
+    return Distillation(config, unet, schedule, encode_text, clip_features, replicated=replicated).train_step

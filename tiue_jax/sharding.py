@@ -176,14 +176,28 @@ def gathered(tree: Any) -> Any:
     """
     if not _fully_sharded():
         return tree
+    # backwards the same is asked of the gradient
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
-    def whole(x: jax.Array) -> jax.Array:
-        # what is asked of the whole would otherwise be asked of what it is made from as well, up to where x was cast or
-        # left a jax.checkpoint's barrier, and all parameters would be gathered there, in float32 and for good
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*(PartitionSpec.UNCONSTRAINED,) * x.ndim))
-        return jax.lax.with_sharding_constraint(x, PartitionSpec())  # backwards the same is asked of the gradient
 
-    return jax.tree.map(whole, tree)
+def split_parameters(tree: Any) -> Any:
+    """Parameters inside a traced function, split over the ambient mesh by `parameter_spec`.
+
+    XLA gives a value that nobody constrains the sharding that is asked of what is made from it. What is to be gathered
+    after a cast or a barrier, such as jax.checkpoint's, must be held split until then: it else is gathered before, in
+    float32 and for good.
+    """
+    if not _fully_sharded():
+        return tree
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+
+    def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        try:
+            return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, fsdp))
+        except ValueError:  # it cannot be, and a larger `replicate_below` has it everywhere
+            return x
+
+    return jax.tree.map_with_path(split, tree)
 
 
 def not_before(tree: Any, x: jax.Array) -> Any:

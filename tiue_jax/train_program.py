@@ -62,5 +62,6 @@ def make(
         frozen = sharding.structs(frozen, jax.tree.map(lambda _: sharding.replicated(mesh), frozen))
     else:
         frozen = placed(frozen)
-    step = distill.make_train_step(config, unet, schedule, encode_text, clip_features)
+    replicated = train.mesh_replicate_frozen
+    step = distill.make_train_step(config, unet, schedule, encode_text, clip_features, replicated=replicated)
     return TrainProgram(step, mesh, state, frozen)

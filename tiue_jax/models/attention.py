@@ -171,7 +171,9 @@ def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: j
     """`run(q, k, v)`, each device of the ambient mesh on its own rows of the batch."""
     if not (axes := sharding.ambient_axes()):  # one device, or inside another shard_map
         return run(q, k, v)
-    rows = PartitionSpec(tuple(name for name in sharding.BATCH_AXES if name in axes))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    # backwards there is a sum over every axis that is not named, if only of one device
+    rows = PartitionSpec(tuple(name for name in axes if name in sharding.BATCH_AXES or sizes[name] == 1))
     return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(q, k, v)
 
 

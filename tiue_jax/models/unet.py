@@ -203,10 +203,19 @@ class UNet(nnx.Module):
         cfg: the architecture.
         lora: where given, its target layers carry low-rank adapters (the LoRA teacher of method.md, step 8).
         remat: what the backward pass computes again, one of REMAT_POLICIES.
+        replicated: a mesh with an axis `fsdp` has the parameters whole on every device: none is gathered.
     """
 
-    def __init__(self, cfg: UNetConfig, *, lora: LoRAConfig | None = None, remat: str = "none", rngs: nnx.Rngs):
-        self.cfg, self.remat = cfg, remat
+    def __init__(
+        self,
+        cfg: UNetConfig,
+        *,
+        lora: LoRAConfig | None = None,
+        remat: str = "none",
+        replicated: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.cfg, self.remat, self.replicated = cfg, remat, replicated
         widths, depths, heads = (
             cfg.block_out_channels,
             cfg.per_block("layers_per_block"),
@@ -254,7 +263,7 @@ class UNet(nnx.Module):
         `time_cond` [b p], here and below, goes into the time embedding of a UNet with a `time_cond_proj_dim` p.
         """
         temb, text = self._embed_time(t, time_cond), self._cast(text)
-        h, run = self.conv_in(self._cast(latents)), _Run(self.remat, latents)
+        h, run = self.conv_in(self._cast(latents)), _Run(self, latents)
         skips = [h]
         for block in self.down_blocks:
             for i, resnet in enumerate(block.resnets):
@@ -286,7 +295,7 @@ class UNet(nnx.Module):
         b, k = t.shape
         temb = self._embed_time(rows.flatten(t), None if time_cond is None else rows.repeat(time_cond, b * k))
         h, skips, text = features.mid, list(features.skips), self._cast(text)
-        run = _Run(self.remat, skips[-1])
+        run = _Run(self, skips[-1])
         for block in self.up_blocks:
             for i, resnet in enumerate(block.resnets):
                 h = run(resnet, h, temb, skips.pop())
@@ -322,18 +331,20 @@ class _Run:
     the block before the first, then what goes into the first, and so on.
     """
 
-    def __init__(self, remat: str, after: jax.Array):
-        self.remat, self.after = remat, after
+    def __init__(self, unet: UNet, after: jax.Array):
+        self.remat, self.replicated, self.after = unet.remat, unet.replicated, after
 
     def __call__(
         self, block: Any, *args: jax.Array, call: Callable[..., jax.Array] = lambda block, *a: block(*a)
     ) -> jax.Array:
         """`call(block, *args)`."""
-        block, self.after = sharding.not_before(block, self.after), args[0]
-        whole = lambda block, *a: call(sharding.gathered(block), *a)
-        if self.remat == "none":
-            return whole(block, *args)
-        return functional.backward_in_turn(jax.checkpoint(whole, policy=REMAT_POLICIES[self.remat]))(block, *args)
+        run = call
+        if not self.replicated:
+            block, self.after = sharding.not_before(sharding.split_parameters(block), self.after), args[0]
+            run = lambda block, *a: call(sharding.gathered(sharding.split_parameters(block)), *a)
+        if self.remat != "none":
+            run = functional.backward_in_turn(jax.checkpoint(run, policy=REMAT_POLICIES[self.remat]))
+        return run(block, *args)
 
 
 def _resize(upsampler: layers.Upsample2D, h: jax.Array, size: tuple[int, int]) -> jax.Array:
