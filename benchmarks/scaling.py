@@ -1,9 +1,10 @@
 """How the student's time grows with batch, resolution and K, beside its FLOPs: does anything grow faster than its work?
 
-    python benchmarks/scaling.py [--shape reduced] [--rounds 5] [--json FILE]
+    python benchmarks/scaling.py [--shape reduced] [--rounds 5] [--json FILE] [--plot FILE]
 
 From noise and text embedding to latents, float32, on this machine. One of the three is varied at a time, the others
-stay at batch 1, 64 x 64 latents, K = 4. Every point is run once in each round; medians.
+stay at batch 1, 64 x 64 latents, K = 4. Every point is run once in each round; medians. `--plot` needs matplotlib: pip
+install 'tiue-jax[plots]'.
 """
 
 import argparse
@@ -46,12 +47,35 @@ def sampler(graphdef: Any, k: int) -> Callable[..., jax.Array]:
     return lambda params, noise, text: student.generate(functional.bind(graphdef, params), noise, text, form)
 
 
+def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
+    """One panel for each of what is varied: time and FLOPs over those of the base, on logarithmic axes."""
+    from matplotlib import pyplot
+
+    base = next(one for one in found if one["varied"] == "K" and one["value"] == Point().k)
+    figure, panels = pyplot.subplots(1, len(VARIED), figsize=(11, 3.6), sharey=True, layout="constrained")
+    for panel, what in zip(panels, VARIED, strict=True):
+        ones = [one for one in found if one["varied"] == what]
+        values = [one["value"] for one in ones]
+        for name, label, style in (("seconds", "time", "o-"), ("gflop", "FLOPs", "s--")):
+            panel.plot(values, [one[name] / base[name] for one in ones], style, label=label)
+        panel.set(xscale="log", yscale="log", xlabel=what, xticks=values, xticklabels=values)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel=f"over batch {Point().batch_size}, {Point().latent_size} latents, K = {Point().k}")
+    panels[0].legend()
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="reduced")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
     args = parser.parse_args()
+    if args.plot is not None:
+        import matplotlib  # noqa: F401 (found missing before the minutes of measuring, not after)
     cfg = shape(args.shape).unet
     graphdef, shapes = functional.abstract(UNet, cfg)
     params = jax.device_put(functional.init(shapes, seed=0))
@@ -95,6 +119,8 @@ def main() -> None:
         print(f"\n{table(header, rows)}")
     versions = machine("jax", "flax")
     print(f"\n{args.shape}, float32; {versions}; medians of {args.rounds} rounds.")
+    if args.plot:
+        plot(found, f"{args.shape}, float32, {versions}", args.plot)
     if args.json:
         args.json.write_text(json.dumps({"machine": versions, "points": found}, indent=1))
 

@@ -202,9 +202,16 @@ def split_parameters(tree: Any) -> Any:
 
 def not_before(tree: Any, x: jax.Array) -> Any:
     """Parameters that are not gathered before x is known; XLA else gathers those of a whole network when it begins."""
-    if not _fully_sharded():
-        return tree
+    return _wait(tree, x) if _fully_sharded() else tree
+
+
+@jax.custom_jvp
+def _wait(tree: Any, x: jax.Array) -> Any:
     return jax.lax.optimization_barrier((tree, x))[0]
+
+
+# a barrier backwards would have the gradients computed of parameters that need none
+_wait.defjvp(lambda primals, tangents: (_wait(*primals), tangents[0]))
 
 
 def _fully_sharded() -> bool:
