@@ -68,12 +68,15 @@ def test_splash_attention_is_the_definition(n, m, width):
     assert_same(functools.partial(attention.splash, interpret=True), definition, *qkv(n, m, width))
 
 
-@pytest.mark.parametrize(("n", "m", "width"), [(1024, 1024, 8), (1040, 70, 24)])
-def test_chunked_attention_is_the_definition(n, m, width):
-    """Chunks of 512 and, since 512 does not divide it, of 260; what is kept for the backward pass is no chunk's."""
+@pytest.mark.parametrize(("n", "m", "width", "chunk"), [(1024, 512, 8, 256), (1040, 260, 24, 260), (50, 40, 8, 50)])
+def test_chunked_attention_is_the_definition(n, m, width, chunk, monkeypatch):
+    """In chunks that divide the queries, and all at once; what is kept for the backward pass is of no chunk."""
+    monkeypatch.setattr(attention, "CHUNK", 300 * m)
+    assert attention._chunk(n, m) == chunk
     assert_same(attention.chunked, definition, *qkv(n, m, width, batch=2))
     _, pull = jax.eval_shape(lambda *a: jax.vjp(attention.chunked, *a), *qkv(n, m, width))
-    assert max(x.size for x in jax.tree.leaves(pull)) <= 2 * max(n, m) * width
+    kept = max(x.size for x in jax.tree.leaves(pull))
+    assert kept <= 2 * n * width if n * m >= attention.CHUNKED_FROM else kept == 2 * n * m
 
 
 @pytest.mark.parametrize("use_bias", [False, True])
@@ -107,8 +110,9 @@ def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
         ("cpu", 4096, 4096, 64, jnp.bfloat16, False, "chunked"),
         ("cpu", 1024, 1024, 64, jnp.float32, False, "chunked"),
         ("cpu", 1024, 1024, 64, jnp.float32, True, "xla"),
-        ("cpu", 4096, 77, 64, jnp.float32, False, "xla"),
+        ("cpu", 4096, 77, 64, jnp.float32, False, "chunked"),
         ("cpu", 4099, 4099, 64, jnp.float32, False, "xla"),  # a prime number
+        ("cpu", 67, 67, 64, jnp.float32, False, "chunked"),
     ],
 )
 def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected, monkeypatch):
@@ -175,7 +179,7 @@ from tiue_jax.models import attention
 
 mesh = sharding.make_mesh(data=2, fsdp=4)
 rng = np.random.default_rng(0)
-heads = [rng.standard_normal((8, 1, 128, 40), np.float32) for _ in "qkv"]
+heads = [rng.standard_normal((8, 1, 512, 40), np.float32) for _ in "qkv"]
 q, k, v = sharding.place(heads, sharding.batch_sharding(mesh))
 many = jax.vmap(attention.attend, in_axes=(None, None, 0))
 loss = lambda q, k, v: jnp.sum(jnp.square(many(q, k, jnp.stack([v, 2 * v]))))

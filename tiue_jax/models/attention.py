@@ -5,7 +5,7 @@
 | TPU | 1,024 queries and keys or more, multiples of 128 | `splash` | plain softmax writes every logit to memory |
 | TPU | the 256- and 64-token levels, 77 keys of text, causal | `xla` | few logits; the kernel's tiles are larger |
 | CUDA | bfloat16 or float16, width a multiple of 8 that the GPU takes | `cudnn` | fused, at every length |
-| CPU | 2^20 logits a head or more | `chunked` | they stay in the cache |
+| CPU | not causal | `chunked` | 2^18 logits a head or more would leave the cache; no transposes |
 | all others | | `xla` | |
 
 Nothing here was timed on a TPU or GPU. The TPU compiler, ahead of time for v5e, batch 8, 4,096 tokens in 5 heads of 64,
@@ -35,8 +35,7 @@ Implementation = Literal["xla", "chunked", "cudnn", "splash", "splash_interprete
 IMPLEMENTATIONS = get_args(Implementation)
 OUTPUT = "attention"  # what jax.checkpoint policies call the result, with the normaliser that the backward pass needs
 SPLASH_FROM = 1024  # tokens
-CHUNKED_FROM = 2**20  # logits of a head
-CHUNK = 512  # queries, at most
+CHUNKED_FROM, CHUNK = 2**18, 2**22  # logits of a head; of a chunk, at most
 LANES = 128  # of a TPU register: splash takes lengths that are multiples of it
 
 # Around tracing, `with implementation("xla"):` has one of IMPLEMENTATIONS for every shape, whatever the platform.
@@ -67,7 +66,7 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -
     lengths, width = (q.shape[2], k.shape[2]), q.shape[3]
     if platform == "tpu" and not is_causal and min(lengths) >= SPLASH_FROM and not any(n % LANES for n in lengths):
         return "splash"
-    if platform == "cpu" and not is_causal and math.prod(lengths) >= CHUNKED_FROM and _chunk(lengths[0]) >= LANES:
+    if platform == "cpu" and not is_causal and (math.prod(lengths) < CHUNKED_FROM or _chunk(*lengths) >= LANES):
         return "chunked"
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= _cudnn_width():
         return "cudnn"
@@ -139,32 +138,35 @@ def _tile(length: int, limit: int = 4 * LANES) -> int:
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Some queries of one head after the other, each device on its own rows of the batch.
+    """Where a head has many logits, some queries of one head after the other, each device on its own rows of the batch.
 
-    A chunk's logits are all that there ever are, which a CPU's cache holds; the backward pass computes them again
-    (arXiv 2112.05682). Chunks are of the most queries up to 512 that divide their number.
+    A chunk's logits are all that there ever are, and a CPU's cache holds them; the backward pass computes them again
+    (arXiv 2112.05682). Few logits are computed all at once.
     """
 
-    def attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [s d], [m d], [m d] -> [s d]
-        logits = jnp.einsum("sd,md->sm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    def attend_some(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [... s d], [... m d], [... m d]
+        logits = jnp.einsum("...sd,...md->...sm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
         return jax.nn.softmax(logits).astype(v.dtype) @ v
 
     def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head
-        return jax.lax.map(lambda chunk: jax.checkpoint(attend_chunk)(chunk, k, v), q)
+        return jax.lax.map(lambda chunk: jax.checkpoint(attend_some)(chunk, k, v), q)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         b, heads, n, width = q.shape
         one_axis = lambda x: x.reshape(b * heads, *x.shape[2:])
-        chunks = one_axis(q).reshape(b * heads, -1, _chunk(n), width)
+        chunks = one_axis(q).reshape(b * heads, -1, _chunk(n, k.shape[2]), width)
         return jax.lax.map(attend_head, (chunks, one_axis(k), one_axis(v))).reshape(q.shape)
 
+    if q.shape[2] * k.shape[2] < CHUNKED_FROM:
+        return attend_some(q, k, v)
     return _on_own_rows(run, q, k, v)
 
 
-def _chunk(length: int) -> int:
-    """The largest divisor of a length up to CHUNK."""
-    return next(size for size in range(min(length, CHUNK), 0, -1) if length % size == 0)
+def _chunk(queries: int, keys: int) -> int:
+    """How many queries make a chunk: the most that divide their number."""
+    limit = max(min(queries, CHUNK // keys), 1)
+    return next(size for size in range(limit, 0, -1) if queries % size == 0)
 
 
 def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
