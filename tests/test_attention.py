@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tests import devices
 from tiue_jax.models import attention
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
 
@@ -197,7 +197,7 @@ for kind in ("splash_interpreted", "chunked"):
 
 
 def test_attention_of_a_sharded_batch():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8)
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests import devices
 from tiue_jax import sharding
 from tiue_jax.checkpoint import BrokenCheckpointError, Checkpoints, NotSavedError, check_config, checksums, read_weights
 
@@ -339,7 +340,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 
 
 def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8)
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shapes = {"kernel": jax.ShapeDtypeStruct((512, 256), jnp.float32), "lora": jax.ShapeDtypeStruct((3,), jnp.float32)}
@@ -375,7 +376,7 @@ def test_two_processes_save_one_checkpoint(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(4)
     argv = [sys.executable, "-c", BY_TWO_PROCESSES, tmp_path, address]
     both = [subprocess.Popen([*argv, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
     errors = [process.communicate(timeout=400)[1] for process in both]

@@ -1,7 +1,6 @@
 """distributed.py: joining, stopping together, the notice of preemption, and training in two real processes."""
 
 import http.server
-import os
 import re
 import signal
 import socket
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import devices
 from tests.test_train import checkpoints, command, losses, write_model
 from tiue_jax import distributed
 from tiue_jax.checkpoint import read_weights
@@ -143,9 +143,7 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
         "train__validation_every": 1000,
         "train__checkpoint_every": 1000,
     }
-    flags = f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8 // processes)
     env |= {"JAX_COMPILATION_CACHE_DIR": str(model / "compiled"), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     with socket.socket() as free:
         free.bind(("localhost", 0))

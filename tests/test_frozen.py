@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 from tiue_jax import convert, distill, frozen, sharding
 from tiue_jax.distill import DistillConfig, Frozen
 from tiue_jax.models import functional
@@ -87,7 +86,7 @@ json.dump(test_frozen.digests(state, frozen), sys.stdout)
 
 
 def test_eight_devices_start_as_one_does_bit_for_bit(folder, started):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8)
     argv = [sys.executable, "-c", ON_EIGHT_DEVICES, str(folder)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

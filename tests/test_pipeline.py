@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import devices, tiny
 from tiue_jax import components, convert, images, pipeline, samplers
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
@@ -97,9 +96,7 @@ from tiue_jax.pipeline import Pipeline
 assert jax.device_count() == 8
 np.save({str(tmp_path / "eight.npy")!r}, Pipeline.from_pretrained({str(folder)!r})(["red", "apple", "pear"]))
 """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    subprocess.run([sys.executable, "-c", code], check=True, env=devices.environment(8))
     assert_close(np.load(tmp_path / "eight.npy"), pipe(["red", "apple", "pear"], batch_size=3))
 
 

@@ -1,6 +1,5 @@
 """sharding.py: the mesh, the parameter rule on named kernels, batches, and the messages of its errors."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests import devices
 from tiue_jax import sharding
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,6 @@ with jax.set_mesh(mesh):
 
 
 def test_eight_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8)
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

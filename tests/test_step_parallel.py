@@ -1,6 +1,5 @@
 """The student's timesteps split over devices: the same latents, one decoder's work each, and one small sum between."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from tests import tiny
+from tests import devices, tiny
 from tiue_jax.pipeline import Pipeline, check_mesh_step
 from tiue_jax.sampling import Sampling
 
@@ -81,9 +80,8 @@ for step in (2, 4):
 
 def on_four_devices(script: str, *args: str) -> str:
     """The script's output."""
-    flags = "--xla_force_host_platform_device_count=4 " + os.environ["XLA_FLAGS"]
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script, *args], env=env, capture_output=True, text=True)
+    argv = [sys.executable, "-c", script, *args]
+    done = subprocess.run(argv, env=devices.environment(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,6 +1,5 @@
 """Weights are read a few tensors at a time, straight to where they belong."""
 
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests import devices
 from tiue_jax import convert, sharding
 from tiue_jax.convert import stored, tree
 
@@ -120,7 +120,7 @@ for a, b, s in zip(*map(jax.tree.leaves, (got, want, placed)), strict=True):
 
 
 def test_eight_devices(folder):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    env = devices.environment(8)
     subprocess.run([sys.executable, "-c", EIGHT, str(folder)], check=True, env=env)
 
 

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import train
-from tests import tiny
+from tests import devices, tiny
 from tests.events import scalars
 from tiue_jax.checkpoint import Checkpoints
 from tiue_jax.data import embed, prepare
@@ -387,16 +387,12 @@ def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, mod
     eight = {"train__mesh_data": 2, "train__mesh_fsdp": 4, "train__mesh_replicate_below": 512}
     four = eight | {"train__mesh_data": 1, "train__mesh_replicate_frozen": True}
     four |= {"distill__gradient_accumulation_steps": 2}
-    for devices, steps, settings in ((8, 2, eight), (4, 3, four)):
+    for count, steps, settings in ((8, 2, eight), (4, 3, four)):
         settings["train__max_train_steps"] = steps
-        env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "PYTHONPATH": str(ROOT),
-        }
         argv = [sys.executable, str(ROOT / "train.py"), *command(model, tmp_path, **settings)[1:]]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True)
+        done = subprocess.run(argv, env=devices.environment(count), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert f"batch of 8 on {devices} device(s)" in done.stdout
+        assert f"batch of 8 on {count} device(s)" in done.stdout
     assert train.main(command(model, tmp_path)) == 0
     assert checkpoints(tmp_path) == [3, 4]  # the newest two, as the recipe keeps
     expected, got = losses(whole), losses(tmp_path)

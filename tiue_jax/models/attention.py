@@ -146,7 +146,10 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     def attend_some(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [... s d], [... m d], [... m d]
         logits = jnp.einsum("...sd,...md->...sm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-        return jax.nn.softmax(logits).astype(v.dtype) @ v
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        total = weights.sum(-1, keepdims=True)  # divided by last, where there is less to divide
+        values = jnp.einsum("...sm,...md->...sd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (values / total).astype(v.dtype)
 
     def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head
