@@ -1,0 +1,74 @@
+"""Attention on this machine: each implementation of models/attention.py that runs here, beside PyTorch's.
+
+    python benchmarks/attention.py [--dtype float32] [--rounds 9]
+
+Shapes of the UNet's levels at K = 4, and of the VAE's one attention. They alternate within a round; medians, and the
+rate of the two matrix products. PyTorch is `scaled_dot_product_attention` on the CPU, in the same process.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from machine import machine
+from side_by_side import table
+
+from tiue_jax.models import attention
+
+# batch * k, heads, queries, keys, width of a head
+SHAPES = (
+    (4, 1, 4096, 4096, 64),
+    (4, 1, 4096, 77, 64),
+    (4, 2, 1024, 1024, 64),
+    (4, 4, 256, 256, 64),
+    (4, 4, 64, 64, 64),
+    (4, 4, 256, 256, 32),  # the emoji models' largest
+    (1, 1, 4096, 4096, 512),  # a VAE
+)
+HERE = {"cpu": ("xla", "chunked"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
+
+
+def programs(arrays: list[np.ndarray], dtype: str, kinds: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+    on_device = [jax.numpy.asarray(x, dtype) for x in arrays]
+    found: dict[str, Callable[[], Any]] = {}
+    for kind in kinds:
+        with attention.implementation(kind):
+            compiled = jax.jit(attention.attend).lower(*on_device).compile()
+        found[kind] = lambda compiled=compiled: jax.block_until_ready(compiled(*on_device))
+    tensors = [torch.tensor(x, dtype=getattr(torch, dtype)) for x in arrays]
+    return found | {"PyTorch": lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    kinds, rng, rows = HERE[jax.default_backend()], np.random.default_rng(0), []
+    for b, heads, n, m, width in SHAPES:
+        arrays = [rng.standard_normal((b, heads, length, width), np.float32) for length in (n, m, m)]
+        runs = programs(arrays, args.dtype, kinds)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run()
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - began)
+        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        gflop = 4 * b * heads * n * m * width / 1e9
+        cells = (f"{1e3 * medians[name]:.2f} ms, {gflop / medians[name]:.0f}" for name in runs)
+        rows.append((f"{b} x {heads} x {n:,} on {m:,}, {width}", *cells))
+    header = ("rows x heads x queries on keys, width", *(f"{name}, GFLOP/s" for name in (*kinds, "PyTorch")))
+    print(table(header, rows))
+    print(f"\n{args.dtype}; {machine('jax', 'torch')}; medians of {args.rounds} rounds.")
+
+
+if __name__ == "__main__":
+    main()
