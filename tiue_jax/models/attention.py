@@ -149,7 +149,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)  # divided by last, where there is less to divide
         values = jnp.einsum("...sm,...md->...sd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (values / total).astype(v.dtype)
+        return (checkpoint_name(values, OUTPUT) / total).astype(v.dtype)
 
     def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head
@@ -163,7 +163,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     if q.shape[2] * k.shape[2] < CHUNKED_FROM:
         return attend_some(q, k, v)
-    return _on_own_rows(run, q, k, v)
+    return checkpoint_name(_on_own_rows(run, q, k, v), OUTPUT)
 
 
 def _chunk(queries: int, keys: int) -> int:
@@ -195,7 +195,7 @@ def _run(kind: Implementation, is_causal: bool, q: jax.Array, k: jax.Array, v: j
     if is_causal:
         raise ValueError(f"{kind} attention is not causal here")
     if kind == "chunked":
-        return checkpoint_name(chunked(q, k, v), OUTPUT)
+        return chunked(q, k, v)
     return splash(q, k, v, interpret=kind == "splash_interpreted")
 
 
