@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tests import devices
 from tiue_jax.models import attention
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
-
-ROOT = Path(__file__).parents[1]
 
 
 def qkv(n, m, width, heads=2, batch=1, dtype=jnp.float32):

@@ -22,8 +22,6 @@ from tiue_jax.checkpoint import read_weights
 from tiue_jax.distributed import StopRequest
 from tiue_jax.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.mark.parametrize(
     ("processes", "message"),

@@ -22,7 +22,6 @@ from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPVisionConfig
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
-ROOT = Path(__file__).parents[1]
 DISTILL = DistillConfig(lora_rank=2, compute_dtype="bfloat16")
 
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from tests import devices
 from tiue_jax import sharding
-
-ROOT = Path(__file__).parents[1]
 
 
 def struct(*shape: int) -> jax.ShapeDtypeStruct:

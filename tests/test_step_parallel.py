@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -10,8 +9,6 @@ from jax.sharding import AbstractMesh
 from tests import devices, tiny
 from tiue_jax.pipeline import Pipeline, check_mesh_step
 from tiue_jax.sampling import Sampling
-
-ROOT = Path(__file__).parents[1]
 
 LATENTS = """
 import re

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -15,7 +14,6 @@ from tests import devices
 from tiue_jax import convert, sharding
 from tiue_jax.convert import stored, tree
 
-ROOT = Path(__file__).parents[1]
 ARRAYS = {
     "conv.weight": np.arange(8 * 3 * 2 * 2, dtype=np.float32).reshape(8, 3, 2, 2),
     "linear.weight": np.arange(16 * 4, dtype=np.float32).reshape(16, 4),

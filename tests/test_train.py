@@ -388,13 +388,11 @@ def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, mod
     four = eight | {"train__mesh_data": 1, "train__mesh_replicate_frozen": True}
     four |= {"distill__gradient_accumulation_steps": 2}
     for count, steps, settings in ((8, 2, eight), (4, 3, four)):
-        settings["train__max_train_steps"] = steps
-        argv = [sys.executable, str(ROOT / "train.py"), *command(model, tmp_path, **settings)[1:]]
-        done = subprocess.run(argv, env=devices.environment(count), capture_output=True, text=True)
+        argv = [sys.executable, *command(model, tmp_path, **settings, train__max_train_steps=steps)]
+        done = subprocess.run(argv, cwd=ROOT, env=devices.environment(count), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"batch of 8 on {count} device(s)" in done.stdout
-    assert train.main(command(model, tmp_path)) == 0
-    assert checkpoints(tmp_path) == [3, 4]  # the newest two, as the recipe keeps
+    assert train.main(command(model, tmp_path)) == 0 and checkpoints(tmp_path) == [3, 4]  # the newest two
     expected, got = losses(whole), losses(tmp_path)
     assert got.keys() == expected.keys()
     # float32 sums in another order; Adam's first steps, which divide by a small second moment, enlarge that

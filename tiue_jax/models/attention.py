@@ -56,7 +56,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False)
         return run(implementation.value)(q, k, v)
     if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return run(choose(device.platform, q, k, is_causal))(q, k, v)
-    kinds = {name: choose(kind, q, k, is_causal) for name, kind in (("tpu", "tpu"), ("cuda", "gpu"), ("cpu", "cpu"))}
+    choice = lambda platform: choose(platform, q, k, is_causal)
+    kinds = {"tpu": choice("tpu"), "cuda": choice("gpu"), "cpu": choice("cpu")}
     special = {platform: run(kind) for platform, kind in kinds.items() if kind != "xla"}
     return jax.lax.platform_dependent(q, k, v, **special, default=run("xla")) if special else run("xla")(q, k, v)
 
