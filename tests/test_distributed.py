@@ -163,9 +163,10 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
     return [(process.returncode, out, err) for process, out, err in with_output]
 
 
-def said(output: str) -> list[str]:
-    """What a process printed, without gloo's own lines."""
-    return [line for line in output.splitlines() if line and not line.startswith("[Gloo] ")]
+def said(output: str) -> str:
+    """What a process printed, without what gloo writes of its own: in pieces, which its threads may mix."""
+    gloo = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
+    return re.sub(gloo, "", output).strip()
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_two_processes_train_stop_die_and_resume_as_one(tmp_path):
     assert [status for status, _, _ in stopped] == [143, 143], stopped
     (_, first, _), (_, second, _) = stopped
     step = int(re.search(r"stopped by SIGTERM: saved .*/checkpoints/(\d+), resume", first)[1])
-    assert 3 <= step < 100 and said(second) == []
+    assert 3 <= step < 100 and said(second) == ""
     assert not (workdir / "student").exists()
 
     (survived, first, _), (killed, _, _) = launch(
@@ -190,7 +191,7 @@ def test_two_processes_train_stop_die_and_resume_as_one(tmp_path):
     finished = launch(model, workdir, 2, train__max_train_steps=last)
     assert [status for status, _, _ in finished] == [0, 0], finished
     (_, first, _), (_, second, _) = finished
-    assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and said(second) == []
+    assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and said(second) == ""
 
     ((status, _, error),) = launch(model, tmp_path / "one", 1, train__max_train_steps=last)
     assert status == 0, error
