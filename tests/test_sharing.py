@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from tests.tiny import UNET, random_params
 from tiue_jax import student
 from tiue_jax.flops import flops
-from tiue_jax.models import convolution, functional, layers, lora
+from tiue_jax.models import convolution, functional, layers, lora, upsampling
 from tiue_jax.models.unet import UNet, UNetConfig
 
 # UNET has, as Stable Diffusion, groups across the border of h and skip: of 6 channels, where 16 meet 8
@@ -144,7 +144,7 @@ def test_upsampling(dtype, size, products):
     direction = draw(1, 2 * h, 2 * w, channels)
 
     def resized(params, x):
-        return functional.bind(graphdef, params).conv(convolution.resize_nearest(x, (2 * h, 2 * w)))
+        return functional.bind(graphdef, params).conv(upsampling.resize_nearest(x, (2 * h, 2 * w)))
 
     upsampled = lambda params, x: functional.bind(graphdef, params)(x)
     value_and_gradients = lambda f: (f(params, x), jax.vjp(f, params, x)[1](direction))
@@ -166,9 +166,9 @@ def test_operations_at_full_size(monkeypatch):
     )
     four, one = sampler(4), sampler(1)
     resized = lambda x, kernel: convolution.convolve(
-        convolution.resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2])), kernel
+        upsampling.resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2])), kernel
     )
-    monkeypatch.setattr(convolution, "upsample_convolve", resized)
+    monkeypatch.setattr(upsampling, "upsample_convolve", resized)
     step = flops(lambda p, x, text: functional.bind(graphdef, p)(x, jnp.zeros(1, jnp.int32), text), *args)
     print(f"K = 4: {four / 1e9:.0f} GFLOP, K = 1: {one / 1e9:.0f}, one plain step: {step / 1e9:.0f}")
     assert step == pytest.approx(804e9, rel=0.005)

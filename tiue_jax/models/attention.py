@@ -29,7 +29,9 @@ from jax.extend.backend import get_backend
 from jax.sharding import PartitionSpec
 
 from tiue_jax import sharding
+from tiue_jax.models import chunks
 from tiue_jax.models.lora import LoRALinear
+from tiue_jax.models.platforms import run_for_platform
 
 Implementation = Literal["xla", "chunked", "cudnn", "splash", "splash_interpreted"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -45,8 +47,7 @@ implementation = jax.make_user_context(None)
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
     """softmax(q k^T / sqrt(d)) v with float32 logits: q [b h n d], k and v [b h m d] -> [b h n d].
 
-    The platform is that of the ambient mesh (`jax.set_mesh`), which may be one that is only compiled for; without one
-    it is whichever the program is lowered for. Several TPUs need the mesh: XLA does not partition a Pallas kernel.
+    Several TPUs need an ambient mesh (`jax.set_mesh`): XLA does not partition a Pallas kernel.
 
     Raises:
         ValueError: the context's `implementation` is unknown or does not take this shape.
@@ -54,12 +55,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False)
     run = lambda kind: functools.partial(_run, kind, is_causal)
     if implementation.value is not None:
         return run(implementation.value)(q, k, v)
-    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
-        return run(choose(device.platform, q, k, is_causal))(q, k, v)
-    choice = lambda platform: choose(platform, q, k, is_causal)
-    kinds = {"tpu": choice("tpu"), "cuda": choice("gpu"), "cpu": choice("cpu")}
-    special = {platform: run(kind) for platform, kind in kinds.items() if kind != "xla"}
-    return jax.lax.platform_dependent(q, k, v, **special, default=run("xla")) if special else run("xla")(q, k, v)
+    return run_for_platform(lambda platform: choose(platform, q, k, is_causal), run, q, k, v)
 
 
 def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -> Implementation:
@@ -159,8 +155,8 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         b, heads, n, width = q.shape
         one_axis = lambda x: x.reshape(b * heads, *x.shape[2:])
-        chunks = one_axis(q).reshape(b * heads, -1, _chunk(n, k.shape[2]), width)
-        return jax.lax.map(attend_head, (chunks, one_axis(k), one_axis(v))).reshape(q.shape)
+        parts = one_axis(q).reshape(b * heads, -1, _chunk(n, k.shape[2]), width)
+        return jax.lax.map(attend_head, (parts, one_axis(k), one_axis(v))).reshape(q.shape)
 
     if q.shape[2] * k.shape[2] < CHUNKED_FROM:
         return attend_some(q, k, v)
@@ -168,9 +164,8 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _chunk(queries: int, keys: int) -> int:
-    """How many queries make a chunk: the most that divide their number."""
-    limit = max(min(queries, CHUNK // keys), 1)
-    return next(size for size in range(limit, 0, -1) if queries % size == 0)
+    """How many queries make a chunk."""
+    return chunks.divisor(queries, limit=CHUNK // keys)
 
 
 def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tiue_jax.models import attention, convolution, rows
+from tiue_jax.models import attention, rows, upsampling
 from tiue_jax.models.convolution import Conv
 
 STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
@@ -230,5 +230,5 @@ class Upsample2D(nnx.Module):
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         twice = 2 * x.shape[1], 2 * x.shape[2]
         if size in (None, twice):
-            return self.conv.linear(lambda kernel: convolution.upsample_convolve(x, kernel))
-        return self.conv(convolution.resize_nearest(x, size))
+            return self.conv.linear(lambda kernel: upsampling.upsample_convolve(x, kernel))
+        return self.conv(upsampling.resize_nearest(x, size))

@@ -70,7 +70,8 @@ class LoRAConv(Conv):
         shape: dict[str, Any] = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
         super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs, **shape)
         self.lora_A = Conv(base.in_features, config.rank, use_bias=False, rngs=rngs, **shape)
-        self.lora_B = Conv(config.rank, base.out_features, (1, 1), use_bias=False, rngs=rngs)
+        pointwise: dict[str, Any] = {"kernel_size": (1, 1), "padding": ((0, 0), (0, 0))}
+        self.lora_B = Conv(config.rank, base.out_features, use_bias=False, rngs=rngs, **pointwise)
         self.scale = config.alpha / config.rank
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiue_jax.models.convolution import resize_nearest
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import conv2d
+from tiue_jax.models.upsampling import resize_nearest
 from tiue_jax.models.vae import dump_config, parse_config
 
 LATENT_CLAMP = 3.0  # of the decoder's input, by tanh; a constant of diffusers, not its latent_magnitude

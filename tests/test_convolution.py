@@ -1,0 +1,120 @@
+"""models/convolution.py: every implementation against XLA's convolution, and which one is taken where."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.tiny import UNET, random_params
+from tiue_jax.models import convolution, functional, upsampling, winograd
+from tiue_jax.models.unet import UNet
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32))
+
+
+def error(ours, expected) -> float:
+    return float(jnp.abs(ours - expected).max() / jnp.abs(expected).max())
+
+
+def with_gradients(function, x, kernel):
+    y, pull = jax.vjp(function, x, kernel)
+    return y, *pull(draw(*y.shape, seed=1))
+
+
+def assert_same(function, reference, *args):
+    for ours, expected in zip(with_gradients(function, *args), with_gradients(reference, *args), strict=True):
+        assert ours.shape == expected.shape and error(ours, expected) < 2e-6
+
+
+@pytest.mark.parametrize("tiles", [1024, 16, 1])
+@pytest.mark.parametrize(("b", "h", "w", "c", "d"), [(1, 8, 8, 24, 16), (3, 12, 10, 8, 40), (2, 2, 2, 5, 3)])
+def test_winograd_is_the_convolution(b, h, w, c, d, tiles, monkeypatch):
+    """All at once and in chunks; gradients too. Its error in float32 is of a direct sum's order."""
+    monkeypatch.setattr(winograd, "TILES", tiles)
+    args = draw(b, h, w, c), draw(3, 3, c, d)
+    assert_same(winograd.winograd, convolution.xla, *args)
+
+
+def test_the_error_of_winograd_is_near_that_of_a_direct_sum():
+    x, kernel = draw(1, 32, 32, 256), draw(3, 3, 256, 64)
+    with jax.enable_x64(True):
+        exact = convolution.xla(*(jnp.asarray(np.float64(y)) for y in (x, kernel)))
+    rms = lambda y: float(jnp.sqrt(jnp.mean(jnp.square(y - np.asarray(exact)))) / np.sqrt(np.mean(np.square(exact))))
+    ours, direct = rms(winograd.winograd(x, kernel)), rms(convolution.xla(x, kernel))
+    print(f"rms error: Winograd {ours:.1e}, XLA's convolution {direct:.1e}")
+    assert ours < 3 * direct
+
+
+def test_winograd_refuses_odd_sizes():
+    with pytest.raises(ValueError, match="even height and width, got 4 x 7"):
+        winograd.winograd(draw(1, 4, 7, 2), draw(3, 3, 2, 2))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("size", "h", "w"), [(1, 4, 6), (3, 4, 6), (3, 5, 7), (5, 6, 6)])
+def test_patches_are_the_convolution(size, h, w, stride):
+    in_strides = lambda function: lambda x, kernel: function(x, kernel, stride)
+    assert_same(in_strides(convolution.patches), in_strides(convolution.xla), draw(2, h, w, 6), draw(size, size, 6, 7))
+
+
+@pytest.mark.parametrize("pixels", [4096, 20])
+def test_sums_of_products_are_the_convolution_of_what_is_upsampled(pixels, monkeypatch):
+    monkeypatch.setattr(upsampling, "PRODUCTS", pixels)
+    resized = lambda x, kernel: convolution.xla(upsampling.resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2])), kernel)
+    assert_same(upsampling.sum_products, resized, draw(2, 6, 5, 8), draw(3, 3, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("platform", "x", "kernel", "stride", "dtype", "expected"),
+    [
+        ("cpu", (1, 64, 64, 320), (3, 3, 320, 320), 1, jnp.float32, "winograd"),
+        ("cpu", (4, 32, 32, 1280), (3, 3, 1280, 640), 1, jnp.float32, "winograd"),
+        ("cpu", (1, 63, 64, 320), (3, 3, 320, 320), 1, jnp.float32, "xla"),  # an odd height
+        ("cpu", (1, 64, 64, 320), (3, 3, 320, 320), 2, jnp.float32, "xla"),
+        ("cpu", (1, 64, 64, 4), (3, 3, 4, 320), 1, jnp.float32, "xla"),  # few channels
+        ("cpu", (4, 8, 8, 64), (3, 3, 64, 64), 1, jnp.float32, "xla"),  # little work
+        ("cpu", (1, 64, 64, 320), (3, 3, 320, 320), 1, jnp.bfloat16, "xla"),
+        ("cpu", (1, 8, 8, 1280), (3, 3, 1280, 1280), 1, jnp.float32, "patches"),
+        ("cpu", (1, 16, 16, 1280), (3, 3, 1280, 1280), 2, jnp.float32, "patches"),
+        ("cpu", (64, 2, 2, 192), (3, 3, 192, 192), 1, jnp.float32, "patches"),
+        ("cpu", (4, 64, 64, 640), (1, 1, 640, 320), 1, jnp.float32, "patches"),
+        ("gpu", (1, 64, 64, 320), (3, 3, 320, 320), 1, jnp.float32, "xla"),
+        ("tpu", (1, 64, 64, 320), (1, 1, 320, 320), 1, jnp.float32, "xla"),
+    ],
+)
+def test_the_implementation_by_platform_and_shape(platform, x, kernel, stride, dtype, expected):
+    structs = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, kernel))
+    assert convolution.choose(platform, *structs, stride) == expected
+
+
+@pytest.mark.parametrize(("shape", "stride", "products"), [((3, 3), 1, 4), ((3, 3), 2, 0), ((1, 1), 1, 1)])
+def test_a_layer_takes_the_implementation_of_its_shape(shape, stride, products, monkeypatch):
+    """On this machine's CPU: what is compiled has Winograd's products, or one, or a convolution."""
+    monkeypatch.setattr(convolution, "WINOGRAD_FROM", 0)
+    padding = tuple((size // 2, size // 2) for size in shape)
+    layer = convolution.Conv(
+        32, 40, shape, stride, padding=padding, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0)
+    )
+    x = draw(2, 8, 8, 32)
+    lowered = jax.jit(lambda x: layer(x)).lower(x).as_text()
+    assert lowered.count("stablehlo.dot_general") == 2 * products - (products == 1)  # and of the kernel's transform
+    assert lowered.count("stablehlo.convolution") == (products == 0)
+    assert error(layer(x), nnx.Conv.__call__(layer, x)) < 2e-6
+
+
+def test_a_unet_by_winograds_convolutions(monkeypatch):
+    """The tiny UNet, each convolution that has an even size; and its gradients."""
+    graphdef, _ = functional.abstract(UNet, UNET)
+    params, args = random_params(UNet, UNET, 0), (draw(2, 8, 8, 4), jnp.array([3, 700]), draw(2, 5, 8))
+    loss = lambda params: jnp.cos(functional.bind(graphdef, params)(*args)).sum()
+    run = lambda: jax.jit(jax.value_and_grad(loss))(params)
+    expected = run()
+    for name in ("WINOGRAD_FROM", "CHANNELS"):
+        monkeypatch.setattr(convolution, name, 0)
+    jax.clear_caches()
+    ours = run()
+    errors = jax.tree.leaves(jax.tree.map(error, ours, expected))
+    assert 0 < max(errors) < 1e-4
