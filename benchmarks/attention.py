@@ -7,8 +7,6 @@ rate of the two matrix products. PyTorch is `scaled_dot_product_attention` on th
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +14,7 @@ import jax
 import numpy as np
 import torch
 from machine import machine
-from side_by_side import table
+from side_by_side import medians, table
 
 from tiue_jax.models import attention
 
@@ -52,18 +50,9 @@ def main() -> None:
     kinds, rng, rows = HERE[jax.default_backend()], np.random.default_rng(0), []
     for b, heads, n, m, width in SHAPES:
         arrays = [rng.standard_normal((b, heads, length, width), np.float32) for length in (n, m, m)]
-        runs = programs(arrays, args.dtype, kinds)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for run in runs.values():
-            run()
-        for _ in range(args.rounds):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-        medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+        seconds = medians(programs(arrays, args.dtype, kinds), args.rounds)
         gflop = 4 * b * heads * n * m * width / 1e9
-        cells = (f"{1e3 * medians[name]:.2f} ms, {gflop / medians[name]:.0f}" for name in runs)
+        cells = (f"{1e3 * taken:.2f} ms, {gflop / taken:.0f}" for taken in seconds.values())
         rows.append((f"{b} x {heads} x {n:,} on {m:,}, {width}", *cells))
     header = ("rows x heads x queries on keys, width", *(f"{name}, GFLOP/s" for name in (*kinds, "PyTorch")))
     print(table(header, rows))

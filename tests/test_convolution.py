@@ -1,13 +1,14 @@
-"""models/convolution.py: every implementation against XLA's convolution, and which one is taken where."""
+"""models/convolution.py: every implementation against XLA's convolution, and which one is taken where; chunks.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from tests.tiny import UNET, random_params
-from tiue_jax.models import convolution, functional, upsampling, winograd
+from tiue_jax.models import convolution, functional, layers, upsampling, winograd
 from tiue_jax.models.unet import UNet
 
 
@@ -103,6 +104,32 @@ def test_a_layer_takes_the_implementation_of_its_shape(shape, stride, products, 
     assert lowered.count("stablehlo.dot_general") == 2 * products - (products == 1)  # and of the kernel's transform
     assert lowered.count("stablehlo.convolution") == (products == 0)
     assert error(layer(x), nnx.Conv.__call__(layer, x)) < 2e-6
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+@pytest.mark.parametrize("shape", [(64, 320), (8, 1280)])
+def test_a_batch_may_be_a_variable(shape, platform):
+    """As in an exported sampler: the choice is then that of one image."""
+    size, c = shape
+    structs = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*export.symbolic_shape("b"), size, size, c), (3, 3, c, c))
+    ]
+    both = lambda x, kernel: upsampling.upsample_convolve(convolution.convolve(x, kernel), kernel)
+    (found,) = export.export(jax.jit(both), platforms=[platform])(*structs).out_avals
+    assert str(found.shape) == f"(b, {2 * size}, {2 * size}, {c})"
+
+
+def test_a_feed_forward_layer_in_chunks(monkeypatch):
+    layer = layers.FeedForward(8, rngs=nnx.Rngs(0))
+    x = draw(2, 12, 8)
+    expected, pull = jax.vjp(layer, x)
+    (expected_gradient,) = pull(x)
+    monkeypatch.setattr(layers, "HIDDEN", 0)
+    monkeypatch.setattr(layers, "CHUNK", 9)
+    ours, pull = jax.vjp(layer, x)
+    assert error(ours, expected) < 1e-6 and error(pull(x)[0], expected_gradient) < 1e-6
+    jaxpr = str(jax.make_jaxpr(layer)(x))
+    assert "length=3" in jaxpr  # of 4 tokens of both images
 
 
 def test_a_unet_by_winograds_convolutions(monkeypatch):

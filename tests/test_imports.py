@@ -43,7 +43,13 @@ LAYERS = (
     ),
     ("tiue_jax.models",),
     ("tiue_jax.models.layers", "tiue_jax.models.attention", "tiue_jax.models.lora"),
-    ("tiue_jax.models.functional", "tiue_jax.models.convolution", "tiue_jax.models.rows"),
+    (
+        "tiue_jax.models.functional",
+        "tiue_jax.models.convolution",
+        "tiue_jax.models.upsampling",
+        "tiue_jax.models.rows",
+    ),
+    ("tiue_jax.models.winograd", "tiue_jax.models.chunks", "tiue_jax.models.platforms"),
     (
         "tiue_jax.flops",
         "tiue_jax.schedule",

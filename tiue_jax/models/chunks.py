@@ -1,10 +1,16 @@
-"""Images some rows at a time: of what is computed on the way, a chunk's share is all that there ever is."""
+"""Some rows or tokens at a time: of what is computed on the way, a chunk's share is all that there ever is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def known(n: Any) -> int:
+    """A number of rows, or 1 where it is a variable: an exported program's batch."""
+    return n if isinstance(n, int) else 1
 
 
 def divisor(n: int, limit: int) -> int:
@@ -24,3 +30,12 @@ def by_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int)
     some = lambda i: function(lax.dynamic_slice_in_dim(x, i * rows, rows + 2, axis=1))
     y = lax.map(some, jnp.arange(n))  # [n b r w' d]
     return y.swapaxes(0, 1).reshape(y.shape[1], n * y.shape[2], *y.shape[3:])
+
+
+def by_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array, tokens: int) -> jax.Array:
+    """`function`, [b tokens c] -> [b tokens d], of so many tokens of x [b l c], a divisor of l, after the others."""
+    b, length, c = x.shape
+    if tokens == length:
+        return function(x)
+    y = lax.map(function, x.reshape(b, length // tokens, tokens, c).swapaxes(0, 1))  # [n b tokens d]
+    return y.swapaxes(0, 1).reshape(b, length, y.shape[-1])

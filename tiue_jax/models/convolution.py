@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tiue_jax.models import chunks
 from tiue_jax.models.platforms import run_for_platform
 from tiue_jax.models.winograd import winograd
 
@@ -55,7 +56,7 @@ def choose(platform: str, x: jax.Array, kernel: jax.Array, stride: int = 1) -> I
     if platform != "cpu" or x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
         return "xla"
     (b, h, w, c), size, d = x.shape, kernel.shape[:2], kernel.shape[3]
-    pixels = b * -(-h // stride) * -(-w // stride)
+    pixels = chunks.known(b) * -(-h // stride) * -(-w // stride)
     if size == (1, 1) or (size == (3, 3) and (2 * pixels <= c or h * w <= 4)):
         return "patches"
     much = 9 * pixels * c * d >= WINOGRAD_FROM and min(c, d) >= CHANNELS

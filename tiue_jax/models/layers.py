@@ -14,10 +14,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tiue_jax.models import attention, rows, upsampling
+from tiue_jax.models import attention, chunks, rows, upsampling
 from tiue_jax.models.convolution import Conv
+from tiue_jax.models.platforms import run_for_platform
 
 STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
+HIDDEN, CHUNK = 2**22, 2**10  # values of a feed-forward layer from which on it is computed in chunks, of so many tokens
 
 
 def conv2d(
@@ -120,13 +122,20 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+    """[b l d] -> [b l d]; on a CPU some tokens at a time where the hidden layer would leave its cache."""
+
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         # index 1 is diffusers' dropout, kept so that the list indices, and so the tensor names, agree
         net: list[Any] = [GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)]
         self.net = nnx.List(net)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net[2](self.net[0](x))
+        b, length, d = x.shape
+        whole = lambda x: self.net[2](self.net[0](x))
+        in_chunks = lambda x: chunks.by_tokens(whole, x, chunks.divisor(length, limit=CHUNK // chunks.known(b)))
+        many = chunks.known(b) * length * 8 * d >= HIDDEN
+        choose = lambda platform: "chunks" if platform == "cpu" and many else "xla"
+        return run_for_platform(choose, {"xla": whole, "chunks": in_chunks}.__getitem__, x)
 
 
 class BasicTransformerBlock(nnx.Module):

@@ -23,7 +23,7 @@ def upsample_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     are float32 and rounded once.
     """
     b, h, w, c = x.shape
-    if b * h * w <= c:
+    if chunks.known(b) * h * w <= c:
         return sum_products(x, kernel)
     kinds = {"xla": sum_kernels, "products": sum_products}
     return run_for_platform(lambda platform: "products" if platform == "cpu" else "xla", kinds.__getitem__, x, kernel)
@@ -44,10 +44,11 @@ def sum_kernels(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def sum_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`upsample_convolve` from the products of every pixel with every tap, of some rows at a time if they are many."""
     b, h, w, _ = x.shape
-    if b * h * w <= PRODUCTS:
+    pixels = chunks.known(b) * w  # of a row, in all images
+    if h * pixels <= PRODUCTS:
         return _sum_products(x, kernel)
     x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    rows = chunks.divisor(h, limit=PRODUCTS // (b * w))
+    rows = chunks.divisor(h, limit=PRODUCTS // pixels)
     return chunks.by_rows(lambda part: _sum_products(part, kernel)[:, 2:-2], x, rows)
 
 

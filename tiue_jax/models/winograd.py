@@ -37,7 +37,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
         raise ValueError(f"Winograd's convolution needs an even height and width, got {h} x {w}")
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     transformed = [_transform(kernel, column) for column in range(4)]
-    pairs = chunks.divisor(h // 2, limit=TILES // (b * w // 2))
+    pairs = chunks.divisor(h // 2, limit=TILES // (chunks.known(b) * w // 2))
     return chunks.by_rows(lambda part: _some_rows(part, transformed), x, rows=2 * pairs)
 
 
