@@ -76,6 +76,9 @@ def test_sums_of_products_are_the_convolution_of_what_is_upsampled(pixels, monke
         ("cpu", (1, 63, 64, 320), (3, 3, 320, 320), 1, jnp.float32, "xla"),  # an odd height
         ("cpu", (1, 64, 64, 320), (3, 3, 320, 320), 2, jnp.float32, "xla"),
         ("cpu", (1, 64, 64, 4), (3, 3, 4, 320), 1, jnp.float32, "xla"),  # few channels
+        ("cpu", (4, 64, 64, 64), (3, 3, 64, 64), 1, jnp.float32, "winograd"),
+        ("cpu", (1, 256, 256, 64), (3, 3, 64, 64), 1, jnp.float32, "xla"),  # few channels of many pixels
+        ("cpu", (1, 512, 512, 128), (3, 3, 128, 128), 1, jnp.float32, "winograd"),
         ("cpu", (4, 8, 8, 64), (3, 3, 64, 64), 1, jnp.float32, "xla"),  # little work
         ("cpu", (1, 64, 64, 320), (3, 3, 320, 320), 1, jnp.bfloat16, "xla"),
         ("cpu", (1, 8, 8, 1280), (3, 3, 1280, 1280), 1, jnp.float32, "patches"),
@@ -94,7 +97,8 @@ def test_the_implementation_by_platform_and_shape(platform, x, kernel, stride, d
 @pytest.mark.parametrize(("shape", "stride", "products"), [((3, 3), 1, 4), ((3, 3), 2, 0), ((1, 1), 1, 1)])
 def test_a_layer_takes_the_implementation_of_its_shape(shape, stride, products, monkeypatch):
     """On this machine's CPU: what is compiled has Winograd's products, or one, or a convolution."""
-    monkeypatch.setattr(convolution, "WINOGRAD_FROM", 0)
+    for name in ("WINOGRAD_FROM", "CHANNELS"):
+        monkeypatch.setattr(convolution, name, 0)
     padding = tuple((size // 2, size // 2) for size in shape)
     layer = convolution.Conv(
         32, 40, shape, stride, padding=padding, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0)

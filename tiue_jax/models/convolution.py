@@ -3,7 +3,8 @@
 | platform | kernel, float32 | implementation | why |
 |---|---|---|---|
 | CPU | 1x1; 3x3 with twice as many channels as pixels, or on 2x2 pixels | `patches` | one product of matrices |
-| CPU | 3x3, of much work, 32 channels or more in and out, even height and width | `winograd` | 16 products for 36 |
+| CPU | 3x3, of much work, 128 channels or more in and out, even height and width | `winograd` | 16 products for 36 |
+| CPU | the same with 64 channels or more, up to 128 x 128 pixels | `winograd` | larger ones leave the cache |
 | all others | | `xla` | |
 
 benchmarks/convolution.py times them.
@@ -22,7 +23,8 @@ from tiue_jax.models.platforms import run_for_platform
 from tiue_jax.models.winograd import winograd
 
 Implementation = Literal["xla", "patches", "winograd"]
-WINOGRAD_FROM, CHANNELS = 2**27, 32  # multiply-adds: its loops take 0.2 s to compile; with fewer channels it is slow
+WINOGRAD_FROM = 2**27  # multiply-adds: its loops take tenths of a second to compile
+CHANNELS, PIXELS = 64, 2**14  # with fewer it is slow, and so are larger images unless they have twice as many
 
 
 class Conv(nnx.Conv):
@@ -59,7 +61,7 @@ def choose(platform: str, x: jax.Array, kernel: jax.Array, stride: int = 1) -> I
     pixels = chunks.known(b) * -(-h // stride) * -(-w // stride)
     if size == (1, 1) or (size == (3, 3) and (2 * pixels <= c or h * w <= 4)):
         return "patches"
-    much = 9 * pixels * c * d >= WINOGRAD_FROM and min(c, d) >= CHANNELS
+    much = 9 * pixels * c * d >= WINOGRAD_FROM and min(c, d) >= CHANNELS * (1 if h * w <= PIXELS else 2)
     if size == (3, 3) and stride == 1 and much and not (h % 2 or w % 2):
         return "winograd"
     return "xla"
