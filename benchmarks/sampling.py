@@ -33,6 +33,7 @@ from tiue_jax import convert, samplers, student
 from tiue_jax.flops import flops
 from tiue_jax.hub import resolve
 from tiue_jax.models import functional
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
@@ -131,7 +132,7 @@ def ours(shape: Shape, batch_size: int) -> Programs:
     latents = jax.device_put(latents_for_vae(shape, batch_size))
 
     def program(function: Callable[..., Any], *args: Any) -> Callable[[], np.ndarray]:
-        compiled = jax.jit(function)
+        compiled = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
         return lambda: np.asarray(compiled(*args))
 
     decode = lambda p, z: functional.bind(graphdef, p).decode(z)

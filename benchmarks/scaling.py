@@ -25,6 +25,7 @@ from side_by_side import table
 from tiue_jax import student
 from tiue_jax.flops import flops
 from tiue_jax.models import functional
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet
 from tiue_jax.schedule import Schedule
 
@@ -88,7 +89,8 @@ def main() -> None:
         arrays = rng.standard_normal(size, np.float32), rng.standard_normal((size[0], TOKENS, width), np.float32)
         function = sampler(graphdef, point.k)
         work[point] = flops(function, params, *arrays) / 1e9
-        compiled = jax.jit(function).lower(params, *arrays).compile()
+        options = compiler_options(jax.default_backend())
+        compiled = jax.jit(function, compiler_options=options).lower(params, *arrays).compile()
         runs[point] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(params, *arrays))
         runs[point]()
         print(f"  {point}: compiled", file=sys.stderr, flush=True)

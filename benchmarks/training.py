@@ -24,6 +24,7 @@ from side_by_side import Programs, Worker, alternate, table
 from tiue_jax.distill_config import DistillConfig
 from tiue_jax.flops import flops
 from tiue_jax.models import functional
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
 
@@ -65,7 +66,8 @@ def ours(case: Case) -> Programs:
     state = distill.init_state(CONFIG, params, distill.init_adapters(CONFIG, case.unet, seed=0))
     frozen = distill.Frozen(unet=jax.device_put(params))
     batch, key = {"text": jax.device_put(texts(case)[0])}, jax.random.key(0)
-    step = jax.jit(distillation(case).train_step, donate_argnums=0)
+    options = compiler_options(jax.default_backend())
+    step = jax.jit(distillation(case).train_step, donate_argnums=0, compiler_options=options)
 
     def run() -> np.ndarray:
         nonlocal state

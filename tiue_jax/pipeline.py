@@ -19,6 +19,7 @@ from tiue_jax import components, convert, hub, program, sharding, student
 from tiue_jax.components import DTYPES, Component
 from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
@@ -285,7 +286,8 @@ class Pipeline:
         key = program.Key.of(settings)
         if key not in self._compiled:
             parts = {name: getattr(self, name) for name in program.PARTS}
-            self._compiled[key] = jax.jit(program.make(parts, self.schedule, key, self.vae_tiling, self._mesh))
+            function = program.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
+            self._compiled[key] = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
         return self._compiled[key]
 
 

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from tiue_jax import distill, sharding
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.schedule import Schedule
 from tiue_jax.settings import Settings
@@ -25,7 +26,8 @@ class TrainProgram(NamedTuple):
     def trace(self, batch: Any, key: Any) -> jax.stages.Traced:
         """The jitted step, which donates the state and returns it where it was, on arrays or ShapeDtypeStructs."""
         outputs = sharding.of(self.state), sharding.replicated(self.mesh)
-        step = jax.jit(self.step, donate_argnums=0, out_shardings=outputs)
+        options = compiler_options(self.mesh.devices.flat[0].platform)
+        step = jax.jit(self.step, donate_argnums=0, out_shardings=outputs, compiler_options=options)
         with jax.set_mesh(self.mesh):  # attention is chosen by the mesh's platform
             return step.trace(self.state, self.frozen, batch, key)
 

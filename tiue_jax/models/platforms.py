@@ -1,4 +1,4 @@
-"""One function, computed by the implementation that suits the platform."""
+"""What suits the platform: one of several implementations of a function, and the options to compile a network with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,3 +19,12 @@ def run_for_platform(
     kinds = {"tpu": choose("tpu"), "cuda": choose("gpu"), "cpu": choose("cpu")}
     special = {platform: run(kind) for platform, kind in kinds.items() if kind != "xla"}
     return jax.lax.platform_dependent(*args, **special, default=run("xla")) if special else run("xla")(*args)
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """What `jax.jit(compiler_options=...)` of a whole network takes on a platform.
+
+    On a CPU XLA would begin with all that depends on parameters alone, every kernel cut, transposed or transformed, and
+    hold it until it is needed: for Stable Diffusion 2.1's student 2.4 GB in place of 0.3, which the system must clear.
+    """
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else {}
