@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.schedule import Schedule
 
 OURS, EAGER, COMPILED = "tiue_jax", "PyTorch", "PyTorch, torch.compile"
-TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
+PROGRAMS = TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
     *("TiUE", "TiUE, repeated", "one step", "4-step loop", "25 guided steps"),
     "VAE decoder",
 )
@@ -233,14 +233,14 @@ def counted(shape: Shape, batch_size: int) -> dict[str, float]:
     return found | {GUIDED: found[GUIDED] * STEPS / shape.guided_steps}
 
 
-def compare(name: str, batch_size: int, rounds: int, with_compile: bool) -> dict[str, Any]:
+def compare(name: str, batch_size: int, rounds: int, with_compile: bool, programs: Sequence[str]) -> dict[str, Any]:
     """One shape: prints its table, and returns what it printed."""
     this = shape(name)
     workers = {OURS: Worker(ours, this, batch_size), EAGER: Worker(theirs, this, batch_size, False)}
     if with_compile:
         workers[COMPILED] = Worker(theirs, this, batch_size, True)
     say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
-    measured = alternate(workers, rounds, say)
+    measured = alternate(workers, rounds, say, programs)
     for worker in workers.values():
         worker.close()
 
@@ -291,29 +291,28 @@ def ratios_of(measured: dict[tuple[str, str], Measured]) -> dict[str, float]:
         pairs = zip(measured[slower].seconds, measured[faster].seconds, strict=True)
         return float(np.median([a / b for a, b in pairs]))
 
-    return {
-        "PyTorch eager's time over ours, the same work (TiUE, repeated)": ratio((EAGER, REPEATED), (OURS, REPEATED)),
-        "PyTorch eager's time over ours, TiUE": ratio((EAGER, REPEATED), (OURS, TIUE)),
-        "what exact sharing gains (TiUE, repeated, over TiUE)": ratio((OURS, REPEATED), (OURS, TIUE)),
-        "TiUE over one step": ratio((OURS, TIUE), (OURS, ONE_STEP)),
-        "4-step loop over TiUE": ratio((OURS, LOOP), (OURS, TIUE)),
-    } | (
-        {"torch.compile's time over ours, TiUE": ratio((COMPILED, REPEATED), (OURS, TIUE))}
-        if (COMPILED, REPEATED) in measured
-        else {}
-    )
+    pairs = {
+        "PyTorch eager's time over ours, the same work (TiUE, repeated)": ((EAGER, REPEATED), (OURS, REPEATED)),
+        "PyTorch eager's time over ours, TiUE": ((EAGER, REPEATED), (OURS, TIUE)),
+        "what exact sharing gains (TiUE, repeated, over TiUE)": ((OURS, REPEATED), (OURS, TIUE)),
+        "TiUE over one step": ((OURS, TIUE), (OURS, ONE_STEP)),
+        "4-step loop over TiUE": ((OURS, LOOP), (OURS, TIUE)),
+        "torch.compile's time over ours, TiUE": ((COMPILED, REPEATED), (OURS, TIUE)),
+    }
+    return {what: ratio(*pair) for what, pair in pairs.items() if all(key in measured for key in pair)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["emoji", "reduced"])
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out; it needs a C++ compiler")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     versions = machine("jax", "torch", "diffusers")
-    found = [compare(name, args.batch_size, args.rounds, not args.no_compile) for name in args.shapes]
+    found = [compare(name, args.batch_size, args.rounds, not args.no_compile, args.programs) for name in args.shapes]
     print(f"\n{versions}; medians of {args.rounds} rounds, float32.")
     if args.json:
         args.json.write_text(json.dumps({"machine": versions, "shapes": found}, indent=1))

@@ -63,10 +63,11 @@ class Worker:
 
 
 def alternate(
-    workers: Mapping[str, Worker], rounds: int, say: Callable[[str], None]
+    workers: Mapping[str, Worker], rounds: int, say: Callable[[str], None], programs: Sequence[str] | None = None
 ) -> dict[tuple[str, str], Measured]:
-    """Every program, by (library, program): run once to compile, then once in each round."""
-    everything = [(library, program) for library, worker in workers.items() for program in worker.programs]
+    """Every program, or those named, by (library, program): run once to compile, then once in each round."""
+    wanted = lambda program: programs is None or program in programs
+    everything = [(library, name) for library, worker in workers.items() for name in filter(wanted, worker.programs)]
     first, seconds, peaks, outputs = {}, {key: [] for key in everything}, dict.fromkeys(everything, 0), {}
     for key in everything:
         library, program = key
