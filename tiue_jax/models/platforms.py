@@ -25,6 +25,6 @@ def compiler_options(platform: str) -> dict[str, str]:
     """What `jax.jit(compiler_options=...)` of a whole network takes on a platform.
 
     On a CPU XLA would begin with all that depends on parameters alone, every kernel cut, transposed or transformed, and
-    hold it until it is needed: for Stable Diffusion 2.1's student 2.4 GB in place of 0.3, which the system must clear.
+    hold it until it is needed: 2 GB more for Stable Diffusion 2.1's student, which the system must clear.
     """
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else {}
