@@ -48,6 +48,7 @@ def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
         "flops_per_chip": int(flops),
         "bytes_accessed": 10**12,
         "collectives": {"all-gather": (3, int(sent))},
+        "background_bytes": None,
         "estimated_cycles": None,
         "compile_seconds": 60.0,
     }
@@ -129,6 +130,7 @@ def test_collectives_are_summed_with_their_loops():
         "collective-permute": (1, 8 * 16 * 4),
         "reduce-scatter": (1, 2 * 2 * 16 * 4 // 2),
     }
+    assert text.background_bytes == 16 * 16 * 2 * 3 // 4  # the all-gather with a start
     assert text.estimated_cycles == 100 + 5 * 7
 
 
@@ -151,7 +153,39 @@ ENTRY %main (p: f32[8,16]) -> f32[2,16] {
   ROOT %d = f32[2,16]{1,0} async-done(%s), calls=%called
 }
 """
-    assert hlo.read(text).collectives == {"reduce-scatter": (1, 8 * 16 * 4 * 3 // 4)}
+    sent = 8 * 16 * 4 * 3 // 4
+    assert hlo.read(text) == hlo.Text({"reduce-scatter": (1, sent)}, background_bytes=sent, estimated_cycles=None)
+
+
+def test_a_collective_that_advances_in_other_fusions_is_one():
+    gather = "bf16[16,16]{1,0} all-gather(%p), channel_id={}, replica_groups={{0,1,2,3}}, dimensions={0}"
+    text = """%fused_computation.1 (p: bf16[4,16]) -> (bf16[16,16], u32[]) {
+  %all-gather.1 = GATHER7
+  ROOT %custom-call.1 = (bf16[16,16]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.5 (p: bf16[4,16]) -> (bf16[8,16], bf16[16,16], u32[]) {
+  %all-gather.2 = GATHER7
+  %convolution = bf16[8,16]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+  ROOT %tuple = (bf16[8,16]{1,0}, bf16[16,16]{1,0}, u32[]) tuple(%convolution, %all-gather.2, %flag)
+}
+
+%fused_computation.2 (p: bf16[4,16]) -> bf16[16,16] {
+  %all-gather.3 = GATHER7
+  ROOT %custom-call.2 = bf16[16,16]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: bf16[4,16]) -> bf16[16,16] {
+  %async-collective-start = (bf16[16,16]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%fused_computation.1
+  %fusion.5 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}, u32[]) fusion(%q), kind=kCustom, calls=%async_collective_fusion.5
+  %async-collective-done = bf16[16,16]{1,0} fusion(%r), kind=kCustom, calls=%fused_computation.2
+  ROOT %all-gather.4 = GATHER8
+}
+"""
+    for channel in "78":
+        text = text.replace(f"GATHER{channel}", gather.replace("{}", channel))
+    sent = 16 * 16 * 2 * 3 // 4
+    assert hlo.read(text) == hlo.Text({"all-gather": (2, 2 * sent)}, background_bytes=sent, estimated_cycles=None)
 
 
 def test_collectives_in_a_loop_of_unknown_length_are_refused():
@@ -162,7 +196,7 @@ def test_collectives_in_a_loop_of_unknown_length_are_refused():
 def test_text_of_a_real_program():
     """The format is XLA's own: an all-reduce over 1 device is still there on the CPU, in a loop that is known."""
     compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c * 2 + 1, x)).lower(1.0).compile()
-    assert hlo.read(compiled.as_text()) == hlo.Text({}, None)
+    assert hlo.read(compiled.as_text()) == hlo.Text({}, 0, None)
 
 
 def test_memory_needed():
@@ -202,9 +236,14 @@ def test_cost():
     assert its == pytest.approx((1.0, 1e12 / 819e9, 0.5, 1.0, 0.5, 128.0, 1.0, 384.0))
     slow_links = report.cost(measured(flops=197e12, sent=400e9), V5E)
     assert (slow_links.step_seconds, slow_links.collective_share, slow_links.days) == (2.0, 1.0, None)
-    for cycles, seconds in ((3 * V5E.clock, 3.0), (V5E.clock, 1e12 / 819e9)):  # of memory, in the second case
-        full = report.cost(measured(flops=197e12, mode="full", estimated_cycles=int(cycles)), V5E)
-        assert full.step_seconds == pytest.approx(seconds)
+
+
+def test_cost_in_full_mode():
+    """10 GB are 50 ms; a half of it is waited for."""
+    for cycles, seconds in ((3 * V5E.clock, 3.025), (V5E.clock, 1e12 / 819e9 + 0.025)):  # of memory, in the second case
+        full = measured(flops=197e12, mode="full", estimated_cycles=int(cycles), background_bytes=5 * 10**9)
+        assert report.cost(full, V5E).step_seconds == pytest.approx(seconds)
+    assert "sent: 5.00 GB of 10.0 GB while the chip computes" in report.notes(full, V5E, settings())[-1]
 
 
 def test_the_best_is_the_fastest_that_fits():

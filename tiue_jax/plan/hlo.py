@@ -20,6 +20,10 @@ _COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|col
 # {{0,1},{2,3}}; [groups,size]<=...; mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, maybe with a part of an axis: 'axis_1':(1)4
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# The TPU's compiler starts a collective in one fusion, lets it advance in others that compute, named so, and ends it in
+# one more. Each of them repeats the collective.
+_ADVANCES, _ENDS = "async_collective_fusion", 'custom_call_target="AsyncCollectiveDone"'
 
 
 class Text(NamedTuple):
@@ -27,10 +31,12 @@ class Text(NamedTuple):
 
     Attributes:
         collectives: by kind, how many run and the bytes that each chip sends for them.
+        background_bytes: of these, the bytes of collectives that the schedule has advance while the chip computes.
         estimated_cycles: of one core, summed over all that runs; None where the compiler gave no estimate.
     """
 
     collectives: dict[str, tuple[int, int]]
+    background_bytes: int
     estimated_cycles: int | None
 
 
@@ -44,11 +50,13 @@ def read(text: str) -> Text:
         ValueError: a loop with collectives whose number of iterations the compiler does not know.
     """
     computations, entry = _computations(text)
+    advancing = _advancing(computations)
     collectives: dict[str, list[int]] = {}
-    cycles, estimated = 0, False
+    background, cycles, estimated = 0, 0, False
 
-    def visit(name: str, times: int | None) -> None:
-        nonlocal cycles, estimated
+    def visit(name: str, times: int | None, asynchronous: bool = False) -> None:
+        nonlocal background, cycles, estimated
+        repeats = name.startswith(_ADVANCES) or any(_ENDS in line for line in computations[name])
         for line in computations[name]:
             if found := _CYCLES.search(line):
                 estimated = True
@@ -57,7 +65,7 @@ def read(text: str) -> Text:
                 shape, opcode = instruction.groups()
                 if opcode in ("async-update", "async-done"):
                     continue  # its start called the computation
-                if found := _COLLECTIVE.match(opcode):
+                if (found := _COLLECTIVE.match(opcode)) and not repeats:
                     kind = found[1]
                     if times is None:
                         raise ValueError(f"{kind} in a loop of unknown length: {line.strip()[:200]}")
@@ -67,16 +75,18 @@ def read(text: str) -> Text:
                     seen = collectives.setdefault(kind, [0, 0])
                     seen[0] += times
                     seen[1] += times * sent
+                    if asynchronous or found[2] or _channel(line) in advancing:
+                        background += times * sent
             if loop := _WHILE.search(line):
                 trips = _trips(computations[loop[1]])
-                visit(loop[2], None if trips is None or times is None else times * trips)
+                visit(loop[2], None if trips is None or times is None else times * trips, asynchronous)
             else:
                 for called in _called(line):
-                    visit(called, times)
+                    visit(called, times, asynchronous or " async-start(" in line)
 
     visit(entry, 1)
     counted = {kind: (count, size) for kind, (count, size) in sorted(collectives.items())}
-    return Text(counted, cycles if estimated else None)
+    return Text(counted, background, cycles if estimated else None)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -94,6 +104,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     if not entry:
         raise ValueError("the compiled program's text has no ENTRY computation")
     return computations, entry
+
+
+def _advancing(computations: dict[str, list[str]]) -> set[str]:
+    """Channels of the collectives that advance inside fusions that compute."""
+    inside = (line for name, lines in computations.items() if name.startswith(_ADVANCES) for line in lines)
+    return {channel for line in inside if (channel := _channel(line))}
+
+
+def _channel(line: str) -> str | None:
+    return found[1] if (found := _CHANNEL.search(line)) else None
 
 
 def _called(line: str) -> list[str]:

@@ -36,6 +36,7 @@ class Measured:
         flops_per_chip: see flops.count.
         bytes_accessed: of memory; None where it did not compile, and as the other two here.
         collectives: by kind, how many there are and the bytes that a chip sends for them.
+        background_bytes: of what is sent, that which the schedule has a chip send while it computes; in full mode.
         estimated_cycles: the compiler's, in full mode.
         compile_seconds: how long it took.
     """
@@ -56,6 +57,7 @@ class Measured:
     flops_per_chip: int
     bytes_accessed: int | None
     collectives: dict[str, tuple[int, int]] | None
+    background_bytes: int | None
     estimated_cycles: int | None
     compile_seconds: float
 
@@ -112,6 +114,7 @@ def measure(made: Program, chip: Chip, chips: int, mode: str, **about: Any) -> M
             fits=False,
             bytes_accessed=None,
             collectives=None,
+            background_bytes=None,
             estimated_cycles=None,
             compile_seconds=time.monotonic() - began,
         )
@@ -130,6 +133,7 @@ def measure(made: Program, chip: Chip, chips: int, mode: str, **about: Any) -> M
         fits=peak <= chip.hbm_bytes,
         bytes_accessed=int(compiled.cost_analysis()["bytes accessed"]),
         collectives=text.collectives,
+        background_bytes=text.background_bytes if mode == "full" else None,
         estimated_cycles=text.estimated_cycles if mode == "full" else None,
         compile_seconds=time.monotonic() - began,
     )
