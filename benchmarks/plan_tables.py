@@ -27,8 +27,8 @@ def plan(config: str, topology: str, flags: list[str]) -> list[dict]:
     """What `python -m tiue_jax.plan` measured, all that it tried."""
     call = [sys.executable, "-m", "tiue_jax.plan", "--config", f"configs/{config}.py", "--topology", topology, "--json"]
     result = subprocess.run([*call, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode > 1:  # 1 says that nothing fits
-        sys.exit(result.returncode)
+    if result.returncode not in (0, 1):  # 1 says that nothing fits
+        sys.exit(f"{' '.join([*call, *flags])} ended with {result.returncode}; -9 is what too little memory looks like")
     return json.loads(result.stdout)["tried"]
 
 

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import devices
+from tiue_jax import flops
 from tiue_jax.models import attention
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
 
@@ -74,6 +75,19 @@ def test_chunked_attention_is_the_definition(n, m, width, chunk, monkeypatch):
     _, pull = jax.eval_shape(lambda *a: jax.vjp(attention.chunked, *a), *qkv(n, m, width))
     kept = max(x.size for x in jax.tree.leaves(pull))
     assert kept <= 2 * n * width if n * m >= attention.CHUNKED_FROM else kept == 2 * n * m
+
+
+def test_a_kept_result_spares_its_product():
+    """Of chunks a backward pass that finds what is named OUTPUT computes nothing again, else the logits only."""
+    policy = jax.checkpoint_policies.save_only_these_names(attention.OUTPUT)
+    kept = with_gradients(jax.checkpoint(attention.chunked, policy=policy))
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    for n, again in ((512, 0), (64, 1)):
+        q, k, v = qkv(n, n, 8)
+        count, product = flops.flops(kept, q, k, v), 2 * q.size * n
+        assert count - flops.flops(with_gradients(attention.chunked), q, k, v) == again * product
+        with jax.set_mesh(mesh):
+            assert flops.flops(kept, q, k, v) == count
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -16,7 +16,7 @@ forward and backward with the projections as below: 305 MB of temporaries with s
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -137,30 +137,87 @@ def _tile(length: int, limit: int = 4 * LANES) -> int:
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Where a head has many logits, some queries of one head after the other, each device on its own rows of the batch.
 
-    A chunk's logits are all that there ever are, and a CPU's cache holds them; the backward pass computes them again
-    (arXiv 2112.05682). Few logits are computed all at once.
+    A chunk's logits are all that there ever are, and a CPU's cache holds them. The backward pass computes them again
+    from what a query's exponentials sum to (arXiv 2205.14135, algorithm 4). Few logits are computed all at once.
     """
-
-    def attend_some(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # [... s d], [... m d], [... m d]
-        logits = jnp.einsum("...sd,...md->...sm", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        total = weights.sum(-1, keepdims=True)  # divided by last, where there is less to divide
-        values = jnp.einsum("...sm,...md->...sd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (checkpoint_name(values, OUTPUT) / total).astype(v.dtype)
-
-    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, k, v = head
-        return jax.lax.map(lambda chunk: jax.checkpoint(attend_some)(chunk, k, v), q)
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        b, heads, n, width = q.shape
-        one_axis = lambda x: x.reshape(b * heads, *x.shape[2:])
-        parts = one_axis(q).reshape(b * heads, -1, _chunk(n, k.shape[2]), width)
-        return jax.lax.map(attend_head, (parts, one_axis(k), one_axis(v))).reshape(q.shape)
-
+    q = q * jnp.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)  # there are fewer of them than logits
     if q.shape[2] * k.shape[2] < CHUNKED_FROM:
-        return attend_some(q, k, v)
-    return checkpoint_name(_on_own_rows(run, q, k, v), OUTPUT)
+        weights, total, _ = _exponentials(q, k)
+        values = checkpoint_name(_float32_einsum("...sm,...md->...sd", weights.astype(v.dtype), v), OUTPUT)
+        return (values / total).astype(v.dtype)
+    return _on_own_rows(_in_chunks, q, k, v)
+
+
+_float32_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _exponentials(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(q k^T - largest) [... s m], the sum of each query's [... s 1], and its largest logit [... s 1]; float32."""
+    logits = _float32_einsum("...sd,...md->...sm", q, k)
+    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    return weights, weights.sum(-1, keepdims=True), largest
+
+
+@jax.custom_vjp
+def _in_chunks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _in_chunks_forward(q, k, v)[0]
+
+
+def _in_chunks_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def of_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        parts, k, v = head
+
+        def of_part(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weights, total, largest = _exponentials(q, k)
+            values = _float32_einsum("sm,md->sd", weights.astype(v.dtype), v)
+            return (values / total).astype(v.dtype), (largest + jnp.log(total))[:, 0]  # fewer to divide than weights
+
+        return jax.lax.map(of_part, parts)
+
+    out, log_total = jax.lax.map(of_head, (_parts(q, k), _heads(k), _heads(v)))
+    out = checkpoint_name(out.reshape(q.shape), OUTPUT)
+    return out, (q, k, v, out, checkpoint_name(log_total.reshape(q.shape[:-1]), OUTPUT))
+
+
+def _in_chunks_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, out, log_total = saved
+    mean = jnp.sum(grad.astype(jnp.float32) * out, -1)  # of the weights' gradients, by the weights
+
+    def of_head(head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        *parts, k, v = head
+
+        def of_part(totals: tuple[jax.Array, jax.Array], part: list[jax.Array]) -> tuple[Any, jax.Array]:
+            q, grad, mean, log_total = part
+            weights = jnp.exp(_float32_einsum("sd,md->sm", q, k) - log_total[:, None])
+            of_logits = weights * (_float32_einsum("sd,md->sm", grad, v) - mean[:, None])
+            weights, of_logits = weights.astype(v.dtype), of_logits.astype(v.dtype)
+            # [d m], since a product whose result is [m d] would first transpose the weights
+            of_k, of_v = _float32_einsum("sd,sm->dm", q, of_logits), _float32_einsum("sd,sm->dm", grad, weights)
+            return (totals[0] + of_k, totals[1] + of_v), _float32_einsum("sm,md->sd", of_logits, k)
+
+        zeros = jnp.zeros(k.T.shape, jnp.float32)
+        (of_k, of_v), of_q = jax.lax.scan(of_part, (zeros, zeros), parts)
+        return of_q, of_k.T, of_v.T
+
+    parts = (_parts(x, k) for x in (q, grad, mean, log_total))
+    grads = jax.lax.map(of_head, (*parts, _heads(k), _heads(v)))
+    of_q, of_k, of_v = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(grads, (q, k, v), strict=True))
+    return of_q, of_k, of_v
+
+
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+
+
+def _heads(x: jax.Array) -> jax.Array:
+    """[b h ...] -> [b*h ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _parts(x: jax.Array, k: jax.Array) -> jax.Array:
+    """What each query has, in chunks: [b h n ...] -> [b*h n/s s ...]; k [b h m d]."""
+    b, heads, n, *rest = x.shape
+    return x.reshape(b * heads, -1, _chunk(n, k.shape[2]), *rest)
 
 
 def _chunk(queries: int, keys: int) -> int:
