@@ -5,8 +5,9 @@ Runs our own copy of the one-pass sampler, never code from the folder. Needs the
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tiue_jax import student
 from tiue_jax.components import Component
 from tiue_jax.export import torch_pipeline
 from tiue_jax.export.torch_pipeline import TiUEPipeline
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import ClosedForm
 
@@ -111,12 +113,13 @@ def _compare(
 ) -> Report:
     timesteps = form.timesteps.tolist()
     text = ours.encode_prompts(prompts)
-    features = _run(ours.unet, "encode", noise, _repeat(timesteps[0], noise), text)
-    steps = [_run(ours.unet, "decode", features, _repeat(t, noise), text) for t in timesteps]
+    features = _compiled(ours.unet, "encode")(noise, _repeat(timesteps[0], noise), text)
+    decode = _compiled(ours.unet, "decode")
+    steps = [decode(features, _repeat(t, noise), text) for t in timesteps]
     outputs = jnp.stack(steps, axis=1)  # [b k h w c]
     z = jax.jit(lambda noise, outputs: student.combine(noise, outputs, form))(noise, outputs)
     z = np.asarray(z)
-    decoded = _run(ours.vae, "decode", z / ours.vae.cfg.scaling_factor)
+    decoded = _compiled(ours.vae, "decode")(z / ours.vae.cfg.scaling_factor)
 
     text_in, noise_in = torch.tensor(np.asarray(text)), _nchw(noise)
     at = lambda t: torch.full((len(noise),), t)
@@ -153,9 +156,11 @@ def _without_progress_bars() -> Iterator[None]:
             switch.enable_progress_bar()
 
 
-def _run(part: Component, method: str, *args: Any) -> Any:
-    """A method of a model, compiled."""
-    return jax.jit(lambda params, *args: getattr(part.bind(params), method)(*args))(part.params, *args)
+def _compiled(part: Component, method: str) -> Callable[..., Any]:
+    """A method of a model."""
+    run = lambda params, *args: getattr(part.bind(params), method)(*args)
+    options = compiler_options(jax.default_backend())
+    return functools.partial(jax.jit(run, compiler_options=options), part.params)
 
 
 def _repeat(t: int, noise: np.ndarray) -> np.ndarray:
