@@ -13,8 +13,7 @@ on the same inputs:
 
 An error is max |ours - torch's| / max |torch's|. Exits with status 1 if one is not below 1e-4.
 
-On two cores that other jobs kept busy, SD 1.5's UNet took 300 s and 7.3 GiB (38 s of it compilation), the autoencoder
-460 s and the two text encoders 35 s.
+Takes three minutes on two cores, and 8.7 GiB of memory.
 """
 
 import argparse
