@@ -5,9 +5,9 @@
 Stable Diffusion 2.1 in bfloat16, 64 x 64 latents, from noise and text embedding to latents: the programs of
 benchmarks/sampling.py on one chip, and TiUE on four chips that share its timesteps ("step-parallel"). Needs libtpu.
 
-"at least" is a bound that no program beats: FLOPs over the chip's published peak or bytes over its memory bandwidth,
-whichever is longer, and on four chips what they send one another. `--mode full` optimises as for a real run, takes
-several times as long, and only its bytes are those of a real run, and it adds the compiler's own estimate of the time.
+"at least" is a bound that no program beats: FLOPs over the chip's published peak, parameters read once at its memory's
+bandwidth, or what four chips send one another, whichever is longer. `--mode full` takes several times as long and adds
+the compiler's own estimate of the time.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from tiue_jax import sharding, student
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
 from tiue_jax.plan import chips
-from tiue_jax.plan.measure import MODES, Measured, measure
+from tiue_jax.plan.compiler import MODES
+from tiue_jax.plan.measure import Measured, measure
 from tiue_jax.plan.programs import Program
 from tiue_jax.schedule import Schedule
 
@@ -45,11 +46,9 @@ class Row(NamedTuple):
     measured: Measured
 
 
-def compile_for(program: str, kind: str, batch_size: int, mode: str) -> Row:
-    """One program on one chip of this kind, or on four."""
-    this, topology = shape("sd21"), TOPOLOGIES[kind]
-    chip, count = chips.parse(topology)
-    step = K if program == STEP_PARALLEL else 1
+def build(program: str, kind: str, batch_size: int) -> Program:
+    """One program for one chip of this kind, or for four."""
+    this, topology, step = shape("sd21"), TOPOLOGIES[kind], steps(program)
     mesh = sharding.make_mesh(1, 1, step, devices=chips.devices(topology)[: step if step > 1 else 1])
     everywhere = sharding.replicated(mesh)
     graphdef, params = functional.abstract(UNet, this.unet)
@@ -61,19 +60,30 @@ def compile_for(program: str, kind: str, batch_size: int, mode: str) -> Row:
         function = our_functions(this)[program]
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         traced = jax.jit(function).trace(*jax.tree.map(place, (params, *inputs(this, batch_size))))
+    return Program(traced, {"unet": 2 * functional.count(params)})
+
+
+def steps(program: str) -> int:
+    """How many chips share its timesteps."""
+    return K if program == STEP_PARALLEL else 1
+
+
+def compile_for(program: str, kind: str, batch_size: int, mode: str) -> Row:
+    """What a program costs on a chip of this kind."""
+    chip = chips.CHIPS[kind]
     about = {
-        "topology": topology,
+        "topology": TOPOLOGIES[kind],
         "program": program,
         "batch_per_chip": batch_size,
         "data": 1,
         "fsdp": 1,
         "remat": None,
     }
-    made = Program(traced, {"unet": 2 * functional.count(params)})
-    found = measure(made, chip, mesh.size, mode, **about)
+    make = functools.partial(build, program, kind, batch_size)
+    found = measure(make, chip, steps(program), mode, **about)
     sent = found.collective_bytes / chip.ici_bandwidth
-    bound = max(found.flops_per_chip / chip.peak_flops, (found.bytes_accessed or 0) / chip.hbm_bandwidth, sent)
-    return Row(program, kind, mesh.size, bound, found)
+    bound = max(found.flops_per_chip / chip.peak_flops, found.state_bytes / chip.hbm_bandwidth, sent)
+    return Row(program, kind, steps(program), bound, found)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
 """Planning without libtpu: chips, the compiled program's text, the search, tables, the cache, the command line."""
 
 import dataclasses
+import functools
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -16,8 +19,8 @@ from configs import sd21_tiue
 from tests import tiny
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.plan import __main__ as main
-from tiue_jax.plan import architecture, cache, chips, hlo, programs, report, search
-from tiue_jax.plan.measure import Measured, memory_needed
+from tiue_jax.plan import architecture, cache, chips, compiler, hlo, programs, report, search
+from tiue_jax.plan.measure import Measured, measure
 from tiue_jax.settings import Settings
 
 V5E = chips.CHIPS["v5e"]
@@ -28,6 +31,9 @@ def settings(**train):
     config = sd21_tiue.get_config().to_dict()
     config["train"].update(train)
     return Settings.from_config(config)
+
+
+ABOUT = {"topology": "v5e:2x2", "program": "train", "batch_per_chip": 1, "data": 1, "fsdp": 2, "remat": None}
 
 
 def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
@@ -48,7 +54,7 @@ def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
         "flops_per_chip": int(flops),
         "bytes_accessed": 10**12,
         "collectives": {"all-gather": (3, int(sent))},
-        "background_bytes": None,
+        "background_bytes": int(sent),
         "estimated_cycles": None,
         "compile_seconds": 60.0,
     }
@@ -194,16 +200,58 @@ def test_collectives_in_a_loop_of_unknown_length_are_refused():
 
 
 def test_text_of_a_real_program():
-    """The format is XLA's own: an all-reduce over 1 device is still there on the CPU, in a loop that is known."""
+    """The format is XLA's own, and so is what it counts of memory."""
     compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c * 2 + 1, x)).lower(1.0).compile()
     assert hlo.read(compiled.as_text()) == hlo.Text({}, 0, None)
+    assert hlo.bytes_accessed(compiled.as_text()) == compiled.cost_analysis()["bytes accessed"]
+
+
+# ---- the compiler's process ------------------------------------------------------------------------------------------
 
 
 def test_memory_needed():
-    assert memory_needed("the total memory required for HLO temporaries (25.06G) exceeds") == round(25.06 * 2**30)
+    needed = compiler.memory_needed
+    assert needed("the total memory required for HLO temporaries (25.06G) exceeds") == round(25.06 * 2**30)
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded ..."
-    assert memory_needed(message) == round(20.25 * 2**30)
-    assert memory_needed("INTERNAL: something else") is None
+    assert needed(message) == round(20.25 * 2**30)
+    assert needed("INTERNAL: something else") is None
+
+
+def test_memory_of_an_assignment():
+    assignment = """BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 reduce_sum.650 @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 8388608, parameter 0, shape |f32[1024,2048]| at ShapeIndex {0}, maybe-live-out:
+allocation 2: size 1024, output shape is |(f32[1024,2048], f32[])|, maybe-live-out:
+allocation 3: size 8552960, preallocated-temp:
+ value: <3 fusion.1 @0> (size=8552960,offset=0): f32[1024,2048]{1,0}
+allocation 4: size 62914560, color 1, preallocated-temp:
+"""
+    assert compiler.memory(assignment) == (8_388_608 + 1_024 + 8_552_960, 8_552_960)
+
+
+def build(size):
+    """A program of few operations, which any compiler takes: a CPU's here."""
+    if size < 1:
+        raise ValueError(f"size must be >= 1, got {size}")
+    if size > 1_000:
+        os._exit(9)
+    jitted = jax.jit(lambda x: jnp.sin(x) @ x)
+    return programs.Program(jitted.trace(jax.ShapeDtypeStruct((size, size), jnp.float32)), {"x": 4 * size**2})
+
+
+@pytest.mark.parametrize("mode", compiler.MODES)
+def test_a_program_is_compiled_in_another_process(mode):
+    found = measure(functools.partial(build, 64), V5E, 2, mode, **ABOUT)
+    assert found.flops_per_chip == 64**3 and found.state_bytes == 4 * 64**2 and found.mode == mode
+    assert found.fits and found.peak_bytes >= 2 * 4 * 64**2 and found.bytes_accessed and found.collectives == {}
+
+
+def test_errors_of_the_other_process():
+    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+        measure(functools.partial(build, 0), V5E, 1, "quick", **ABOUT)
+    with pytest.raises(RuntimeError, match="the compiler's process ended with status 9"):
+        measure(functools.partial(build, 1_001), V5E, 1, "quick", **ABOUT)
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------
@@ -238,10 +286,11 @@ def test_cost():
     assert (slow_links.step_seconds, slow_links.collective_share, slow_links.days) == (2.0, 1.0, None)
 
 
-def test_cost_in_full_mode():
-    """10 GB are 50 ms; a half of it is waited for."""
-    for cycles, seconds in ((3 * V5E.clock, 3.025), (V5E.clock, 1e12 / 819e9 + 0.025)):  # of memory, in the second case
-        full = measured(flops=197e12, mode="full", estimated_cycles=int(cycles), background_bytes=5 * 10**9)
+def test_what_is_sent_in_the_foreground_is_waited_for():
+    """10 GB are 50 ms, the half of them 25. The compiler's cycles count where they are more than the FLOPs'."""
+    for cycles, seconds in ((None, 1.025), (3 * V5E.clock, 3.025), (V5E.clock / 2, 1.025)):
+        cycles = None if cycles is None else int(cycles)
+        full = measured(flops=197e12, mode="full", estimated_cycles=cycles, background_bytes=5 * 10**9)
         assert report.cost(full, V5E).step_seconds == pytest.approx(seconds)
     assert "sent: 5.00 GB of 10.0 GB while the chip computes" in report.notes(full, V5E, settings())[-1]
 

@@ -18,14 +18,17 @@ By default that is one compilation, of the config's own batch, mesh and remat po
 and the best that fits is in bold. A compilation takes minutes; its result is kept in ~/.cache/tiue_jax/plan and costs
 nothing the second time. --json prints one object in place of the tables.
 
---mode quick (the default) has the compiler optimise little: memory and FLOPs are right, and the time is the one that
-no program beats, from the chip's published peaks. --mode full takes several times as long and has the compiler's own
-estimate of the time. Exit status: 0; 1 where nothing that was tried fits; 2 a wrong setting, or no libtpu.
+--mode quick (the default) stops the compiler where the program's schedule and memory are known, before it makes machine
+code: the time is then one that no program beats, from the chip's published peaks. --mode full lets it end, which takes
+tens of times as long, and has its own estimate of the time. Exit status: 0; 1 where nothing that was tried fits; 2 a
+wrong setting, no libtpu, or a compiler that failed.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +42,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tiue_jax import config_file, sharding
 from tiue_jax.models.unet import REMAT_POLICIES
 from tiue_jax.plan import architecture, cache, chips, programs, report, search
-from tiue_jax.plan.measure import MODES, Measured, measure
+from tiue_jax.plan.compiler import MODES
+from tiue_jax.plan.measure import Measured, measure
 from tiue_jax.settings import Settings
 
 DOES_NOT_FIT, BAD_INPUT = 1, 2
@@ -62,7 +66,7 @@ class Planner:
         self.settings, self.topology, self.mode, self.sampler = settings, topology, mode, sampler
         self.chip, self.chips = chips.parse(topology)
         self.models = architecture.read(settings)
-        self.devices = chips.devices(topology)
+        self.versions = [jax.__version__, chips.libtpu_version()]
 
     def __call__(self, choice: Choice) -> Measured:
         """Compiles, unless it is known. Errors as measure.measure and train_program.make."""
@@ -79,12 +83,9 @@ class Planner:
             return Measured.from_dict(kept)
         how = "the sampler" if self.sampler else f"the step, fsdp={choice.fsdp}, remat={choice.remat}"
         with progress(f"compiling {how}, {choice.batch_per_chip} per chip"):
-            mesh = sharding.make_mesh(self.chips // choice.fsdp, choice.fsdp, devices=self.devices)
-            if self.sampler:
-                program = programs.sampler(settings, self.models, mesh, rows)
-            else:
-                program = programs.train(settings, self.models, mesh)
-            measured = measure(program, self.chip, self.chips, self.mode, **about)
+            program = programs.sampler if self.sampler else programs.train
+            build = functools.partial(program, settings, self.models, self.topology)
+            measured = measure(build, self.chip, self.chips, self.mode, **about)
         cache.save(name, dataclasses.asdict(measured))
         return measured
 
@@ -96,7 +97,8 @@ class Planner:
             "models": repr(self.models),
             "embeddings": bool(settings.data.embeddings),
             "sharding": [settings.train.mesh_replicate_below, settings.train.mesh_replicate_frozen],
-            "versions": [jax.__version__, chips.libtpu_version()],
+            "versions": self.versions,
+            "compiler": [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
         }
 
 
@@ -141,7 +143,7 @@ def choices(values: flags.FlagValues, settings: Settings, chips_count: int) -> t
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plans as the command line says. Returns the exit status; errors are ValueError, OSError, ModuleNotFoundError."""
+    """Plans as the command line says. Returns the exit status. Errors: see main."""
     values = flags.FlagValues()
     flags.DEFINE_string("topology", None, "kind:shape of the TPU slice, such as v5e:4x4.", flag_values=values)
     flags.DEFINE_bool("sampler", False, "Plan the student's sampler, not the training step.", flag_values=values)
@@ -149,7 +151,7 @@ def run(argv: Sequence[str]) -> int:
     flags.DEFINE_string("fsdp", None, "Sizes of the mesh axis fsdp to try, with commas, or all.", flag_values=values)
     flags.DEFINE_string("remat", None, "Remat policies to try, with commas.", flag_values=values)
     flags.DEFINE_bool("search", False, "Try every mesh and policy, each with its largest batch.", flag_values=values)
-    flags.DEFINE_enum("mode", "quick", MODES, "How much the compiler optimises.", flag_values=values)
+    flags.DEFINE_enum("mode", "quick", MODES, "Whether the compiler is let to its end.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
     settings = config_file.parse(argv, values, required=("config", "topology"))
     jax.config.update("jax_platforms", "cpu")  # a TPU that may be here is not touched
@@ -215,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         return run(argv)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:  # the last: the compiler failed
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
 

@@ -1,8 +1,11 @@
-"""What only the compiled program's text tells: bytes between chips, and the compiler's own estimate of its cycles."""
+"""What the compiled program's text tells: bytes to memory and between chips, the compiler's estimate of its cycles."""
 
 import math
 import re
 from typing import NamedTuple
+
+import jax
+from jaxlib import _hlo, _jax  # type: ignore[attr-defined]  # what Compiled.cost_analysis calls: no public way takes text
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0} | {
     f"{kind}{bits}": math.ceil(bits / 8) for kind in "fsuc" for bits in (2, 4, 8, 16, 32, 64, 128)
@@ -87,6 +90,15 @@ def read(text: str) -> Text:
     visit(entry, 1)
     counted = {kind: (count, size) for kind, (count, size) in sorted(collectives.items())}
     return Text(counted, background, cycles if estimated else None)
+
+
+def bytes_accessed(text: str) -> int:
+    """What XLA counts between the operations of an optimised HLO module and memory, a loop's body once.
+
+    Some of it never leaves a chip's vector memory, which XLA does not take into account.
+    """
+    analysis = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, _hlo.hlo_module_from_text(text))
+    return int(analysis["bytes accessed"])
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -1,19 +1,14 @@
 """One compilation for a TPU, and what it tells."""
 
 import dataclasses
-import re
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
-import jax
-from jax._src.config import EffortLevel  # no public name for what the option's name stands for
-
-from tiue_jax import flops
 from tiue_jax.plan import hlo
 from tiue_jax.plan.chips import Chip
+from tiue_jax.plan.compiler import compile_program
 from tiue_jax.plan.programs import Program
-
-MODES = ("quick", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +18,7 @@ class Measured:
     Attributes:
         topology: it was compiled for.
         program: "train" or "sampler".
-        mode: "quick", whose memory and FLOPs are right, or "full", whose cycles are as well.
+        mode: "quick" or "full", which alone has cycles.
         batch_per_chip: rows of the batch.
         data, fsdp: the mesh.
         remat: the policy; None for a sampler.
@@ -34,9 +29,9 @@ class Measured:
         hbm_bytes: memory of the chip.
         fits: the compiler found room.
         flops_per_chip: see flops.count.
-        bytes_accessed: of memory; None where it did not compile, and as the other two here.
+        bytes_accessed: of memory, see hlo.bytes_accessed; None where it does not fit, and as the other two here.
         collectives: by kind, how many there are and the bytes that a chip sends for them.
-        background_bytes: of what is sent, that which the schedule has a chip send while it computes; in full mode.
+        background_bytes: of what is sent, that which the schedule has a chip send while it computes.
         estimated_cycles: the compiler's, in full mode.
         compile_seconds: how long it took.
     """
@@ -76,41 +71,35 @@ class Measured:
         return sum(size for _, size in (self.collectives or {}).values())
 
 
-def measure(made: Program, chip: Chip, chips: int, mode: str, **about: Any) -> Measured:
+def measure(build: Callable[[], Program], chip: Chip, chips: int, mode: str, **about: Any) -> Measured:
     """Compiles a program.
 
     Args:
-        made: what to compile.
+        build: what to compile, see compiler.compile_program.
         chip: the kind of chip.
         chips: how many run it.
-        mode: one of MODES.
+        mode: one of compiler.MODES.
         about: the fields of Measured that say what it is.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler refused it for another reason than memory.
+        As compiler.compile_program, and ValueError as hlo.read.
     """
-    traced, parts = made
-    state = sum(parts.values())
+    began = time.monotonic()
+    compiled = compile_program(build, mode)
+    state, peak = sum(compiled.parts.values()), compiled.needed or compiled.peak_bytes
     known = {
         "mode": mode,
-        "parts": parts,
+        "parts": compiled.parts,
         "state_bytes": state,
-        "flops_per_chip": flops.count(traced.jaxpr) // chips,
+        "peak_bytes": peak,
+        "hbm_bytes": chip.hbm_bytes,
+        "flops_per_chip": compiled.flops // chips,
         **about,
     }
-    began = time.monotonic()
-    lowered = traced.lower()
-    options = {"optimization_level": EffortLevel.O0.value} if mode == "quick" else None
-    try:
-        compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if (needed := memory_needed(str(error))) is None:
-            raise
+    if peak > chip.hbm_bytes:
         return Measured(
             **known,
-            temp_bytes=needed - state,
-            peak_bytes=needed,
-            hbm_bytes=chip.hbm_bytes,
+            temp_bytes=peak - state,
             fits=False,
             bytes_accessed=None,
             collectives=None,
@@ -118,34 +107,11 @@ def measure(made: Program, chip: Chip, chips: int, mode: str, **about: Any) -> M
             estimated_cycles=None,
             compile_seconds=time.monotonic() - began,
         )
-    memory, text = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
     return Measured(
         **known,
-        temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes=peak,
-        hbm_bytes=chip.hbm_bytes,
-        fits=peak <= chip.hbm_bytes,
-        bytes_accessed=int(compiled.cost_analysis()["bytes accessed"]),
-        collectives=text.collectives,
-        background_bytes=text.background_bytes if mode == "full" else None,
-        estimated_cycles=text.estimated_cycles if mode == "full" else None,
+        **hlo.read(compiled.text)._asdict(),
+        bytes_accessed=hlo.bytes_accessed(compiled.text),
+        temp_bytes=compiled.temp_bytes,
+        fits=True,
         compile_seconds=time.monotonic() - began,
     )
-
-
-def memory_needed(message: str) -> int | None:
-    """Bytes that a program needs, arguments included, from the compiler's error that a chip has not so many.
-
-    None for another error.
-    """
-    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm|HLO temporaries \(([\d.]+)([KMG]?)\)", message)
-    if found is None:
-        return None
-    size, unit = found[1] or found[3], found[2] or found[4]
-    return round(float(size) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit])

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from tiue_jax import components, distill, placement, program, sharding, train_program
 from tiue_jax.export.run import student_sampling
@@ -15,6 +14,7 @@ from tiue_jax.models.clip import CLIPModel, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.plan import chips
 from tiue_jax.plan.architecture import Architecture
 from tiue_jax.settings import Settings
 
@@ -26,8 +26,9 @@ class Program(NamedTuple):
     parts: dict[str, int]  # bytes per chip by the name of the part
 
 
-def train(settings: Settings, models: Architecture, mesh: Mesh) -> Program:
-    """The training step of a run on the devices of a mesh. ValueError as train_program.make."""
+def train(settings: Settings, models: Architecture, topology: str) -> Program:
+    """The training step of a run on a topology's chips. Errors as train_program.make and chips.devices."""
+    mesh = sharding.make_mesh(settings.train.mesh_data, settings.train.mesh_fsdp, devices=chips.devices(topology))
     unet, _, text, schedule = models.pipeline
     dtype = jnp.dtype(settings.distill.compute_dtype)
     rows, length = settings.train.batch_size, text.max_position_embeddings
@@ -56,11 +57,13 @@ def train(settings: Settings, models: Architecture, mesh: Mesh) -> Program:
     return Program(traced, _bytes_by_part(made.state, made.frozen))
 
 
-def sampler(settings: Settings, models: Architecture, mesh: Mesh, rows: int) -> Program:
-    """The run's student, sampled with K steps: token ids to pictures, `rows` at a time over all devices of the mesh.
+def sampler(settings: Settings, models: Architecture, topology: str) -> Program:
+    """The run's student, sampled with K steps: token ids to pictures, `train.batch_size` over all chips of a topology.
 
-    Parameters are in the compute dtype, and every chip has them all.
+    Parameters are in the compute dtype, and every chip has them all. Errors as chips.devices.
     """
+    mesh = sharding.make_mesh(devices=chips.devices(topology))
+    rows = settings.train.batch_size
     unet, vae, text, schedule = models.pipeline
     of = {"text_encoder": (CLIPTextModel, text), "unet": (UNet, unet), "vae": (AutoencoderKL, vae)}
     parts = {name: components.Component(cfg, *functional.abstract(cls, cfg)) for name, (cls, cfg) in of.items()}
@@ -86,9 +89,9 @@ def sampler(settings: Settings, models: Architecture, mesh: Mesh, rows: int) -> 
         return Program(jax.jit(sample).trace(params, batch), bytes_of)
 
 
-def with_choice(settings: Settings, rows: int, fsdp: int, chips: int, remat: Any) -> Settings:
-    """The settings with a batch of `rows`, another mesh of all chips and another remat policy; None is its own."""
-    train = dataclasses.replace(settings.train, batch_size=rows, mesh_fsdp=fsdp, mesh_data=chips // fsdp)
+def with_choice(settings: Settings, rows: int, fsdp: int, count: int, remat: Any) -> Settings:
+    """The settings with a batch of `rows`, another mesh of `count` chips and another remat policy; None is its own."""
+    train = dataclasses.replace(settings.train, batch_size=rows, mesh_fsdp=fsdp, mesh_data=count // fsdp)
     policy = settings.distill.remat if remat is None else remat
     return dataclasses.replace(settings, train=train, distill=dataclasses.replace(settings.distill, remat=policy))
 

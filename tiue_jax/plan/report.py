@@ -16,12 +16,11 @@ class Cost(NamedTuple):
 
     Attributes:
         compute_seconds: FLOPs at the peak.
-        memory_seconds: bytes accessed at the memory's bandwidth, by XLA's count, which has a loop's body once.
+        memory_seconds: bytes accessed at the memory's bandwidth. Not part of step_seconds: XLA counts too many.
         collective_seconds: bytes between chips at the links' bandwidth.
-        step_seconds: the roofline, which no program beats: the longer of computation and links. In full mode
-            computation is the longest of it, of memory, which the little optimised program of quick mode uses too much
-            of, and of the compiler's cycles, in which neither collectives nor Pallas kernels are; and what is not sent
-            in the background comes on top.
+        step_seconds: computation, and what is not sent in the background on top; or the links, where they take longer.
+            In full mode computation is the longer of it and of the compiler's cycles, in which neither collectives nor
+            Pallas kernels are.
         collective_share: of step_seconds, that the links are busy; computation may run at the same time.
         images_per_second: of all chips.
         days, chip_hours: for the run's images; None for a sampler.
@@ -44,10 +43,8 @@ def cost(measured: Measured, chip: Chip, images: int | None = None) -> Cost:
     collective = measured.collective_bytes / chip.ici_bandwidth
     memory = (measured.bytes_accessed or 0) / chip.hbm_bandwidth
     cycles = (measured.estimated_cycles or 0) / chip.clock
-    step = max(compute, collective)
-    if measured.background_bytes is not None:
-        waiting = (measured.collective_bytes - measured.background_bytes) / chip.ici_bandwidth
-        step = max(max(compute, memory, cycles) + waiting, collective)
+    waiting = (measured.collective_bytes - (measured.background_bytes or 0)) / chip.ici_bandwidth
+    step = max(max(compute, cycles) + waiting, collective)
     rate = measured.batch_per_chip * chips / step
     days = None if images is None else images / rate / 86_400
     return Cost(
@@ -102,7 +99,7 @@ def table(tried: Sequence[Measured], chosen: Measured, chip: Chip, images: int |
             "yes" if measured.fits else "no",
             f"{measured.flops_per_chip / 1e12:.3g}",
         ]
-        if measured.bytes_accessed is not None:  # else it did not compile
+        if measured.bytes_accessed is not None:  # else it does not fit
             its = cost(measured, chip, images)
             cells += [
                 readable(measured.bytes_accessed),
@@ -146,10 +143,10 @@ def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
             f"days and chip-hours are for {train.max_train_steps:,} steps of {train.batch_size}, "
             f"{train.max_train_steps * train.batch_size:,} images in all"
         )
-    bound = "the compiler's estimate" if chosen.mode == "full" else "a bound that no program beats"
+    bound = "the compiler's estimate" if chosen.mode == "full" else "a bound that this program does not beat"
     peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {readable(chip.ici_bandwidth)}/s between chips"
     lines.append(f"step: {bound}, at {peaks}; links: the share of it that they are busy with what is sent")
-    if chosen.background_bytes is not None and chosen.collective_bytes:
-        background, sent = readable(chosen.background_bytes), readable(chosen.collective_bytes)
+    if chosen.collective_bytes:
+        background, sent = readable(chosen.background_bytes or 0), readable(chosen.collective_bytes)
         lines.append(f"sent: {background} of {sent} while the chip computes, by the compiler's schedule")
     return lines
