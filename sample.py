@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tiue_jax import compile_cache, images
 from tiue_jax.components import DTYPES
-from tiue_jax.data.prompts import load_prompts
+from tiue_jax.files import read_text
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline, number_images
 from tiue_jax.sampling import SAMPLERS, Sampling
@@ -113,13 +113,22 @@ def run(args: flags.FlagValues) -> None:
 
 
 def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file. ValueError where there is none, or one is not UTF-8."""
+    """The prompts of the command line, then the lines of the file, all but empty ones.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: there is no prompt, or one is not UTF-8.
+    """
     for prompt in given:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # bytes of the command line that Python could not decode
             raise ValueError(f"prompt must be UTF-8 text, got {os.fsencode(prompt)!r}") from error
-    prompts = [*given, *(load_prompts(path).prompts if path is not None else [])]
+    lines = read_text(path).splitlines() if path is not None else []
+    lines = [line for line in map(str.strip, lines) if line]
+    if path is not None and not lines:
+        raise ValueError(f"{path}: expected at least one prompt")
+    prompts = [*given, *lines]
     if not prompts:
         raise ValueError("nothing to draw: expected --prompt or --prompt_file")
     return prompts
@@ -190,12 +199,15 @@ def metadata(
     about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
     which = {"num_images_per_prompt": args.num_images_per_prompt} if number is None else {"image_number": number}
     about |= {} if args.latents is None else {"latents": args.latents}
-    about |= {name: getattr(args, name) for name in ("vae", "vae_dtype") if getattr(args, name) is not None}
+    decoded = ("vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor")
+    about |= {name: getattr(args, name) for name in decoded if getattr(args, name) is not None}
+    about |= {"vae_tiling": True} if args.vae_tiling else {}
+    about |= {"upscale": args.upscale} if args.upscale > 1 else {}
     return about | which | {"dtype": args.dtype, "software": "tiue-jax"}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 2 after one line on stderr about what was wrong."""
+    """Returns the exit status: 0, 2 after one line on stderr about what was wrong, or 130 after Ctrl-C."""
     args = define_flags()
     try:
         rest = args(list(argv))[1:]
@@ -205,9 +217,11 @@ def main(argv: Sequence[str]) -> int:
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}: texts with spaces go in quotes after --prompt")
         run(args)
-    except (ValueError, OSError, flags.Error) as error:
+    except (ValueError, OSError, FloatingPointError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as a shell says it
     return 0
 
 

@@ -54,7 +54,8 @@ def write(path: Path, rows: list[np.ndarray]) -> None:
 
 def distil(workdir: Path, minutes: float) -> None:
     """Runs train.py as anyone would, from the start; its progress bar goes to the terminal."""
-    shutil.rmtree(workdir, ignore_errors=True)  # otherwise the same command would resume the last demo's run
+    if (workdir / "config.json").is_file():
+        shutil.rmtree(workdir)  # otherwise the same command would resume the last demo's run
     command = [sys.executable, "train.py", "--config", "configs/emoji_tiue.py", "--workdir", str(workdir)]
     command += [f"--config.train.max_train_minutes={minutes}", "--config.train.validation_every=50"]
     print("  " + " ".join(["python", *command[1:]]), flush=True)

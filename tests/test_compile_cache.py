@@ -59,6 +59,13 @@ def test_a_folder_that_cannot_be_written_is_a_warning_in_one_line(cache_home, ca
     assert warning == f"warning: compiled programs are not kept: {cache_home}/tiue_jax/xla: Not a directory\n"
 
 
+def test_a_user_without_a_home_is_a_warning_in_one_line(cache_home, capsys, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert compile_cache.enable() is None
+    assert capsys.readouterr().err == "warning: compiled programs are not kept: ~/.cache: no home folder for ~\n"
+
+
 def test_training_can_do_without():
     given = ["train.py", f"--config={ROOT}/configs/emoji_tiue.py", "--workdir=runs/x"]
     assert train.read_flags(given).keep_compiled

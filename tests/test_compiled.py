@@ -54,6 +54,7 @@ def test_without_this_package_it_gives_the_pipelines_pictures_bit_for_bit(pipe, 
     assert files == {"compiled.json", "sampler.py", "tokenizer.json", "weights.safetensors"} | {
         f"sampler.{name}.jax_export" for name in ("cpu", "cuda", "tpu")
     }
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "compiled.json").stat().st_mode}
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
     subprocess.run([sys.executable, "-c", ALONE, elsewhere, tmp_path / "pictures.npy"], check=True)
     got = np.load(tmp_path / "pictures.npy")
@@ -132,8 +133,8 @@ def test_broken_folders_are_named(folder, tmp_path):
     (broken / "compiled.json").write_text(json.dumps(manifest | {"platforms": ["tpu"]}))
     with pytest.raises(ValueError, match="broken: compiled for tpu, got cpu"):
         Sampler(broken)
-    (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match="compiled.json: format must be 1, got 2"):
+    (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(ValueError, match="compiled.json: format must be 2, got 3"):
         Sampler(broken)
     (broken / "compiled.json").write_text(json.dumps(manifest))
     (broken / "weights.safetensors").unlink()

@@ -122,6 +122,10 @@ def test_names_of_transformers_5_and_other_dtypes(tmp_path):
     [
         (lambda x: x.update({"unet.nowhere.to_q.lora_A.weight": x["a"]}), "unused unet.nowhere.to_q.lora_A.weight"),
         (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "unused unet.*dora_scale"),
+        (
+            lambda x: x.update({f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.lora_down.weight": x["a"]}),
+            "twice .*to_q",
+        ),
         (lambda x: x.pop(f"unet.{ATTENTION}.to_q.lora_B.weight"), rf"unet.{ATTENTION}.to_q lacks up"),
         (
             lambda x: x.update({f"unet.{ATTENTION}.to_q.lora_B.weight": np.zeros((9, 2), np.float32)}),

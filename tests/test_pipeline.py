@@ -191,6 +191,20 @@ def test_bfloat16_is_close_to_float32(folder, pipe):
     assert np.abs(got - pipe(["red apple"])).mean() < 16
 
 
+def test_a_student_that_diffusers_saved_is_still_one(folder, tmp_path):
+    """It keeps what the scheduler's configuration says and drops tiue_config.json."""
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    (saved / "tiue_config.json").unlink()
+    config = saved / "scheduler" / "scheduler_config.json"
+    own = json.loads(config.read_text())
+    config.write_text(json.dumps(own | {"_tiue": {"num_inference_steps": 2, "timestep_spacing": "trailing"}}))
+    assert Pipeline.from_pretrained(saved).settings() == Sampling("tiue", 2, None, "trailing")
+    for student, message in (([2], "_tiue must be an object"), ({"k": 2}, "_tiue: unknown sampling field 'k'")):
+        config.write_text(json.dumps(own | {"_tiue": student}))
+        with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
+            Pipeline.from_pretrained(saved)
+
+
 def test_stream_yields_batches(pipe):
     assert [len(batch) for batch in pipe.stream(["red"], num_images_per_prompt=5, batch_size=2)] == [2, 2, 1]
 

@@ -1,17 +1,13 @@
-"""Planning without libtpu: chips, the compiled program's text, the search, tables, the cache, the command line."""
+"""Planning without libtpu: chips, the search, tables, the cache, models, the command line."""
 
 import dataclasses
-import functools
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
@@ -19,8 +15,8 @@ from configs import sd21_tiue
 from tests import tiny
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.plan import __main__ as main
-from tiue_jax.plan import architecture, cache, chips, compiler, hlo, programs, report, search
-from tiue_jax.plan.measure import Measured, measure
+from tiue_jax.plan import architecture, cache, chips, programs, report, search
+from tiue_jax.plan.measure import Measured
 from tiue_jax.settings import Settings
 
 V5E = chips.CHIPS["v5e"]
@@ -31,9 +27,6 @@ def settings(**train):
     config = sd21_tiue.get_config().to_dict()
     config["train"].update(train)
     return Settings.from_config(config)
-
-
-ABOUT = {"topology": "v5e:2x2", "program": "train", "batch_per_chip": 1, "data": 1, "fsdp": 2, "remat": None}
 
 
 def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
@@ -88,170 +81,6 @@ def test_clocks_are_plausible():
     """Peak over multiply-adds per cycle: a chip's table row would be wrong where it is no clock of a TPU."""
     clocks = {kind: chip.clock / 1e9 for kind, chip in chips.CHIPS.items()}
     assert all(1.0 < clock < 1.8 for clock in clocks.values()), clocks
-
-
-# ---- compiled text ---------------------------------------------------------------------------------------------------
-
-HLO = """HloModule jit_step, is_scheduled=true
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%body (arg: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
-  %arg = (s32[], f32[8,16]{1,0}) parameter(0)
-  %x = f32[8,16]{1,0} get-tuple-element(%arg), index=1
-  %all-reduce.1 = f32[8,16]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
-  %f = f32[8,16]{1,0} fusion(%all-reduce.1), kind=kLoop, calls=%add, backend_config={"estimated_cycles":"7"}
-  ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%i, %f)
-}
-
-%cond (arg: (s32[], f32[8,16])) -> pred[] {
-  %arg = (s32[], f32[8,16]{1,0}) parameter(0)
-  %n = s32[]{:T(128)} constant(5)
-  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
-}
-
-ENTRY %main (p: bf16[4,16]) -> f32[8,16] {
-  %p = bf16[4,16]{1,0} parameter(0)
-  %all-gather.1 = bf16[16,16]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={0}
-  %all-gather-start = (bf16[4,16]{1,0}, bf16[16,16]{1,0:S(1)}) all-gather-start(%p), replica_groups={{0,1,2,3}}
-  %all-gather-done = bf16[16,16]{1,0} all-gather-done(%all-gather-start)
-  %reduce-scatter.1 = f32[2,16]{1,0} reduce-scatter(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
-  %m = f32[8,16]{1,0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=8,'c'=4], device_ids=([4,8]T(1,0)) {'b','c':(1)2}
-  %permute = f32[8,16]{1,0} collective-permute(%z), source_target_pairs={{0,1},{1,0}}
-  %while.1 = (s32[], f32[8,16]{1,0}) while(%init), condition=%cond, body=%body, metadata={}
-  ROOT %out = f32[8,16]{1,0} fusion(%w), kind=kLoop, calls=%add, backend_config={"flag":1,"estimated_cycles":"100"}
-}
-"""
-
-
-def test_collectives_are_summed_with_their_loops():
-    text = hlo.read(HLO)
-    assert text.collectives == {
-        "all-gather": (2, 2 * 16 * 16 * 2 * 3 // 4),
-        "all-reduce": (6, 5 * 2 * 8 * 16 * 4 * 3 // 4 + 2 * 8 * 16 * 4 * 15 // 16),
-        "collective-permute": (1, 8 * 16 * 4),
-        "reduce-scatter": (1, 2 * 2 * 16 * 4 // 2),
-    }
-    assert text.background_bytes == 16 * 16 * 2 * 3 // 4  # the all-gather with a start
-    assert text.estimated_cycles == 100 + 5 * 7
-
-
-def test_a_fused_reduce_scatter_is_one():
-    text = """%all-reduce-scatter.1 (p: f32[8,16]) -> f32[2,16] {
-  %all-reduce.9 = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
-  ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all-reduce.9, %i, %j), dynamic_slice_sizes={2,16}
-}
-
-%inside (p: f32[8,16]) -> f32[2,16] {
-  ROOT %f = f32[2,16]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
-}
-
-%called (p: f32[8,16]) -> f32[2,16] {
-  ROOT %c = f32[2,16]{1,0} call(%p), to_apply=%inside
-}
-
-ENTRY %main (p: f32[8,16]) -> f32[2,16] {
-  %s = ((f32[8,16]{1,0}), f32[2,16]{1,0}, s32[]) async-start(%p), calls=%called
-  ROOT %d = f32[2,16]{1,0} async-done(%s), calls=%called
-}
-"""
-    sent = 8 * 16 * 4 * 3 // 4
-    assert hlo.read(text) == hlo.Text({"reduce-scatter": (1, sent)}, background_bytes=sent, estimated_cycles=None)
-
-
-def test_a_collective_that_advances_in_other_fusions_is_one():
-    gather = "bf16[16,16]{1,0} all-gather(%p), channel_id={}, replica_groups={{0,1,2,3}}, dimensions={0}"
-    text = """%fused_computation.1 (p: bf16[4,16]) -> (bf16[16,16], u32[]) {
-  %all-gather.1 = GATHER7
-  ROOT %custom-call.1 = (bf16[16,16]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
-}
-
-%async_collective_fusion.5 (p: bf16[4,16]) -> (bf16[8,16], bf16[16,16], u32[]) {
-  %all-gather.2 = GATHER7
-  %convolution = bf16[8,16]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
-  ROOT %tuple = (bf16[8,16]{1,0}, bf16[16,16]{1,0}, u32[]) tuple(%convolution, %all-gather.2, %flag)
-}
-
-%fused_computation.2 (p: bf16[4,16]) -> bf16[16,16] {
-  %all-gather.3 = GATHER7
-  ROOT %custom-call.2 = bf16[16,16]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
-}
-
-ENTRY %main (p: bf16[4,16]) -> bf16[16,16] {
-  %async-collective-start = (bf16[16,16]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%fused_computation.1
-  %fusion.5 = (bf16[8,16]{1,0}, bf16[16,16]{1,0}, u32[]) fusion(%q), kind=kCustom, calls=%async_collective_fusion.5
-  %async-collective-done = bf16[16,16]{1,0} fusion(%r), kind=kCustom, calls=%fused_computation.2
-  ROOT %all-gather.4 = GATHER8
-}
-"""
-    for channel in "78":
-        text = text.replace(f"GATHER{channel}", gather.replace("{}", channel))
-    sent = 16 * 16 * 2 * 3 // 4
-    assert hlo.read(text) == hlo.Text({"all-gather": (2, 2 * sent)}, background_bytes=sent, estimated_cycles=None)
-
-
-def test_collectives_in_a_loop_of_unknown_length_are_refused():
-    with pytest.raises(ValueError, match="all-reduce in a loop of unknown length"):
-        hlo.read(HLO.replace("direction=LT", "direction=NE"))
-
-
-def test_text_of_a_real_program():
-    """The format is XLA's own, and so is what it counts of memory."""
-    compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c * 2 + 1, x)).lower(1.0).compile()
-    assert hlo.read(compiled.as_text()) == hlo.Text({}, 0, None)
-    assert hlo.bytes_accessed(compiled.as_text()) == compiled.cost_analysis()["bytes accessed"]
-
-
-# ---- the compiler's process ------------------------------------------------------------------------------------------
-
-
-def test_memory_needed():
-    needed = compiler.memory_needed
-    assert needed("the total memory required for HLO temporaries (25.06G) exceeds") == round(25.06 * 2**30)
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded ..."
-    assert needed(message) == round(20.25 * 2**30)
-    assert needed("INTERNAL: something else") is None
-
-
-def test_memory_of_an_assignment():
-    assignment = """BufferAssignment:
-allocation 0: size 512, thread-local:
- value: <2 reduce_sum.650 @0> (size=512,offset=0): f32[]{:T(128)}
-allocation 1: size 8388608, parameter 0, shape |f32[1024,2048]| at ShapeIndex {0}, maybe-live-out:
-allocation 2: size 1024, output shape is |(f32[1024,2048], f32[])|, maybe-live-out:
-allocation 3: size 8552960, preallocated-temp:
- value: <3 fusion.1 @0> (size=8552960,offset=0): f32[1024,2048]{1,0}
-allocation 4: size 62914560, color 1, preallocated-temp:
-"""
-    assert compiler.memory(assignment) == (8_388_608 + 1_024 + 8_552_960, 8_552_960)
-
-
-def build(size):
-    """A program of few operations, which any compiler takes: a CPU's here."""
-    if size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
-    if size > 1_000:
-        os._exit(9)
-    jitted = jax.jit(lambda x: jnp.sin(x) @ x)
-    return programs.Program(jitted.trace(jax.ShapeDtypeStruct((size, size), jnp.float32)), {"x": 4 * size**2})
-
-
-@pytest.mark.parametrize("mode", compiler.MODES)
-def test_a_program_is_compiled_in_another_process(mode):
-    found = measure(functools.partial(build, 64), V5E, 2, mode, **ABOUT)
-    assert found.flops_per_chip == 64**3 and found.state_bytes == 4 * 64**2 and found.mode == mode
-    assert found.fits and found.peak_bytes >= 2 * 4 * 64**2 and found.bytes_accessed and found.collectives == {}
-
-
-def test_errors_of_the_other_process():
-    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
-        measure(functools.partial(build, 0), V5E, 1, "quick", **ABOUT)
-    with pytest.raises(RuntimeError, match="the compiler's process ended with status 9"):
-        measure(functools.partial(build, 1_001), V5E, 1, "quick", **ABOUT)
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------

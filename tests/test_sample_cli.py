@@ -77,6 +77,40 @@ def test_grid_of_several_prompts_and_a_file(cli, pipe):
     assert about["prompt"] == "red\napple\npear" and about["num_images_per_prompt"] == "2"
 
 
+def test_lines_of_a_file_are_taken_as_they_are(cli, pipe):
+    Path("prompts.json").write_text("red  apple\nred\nred  apple\n", encoding="utf-8")
+    assert cli("--prompt_file", "prompts.json", "--out", "pictures")[0] == 0
+    for i, want in enumerate(pipe(["red  apple", "red", "red  apple"])):
+        picture, about = images.read_png(f"pictures/{i:05d}.png")
+        np.testing.assert_array_equal(picture, want)
+        assert about["prompt"] == ("red" if i == 1 else "red  apple")
+
+
+def test_a_picture_says_how_it_was_decoded(cli):
+    how = ("--vae_tiling", "--tile_sample_min_size", 8, "--upscale", 2, "--vae_dtype", "bfloat16")
+    assert cli("--prompt", "red", *how, "--out", "a.png")[0] == 0
+    about = images.read_png("a.png")[1]
+    told = {"vae_tiling": "True", "tile_sample_min_size": "8", "upscale": "2", "vae_dtype": "bfloat16"}
+    assert {name: about.get(name) for name in told} == told
+
+
+def test_pictures_that_are_not_finite_are_an_error(cli):
+    how = ("--sampler", "ddim", "--num_inference_steps", 3)
+    status, _, error = cli("--prompt", "red", *how, "--guidance_scale", "3e38", "--out", "a.png")
+    assert (status, error.count("\n")) == (2, 1) and "image 0 of prompt 'red' is not finite" in error
+    status, _, error = cli("--prompt", "red", *how, "--guidance_scale", "nan", "--out", "a.png")
+    assert status == 2 and "guidance_scale must be a finite number, got nan" in error
+    assert list(Path().iterdir()) == []
+
+
+def test_ctrl_c(cli, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", interrupted)
+    assert cli("--prompt", "red", "--out", "a.png")[0] == 130
+
+
 def test_single_files(cli, pipe):
     how = ("--sampler", "ddim", "--num_inference_steps", 2, "--guidance_scale", 3, "--timestep_spacing", "linspace")
     status, out, _ = cli("--prompt", "red", "--prompt", "red", "--prompt", "", *how, "--out", "pictures")

@@ -55,7 +55,7 @@ SPACED = r"\['tiue', 'ddim', 'faster_diffusion'\]"
     ("settings", "message"),
     [
         ({"sampler": "euler"}, r"sampler must be among \['tiue', .*\], got 'euler'"),
-        ({"guidance_scale": "3"}, "guidance_scale must be a number, got '3'"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number, got '3'"),
         (
             {"sampler": "turbo", "guidance_scale": 2},
             f"guidance_scale is a setting of samplers {GUIDED}, got 2 with 'tu",

@@ -93,6 +93,11 @@ def test_configs_of_the_few_step_models():
     ("config", "message"),
     [
         ({"clip_sample": True}, "'clip_sample' is True"),
+        ({"_class_name": "DDIMScheduler"}, "'clip_sample' is True"),  # where a file leaves it out
+        ({"steps_offset": -5}, "steps_offset must be an integer >= 0, got -5"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be an integer >= 1, got '1000'"),
+        ({"beta_start": None}, "beta_start must be a number between 0 and 1, got None"),
+        ({"beta_end": 1.5}, "beta_end must be a number between 0 and 1, got 1.5"),
         ({"original_inference_steps": 25}, "'original_inference_steps' is 25: only 50"),
         ({"timestep_scaling": 1.0}, "'timestep_scaling' is 1.0"),
         ({"trained_betas": [0.1]}, "'trained_betas'"),

@@ -51,10 +51,15 @@ def test_tiny_decodes_the_latents_as_the_unet_scales_them(model, taesd, monkeypa
 
 def test_a_folder_of_either_kind(model, taesd, tmp_path):
     assert Pipeline.from_pretrained(model, vae=taesd / "taesd").vae.cfg == tiny.TINY_VAE
-    other = dataclasses.replace(tiny.VAE, scaling_factor=0.5)
+    other = dataclasses.replace(tiny.VAE, sample_size=tiny.VAE.sample_size * 2)
     convert.save(tmp_path / "kl", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
     pipe = Pipeline.from_pretrained(model, vae=tmp_path / "kl")
     assert pipe.vae.cfg == other and pipe(["red"]).shape == (1, 16, 16, 3)
+    assert Pipeline.from_pretrained(model, vae=model).vae.cfg == pipe.vae.cfg.from_dict(tiny.VAE.to_dict())
+    other = dataclasses.replace(tiny.VAE, scaling_factor=0.5)
+    convert.save(tmp_path / "scaled", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
+    with pytest.raises(ValueError, match=r"must have the model's scaling_factor, 0.18215, got 0.5"):
+        Pipeline.from_pretrained(model, vae=tmp_path / "scaled")
 
 
 def test_a_pipeline_is_not_saved_with_a_tiny_autoencoder(model, taesd, tmp_path):

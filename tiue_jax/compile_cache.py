@@ -25,13 +25,13 @@ def enable() -> Path | None:
         return None
     if chosen := jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return Path(chosen)
-    folder = user_cache() / "xla"
     try:
+        folder = user_cache() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        print(f"warning: compiled programs are not kept: {folder}: {error.strerror}", file=sys.stderr)
+        print(f"warning: compiled programs are not kept: {error.filename}: {error.strerror}", file=sys.stderr)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:

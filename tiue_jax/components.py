@@ -13,6 +13,7 @@ from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.sampling import Sampling
 from tiue_jax.schedule import Schedule
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -76,11 +77,33 @@ def load_schedule(folder: Path) -> Schedule:
         raise ValueError(f"{folder / filename}: {error}") from error
 
 
+def own_sampling(folder: Path, unet: UNetConfig) -> Sampling:
+    """What a pipeline folder says of its sampling, or what is usual for its UNet.
+
+    Diffusers does not write `tiue_config.json` when it saves a student; what the scheduler says of K it keeps.
+
+    Raises:
+        ValueError: naming the file that says something unknown.
+    """
+    config, scheduler = folder / "tiue_config.json", folder / "scheduler" / "scheduler_config.json"
+    if config.is_file():
+        return Sampling.from_file(config)
+    student = convert.read_config(scheduler.parent, scheduler.name).get("_tiue")
+    if student is None:
+        return Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
+    if not isinstance(student, dict):
+        raise ValueError(f"{scheduler}: _tiue must be an object, got {student!r}")
+    try:
+        return Sampling.from_dict({"sampler": "tiue", **student})
+    except ValueError as error:
+        raise ValueError(f"{scheduler}: _tiue: {error}") from error
+
+
 def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
     """The folder, model class and configuration class of an autoencoder that decodes in place of a pipeline's own.
 
     Args:
-        name: "tiny" for TAESD, or what hub.resolve takes: an AutoencoderTiny or an AutoencoderKL.
+        name: "tiny" for TAESD, or what hub.resolve takes: an AutoencoderTiny, an AutoencoderKL, or a pipeline with one.
         own: of the autoencoder that it stands in for.
 
     Raises:
@@ -92,6 +115,8 @@ def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
         latents = f"a model of Stable Diffusion's latents, with scaling_factor {SD_SCALING_FACTOR}"
         raise ValueError(f"vae {str(name)!r} decodes for {latents}, got a model with {own.scaling_factor}")
     folder = hub.resolve(alias)
+    if (folder / "model_index.json").is_file():
+        folder = folder / "vae"
     kind = convert.read_config(folder).get("_class_name")
     if kind not in AUTOENCODERS:
         raise ValueError(f"{folder / 'config.json'}: _class_name must be among {list(AUTOENCODERS)}, got {kind!r}")
@@ -100,6 +125,7 @@ def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
     for what, got, expected in (
         ("latent_channels", cfg.latent_channels, own.latent_channels),
         ("pixels per latent", cfg.factor, own.factor),
+        ("scaling_factor", cfg.scaling_factor if cls is AutoencoderKL else SD_SCALING_FACTOR, own.scaling_factor),
     ):
         if got != expected:
             raise ValueError(f"vae {str(name)!r} must have the model's {what}, {expected}, got {got}")

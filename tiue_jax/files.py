@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, JSON and text read with errors that name the file, the folder for caches."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def writing_folder_aside(
 
 def check_new_folder(path: str | Path, marker: str, overwrite: bool = False) -> Path:
     """The folder that `writing_folder_aside` may write, links followed. FileExistsError where it may not."""
-    path = Path(path).expanduser().resolve()
+    path = expand(path).resolve()
     if path.is_dir() and any(path.iterdir()):
         if not (path / marker).is_file():
             raise FileExistsError(f"{path}: not empty and no {marker} in it, expected a new folder")
@@ -116,5 +117,16 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
 
 
 def user_cache() -> Path:
-    """The folder of what can be made or downloaded again: tiue_jax in $XDG_CACHE_HOME, or in ~/.cache; not created."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiue_jax"
+    """The folder of what can be made or downloaded again: tiue_jax in $XDG_CACHE_HOME, or in ~/.cache; not created.
+
+    Errors as `expand`.
+    """
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tiue_jax"
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ as the home folder. FileNotFoundError where there is none, as for some containers' users."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "no home folder for ~", os.fspath(path)) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_jax import download
-from tiue_jax.files import user_cache, write_json
+from tiue_jax.files import expand, user_cache, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = ("emoji", "emoji-tiue")  # the teacher, and the student distilled from it
@@ -92,7 +92,7 @@ def known(name: str | Path) -> Model | None:
 def on_disk(name: str | Path) -> bool:
     """Whether `resolve` finds a model without the hub."""
     text = str(name)
-    if text in SHIPPED or (text not in MODELS and Path(name).expanduser().is_dir()):
+    if text in SHIPPED or (text not in MODELS and expand(name).is_dir()):
         return True
     return any(folder.is_dir() for folder in _local_folders(text, known(text) or Model(((text, "main"),))))
 
@@ -109,7 +109,7 @@ def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -
         FileNotFoundError: nothing of that name, saying all that was tried.
         ValueError: what was found is not a model.
     """
-    text, local = str(name), Path(name).expanduser()
+    text, local = str(name), expand(name)
     if text in SHIPPED:
         if not (ASSETS / text).is_dir():
             raise FileNotFoundError(f"shipped model {text!r} is not in this installation: no folder {ASSETS / text}")
@@ -159,9 +159,9 @@ def _local_folders(text: str, model: Model) -> Iterator[Path]:
     aliases = [alias for alias, row in MODELS.items() if row is model]
     repositories = [text, *model.formerly, *(repository for repository, _ in model.sources)]
     for name in dict.fromkeys([*aliases, *repositories]):
-        yield Path(root).expanduser() / name
+        yield expand(root) / name
         if "/" in name:
-            yield Path(root).expanduser() / name.replace("/", "--")
+            yield expand(root) / name.replace("/", "--")
 
 
 def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) -> Path:

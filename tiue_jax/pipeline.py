@@ -59,7 +59,7 @@ class Pipeline:
         everywhere = sharding.replicated(self._mesh)
         place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
         self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
-        self._compiled: dict[program.Key, Callable[..., jax.Array]] = {}
+        self._compiled: dict[program.Key, Callable[..., tuple[jax.Array, jax.Array]]] = {}
         self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
@@ -101,13 +101,11 @@ class Pipeline:
         vae_source: tuple[Path, Any, Any] = folder / "vae", AutoencoderKL, VAEConfig
         if vae is not None:
             vae_source = components.find_vae(vae, own)
-        config = folder / "tiue_config.json"
-        usual = Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
         return cls(
             name=str(name),
             tokenizer_dir=folder / "tokenizer",
             schedule=components.load_schedule(folder / "scheduler"),
-            sampling=Sampling.from_file(config) if config.is_file() else usual,
+            sampling=components.own_sampling(folder, unet),
             unet=components.load(folder / "unet", UNet, UNetConfig, dtype),
             vae=components.load(*vae_source, vae_dtype),
             text_encoder=components.load_text_encoder(folder, dtype),
@@ -151,7 +149,7 @@ class Pipeline:
         """Makes images batch by batch, in the order of the prompts: yields uint8 [n h w 3], n <= batch_size.
 
         An image depends on the seed, its prompt and its number among that prompt's images only, not on the batch size,
-        the number of devices or the other prompts. A prompt given twice counts its images on.
+        the number of devices or the other prompts, but for rounding. A prompt given twice counts its images on.
 
         Args:
             prompts: at least one; "" is the unconditional image.
@@ -172,6 +170,7 @@ class Pipeline:
 
         Raises:
             ValueError: naming the argument, its value and what was expected; before any work is done.
+            FloatingPointError: naming an image that came out as NaN or infinite; from the iterator.
         """
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
@@ -278,10 +277,16 @@ class Pipeline:
                 given=np.bool_(latents is not None),
             )
             with jax.set_mesh(self._mesh):  # attention's kernels are split over it
-                pictures = sample(params, arguments)
+                pictures, finite = sample(params, arguments)
+            if not (good := np.asarray(finite)[: len(part)]).all():
+                first = start + int(np.argmin(good))
+                raise FloatingPointError(
+                    f"image {first} of prompt {numbered[first][0]!r} is not finite: "
+                    "the weights, guidance_scale or dtype are to blame"
+                )
             yield np.asarray(pictures)[: len(part)]
 
-    def _program(self, settings: Sampling) -> Callable[..., jax.Array]:
+    def _program(self, settings: Sampling) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """The compiled program of these settings (see program.make); kept for the next call."""
         key = program.Key.of(settings)
         if key not in self._compiled:

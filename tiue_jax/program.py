@@ -54,11 +54,12 @@ def make(
     key: Key,
     vae_tiling: Tiling | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[Mapping[str, Any], Batch], jax.Array]:
+) -> Callable[[Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
     """The function from parameters, by the names in PARTS, and a batch to uint8 pictures [b h w 3]; not compiled.
 
-    Text encoder, noise, sampler, autoencoder and rounding are one function, so that one compilation, one dispatch and
-    one small transfer make a batch.
+    It says as well of which pictures all values were finite, bool [b]: as uint8 the others are black. Text encoder,
+    noise, sampler, autoencoder and rounding are one function, so that one compilation, one dispatch and one small
+    transfer make a batch.
 
     Args:
         parts: the models by the names in PARTS; of them only configurations and graphs are used.
@@ -73,7 +74,7 @@ def make(
     schedule = settings.respaced(schedule)
     vae_cfg = parts["vae"].cfg
 
-    def sample(params: Mapping[str, Any], batch: Batch) -> jax.Array:
+    def sample(params: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         encode, unet, vae = (parts[name].bind(params[name]) for name in PARTS)
         text = null_text = encode(batch.ids).last_hidden_state
         if key.guided:  # else nobody looks at it, and half of the text encoder's tracing is saved
@@ -99,6 +100,7 @@ def make(
             # the autoencoder knows no timesteps: the devices along `step` have images to share out as well
             latents = jax.lax.with_sharding_constraint(latents, sharding.split_everywhere(mesh))
         decoded = vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
-        return images.to_uint8(decoded.astype(jnp.float32))
+        decoded = decoded.astype(jnp.float32)
+        return images.to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     return sample

@@ -1,6 +1,7 @@
 """How a model is sampled: the settings in `tiue_config.json`, their defaults, and what overrides them."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -48,8 +49,8 @@ class Sampling:
             raise ValueError(f"sampler must be among {list(SAMPLERS)}, got {self.sampler!r}")
         if k is not None and (not isinstance(k, int) or k < 1):
             raise ValueError(f"num_inference_steps must be an integer >= 1, got {k!r}")
-        if w is not None and not isinstance(w, int | float):
-            raise ValueError(f"guidance_scale must be a number, got {w!r}")
+        if w is not None and not (isinstance(w, int | float) and math.isfinite(w)):
+            raise ValueError(f"guidance_scale must be a finite number, got {w!r}")
         if self.timestep_spacing not in (None, *SPACINGS):
             raise ValueError(f"timestep_spacing must be among {list(SPACINGS)}, got {self.timestep_spacing!r}")
         if self.key_steps is not None and not _are_key_steps(self.key_steps):

@@ -55,6 +55,13 @@ class Schedule:
     set_alpha_to_one: bool = False
 
     def __post_init__(self):
+        for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
         if self.beta_schedule not in ("scaled_linear", "linear"):
             raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', got {self.beta_schedule!r}")
         if self.prediction_type not in PREDICTION_TYPES:
@@ -69,6 +76,8 @@ class Schedule:
         Raises:
             ValueError: a field whose value changes the mathematics in a way that is not supported.
         """
+        if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
+            config = {"clip_sample": True} | config  # so do these constructors
         for name, wanted in _FIXED.items():
             if config.get(name, wanted) != wanted:
                 raise ValueError(f"scheduler field {name!r} is {config[name]!r}: only {wanted!r} is supported")

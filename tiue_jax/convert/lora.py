@@ -184,8 +184,10 @@ def _group(
         target = next((t for t in _targets(name, flat) if t[:2] in kernels), None)
         if target is None:
             unknown.append(f"unused {name}")
+        elif target[2] in found.setdefault(target[:2], {}):
+            unknown.append(f"twice {name}")
         else:
-            found.setdefault(target[:2], {})[target[2]] = tensor
+            found[target[:2]][target[2]] = tensor
     return found, unknown
 
 

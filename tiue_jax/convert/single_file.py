@@ -40,7 +40,8 @@ def import_single_file(
         base: a model of the same architecture, whose tokenizer, configurations and scheduler are taken: what
             hub.resolve takes; or a folder with a CLIPTokenizer alone, for the configurations of the published models.
             None is the published model that the file looks like.
-        prediction_type: "epsilon" or "v_prediction". None is "epsilon" for SD 1.x; for SD 2.x it must be given.
+        prediction_type: "epsilon" or "v_prediction". None is that of `base`, "epsilon" without; for SD 2.x it must
+            be given.
         dtype: one of export.run.DTYPES, on disk.
 
     Returns:
@@ -58,7 +59,7 @@ def import_single_file(
     tensors = open_file(path)
     kind = recognise(path, tensors, prediction_type)
     preset, tokenizer = _configurations(kind, base)
-    schedule = dataclasses.replace(preset.schedule, prediction_type=prediction_type or "epsilon")
+    schedule = dataclasses.replace(preset.schedule, prediction_type=prediction_type or preset.schedule.prediction_type)
     Tokenizer(tokenizer, preset.text_encoder.max_position_embeddings)  # raises where there is none
     check_widths(str(path), preset.unet, preset.vae, preset.text_encoder)
 

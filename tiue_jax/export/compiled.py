@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from tiue_jax import program
 from tiue_jax.export.compiled_sampler import FORMAT, MANIFEST, PROGRAM, TOKENIZER, WEIGHTS
-from tiue_jax.files import check_new_folder, write_json, writing_folder_aside
+from tiue_jax.files import check_new_folder, write_json, writing_aside, writing_folder_aside
 from tiue_jax.pipeline import Pipeline
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -87,7 +87,8 @@ def export_compiled(
     with writing_folder_aside(out, MANIFEST, _OWN, overwrite) as new:
         for platform, exported in programs.items():
             (new / PROGRAM.format(platform)).write_bytes(exported.serialize())
-        save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, new / WEIGHTS)
+        with writing_aside(new / WEIGHTS) as aside:
+            save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, aside)
         pipe.tokenizer.backend.save(str(new / TOKENIZER))
         shutil.copyfile(_LOADER, new / "sampler.py")
         write_json(new / MANIFEST, manifest)
@@ -106,7 +107,7 @@ def _export(
     sample = program.make(parts, pipe.schedule, key, pipe.vae_tiling)
     whole = {name: part.params for name, part in parts.items()}
 
-    def flat(weights: dict[str, jax.Array], *fields: jax.Array) -> jax.Array:
+    def flat(weights: dict[str, jax.Array], *fields: jax.Array) -> tuple[jax.Array, jax.Array]:
         return sample(_tree(whole, weights), program.Batch(*fields))
 
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)

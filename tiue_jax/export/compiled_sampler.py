@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
 PROGRAM = "sampler.{}.jax_export"  # of each platform
-FORMAT = 1
+FORMAT = 2
 BATCH_SIZE = 8  # where the program takes any
 
 
@@ -72,6 +72,7 @@ class Sampler:
 
         Raises:
             ValueError: naming the argument, its value and what was expected.
+            FloatingPointError: naming an image that came out as NaN or infinite.
         """
         made = self.manifest
         if isinstance(prompts, str) or len(prompts) == 0:
@@ -109,7 +110,10 @@ class Sampler:
             given = np.bool_(latents is not None)
             seeded = np.uint32(seed), np.float32(scale)
             made_now = self._sample(self._weights, ids_, null_ids, prompt_ids_, numbers_, *seeded, noise_, given)
-            pictures.append(np.asarray(made_now)[: len(parts[0])])
+            some, finite = (np.asarray(array)[: len(parts[0])] for array in made_now)
+            if not finite.all():
+                raise FloatingPointError(f"image {start + int(np.argmin(finite))} is not finite")
+            pictures.append(some)
         return np.concatenate(pictures)
 
     def _tokenize(self, prompt: str) -> np.ndarray:
@@ -133,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr about what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="a .png file; 0.png, 1.png ... of several")
+    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="a .png file; of several NAME-0.png ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--guidance_scale", type=float)
@@ -147,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
             out = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
             Image.fromarray(picture).save(out)
             print(out)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiue_jax.files import write_json
+from tiue_jax.files import user_cache, write_json
 
 PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
     """Where results are kept: `$XDG_CACHE_HOME/tiue_jax/plan`, below ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tiue_jax" / "plan"
+    return user_cache() / "plan"
 
 
 def key(inputs: Mapping[str, Any]) -> str:
