@@ -1,10 +1,16 @@
 """The options that networks are compiled with."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from tiue_jax import sharding
 from tiue_jax.models.platforms import compiler_options
+from tiue_jax.plan import chips, hlo
 
 
 def test_a_cpu_makes_what_parameters_become_when_it_is_needed():
@@ -21,6 +27,22 @@ def test_a_cpu_makes_what_parameters_become_when_it_is_needed():
     assert temporaries(compiler_options("cpu")) < temporaries({}) / 2
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_other_platforms_take_no_options(platform):
-    assert compiler_options(platform) == {}
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+def test_a_v6e_gathers_parameters_while_it_computes():
+    """Without the options it waits for each."""
+    mesh = sharding.make_mesh(1, 4, devices=chips.devices("v6e:2x2"))
+    place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+
+    def network(x, layers):
+        for layer in layers:
+            x = jnp.tanh(x @ jax.lax.with_sharding_constraint(layer, sharding.replicated(mesh)))
+        return x
+
+    lowered = jax.jit(network).lower(place(8192, 2048), [place(2048, 2048)] * 4)
+    background = lambda options: hlo.read(lowered.compile(compiler_options=options).as_text()).background_bytes
+    assert background({}) == 0
+    assert background(compiler_options("tpu")) >= 2 * 2048 * 2048 * 2 * 3 // 4  # of two layers at least
+
+
+def test_other_platforms_take_no_options():
+    assert compiler_options("gpu") == {}
