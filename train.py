@@ -16,8 +16,8 @@ Where the newest checkpoint is broken, `--allow_older` goes on from the one befo
 Exit status: 0 done; 1 what nobody foresaw, or another process is gone; 2 a wrong setting, file or folder; 3 too many
 steps in a row whose loss or gradient was not finite; 4 a checkpoint could not be written, as on a full disk: the last
 good one is left; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM, which is how a machine is taken back, or any
-stop of several processes. After 130 and 143 a checkpoint was saved and the same command goes on. A second Ctrl-C stops
-at once.
+stop of several processes. After 130 and 143 the same command goes on, from a checkpoint of the last step where one
+was done. A second Ctrl-C stops at once and saves nothing.
 """
 
 import contextlib
@@ -105,6 +105,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- state ----------------------------------------------------------------------------------------------------
     best = train.checkpoints_best_metric
     keep_best = None if best is None else (best, EVAL_METRICS[best])
+    workdir.claim()
     checkpoints = stack.enter_context(Checkpoints(workdir.path, train.checkpoints_total_limit, keep_best))
     check = functools.partial(check_config, current=settings.to_dict(), free=settings.free_on_resume)
     restored = checkpoints.resume(program.state, check, allow_older=allow_older)

@@ -8,6 +8,7 @@ import fsspec
 from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 
 class Bucket(DirFileSystem):
@@ -35,4 +36,5 @@ def in_place_of_gcs(root: Path) -> Iterator[Path]:
         yield root / "bucket"
     finally:
         fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+        _registry.pop("gcs", None)  # where the class above is known too
         backend.fsspec_backend._get_filesystem.cache_clear()

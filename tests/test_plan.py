@@ -218,8 +218,13 @@ CONFIG = ("--config", "configs/sd21_tiue.py")
         ((*CONFIG, "--topology=v5e:4x4", "--fsdp=3"), "fsdp must divide the number of chips, 16, got 3"),
         ((*CONFIG, "--topology=v5e:16x16"), "train.batch_size 64 does not split over 256 chips"),
         ((*CONFIG, "--topology=v5e:4x4", "--remat=some"), "remat must be among"),
+        ((*CONFIG, "--topology=v5e:4x4", "--sampler", "--fsdp=4"), "fsdp is for the training step, got 4 with"),
+        ((*CONFIG, "--topology=v5e:4x4", "--config.train.nope=3"), "command line: no setting 'nope' in the config"),
         ((*CONFIG, "--topology=v5e:4x4", "--mode=fast"), "command line: flag --mode=fast"),
-        ((*CONFIG, "--topology=v5e:4x4", "--config.train.batch_size=0"), "train.batch_size must be >= 1, got 0"),
+        (
+            (*CONFIG, "--topology=v5e:4x4", "--config.train.batch_size=0"),
+            "train.batch_size must be an integer >= 1, got 0",
+        ),
     ],
 )
 def test_wrong_command_lines(flags, expected, capsys, monkeypatch):

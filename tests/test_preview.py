@@ -54,6 +54,15 @@ def test_pictures_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     assert distance == images.distance(of_student, of_teacher) > 0
 
 
+def test_pictures_are_of_the_size_that_is_trained(folder):
+    train = TrainConfig(validation_prompts=PROMPTS, validation_num_inference_steps=1)
+    distill = DistillConfig(num_inference_steps=2, compute_dtype="float32", latent_size=6)
+    settings = Settings(ModelConfig(str(folder)), DataConfig("p.txt"), train, distill)
+    grid, _ = Preview(folder, settings)(tiny.random_params(UNet, tiny.UNET, 7))
+    black = np.zeros((len(PROMPTS), 12, 12, 3), np.uint8)
+    assert grid.shape == side_by_side(black, black).shape
+
+
 def test_each_row_of_students_is_above_its_teachers():
     shades = np.arange(10, dtype=np.uint8)[:, None, None, None]
     size = (10, GRID_PIXELS, GRID_PIXELS, 3)

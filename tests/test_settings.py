@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,30 @@ CONFIG = {
         ({"train": {"lr": 1}}, r"unknown settings \['lr'\] in section 'train'"),
         ({"distill": {"max_train_steps": 1}}, r"unknown settings \['max_train_steps'\] in section 'distill'"),
         ({"data": {}}, r"settings \['prompts'\] are missing in section 'data'"),
-        ({"train": {"batch_size": 0}}, "train.batch_size must be >= 1, got 0"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be an integer >= 1, got 0"),
         ({"train": {"seed": -1}}, "train.seed must be between 0 and 4294967295, got -1"),
         ({"train": {"checkpoints_total_limit": 0}}, "train.checkpoints_total_limit must be >= 1 or None, got 0"),
-        ({"train": {"max_skipped_steps": 0}}, "train.max_skipped_steps must be >= 1, got 0"),
+        ({"train": {"max_skipped_steps": 0}}, "train.max_skipped_steps must be an integer >= 1, got 0"),
         (
             {"train": {"checkpoints_best_metric": "train/loss"}},
             r"must be among \['eval/teacher_distance'\], got 'train/l",
         ),
         ({"train": {"checkpoints_best_metric": "eval/teacher_distance"}}, "needs validation_prompts, got none"),
+        (
+            {
+                "train": {
+                    "checkpoints_best_metric": "eval/teacher_distance",
+                    "validation_prompts": ["x"],
+                    "checkpoint_every": 1000,
+                    "validation_every": 1500,
+                }
+            },
+            "expected checkpoint_every to be a multiple of validation_every, got 1000 and 1500",
+        ),
+        ({"train": {"batch_size": "16"}}, "train.batch_size must be an integer >= 1, got '16'"),
+        ({"train": {"validation_prompts": "a red apple"}}, "must be a tuple of texts, got 'a red apple'"),
+        ({"train": {"validation_num_inference_steps": 0}}, "validation_num_inference_steps must be an integer >= 1"),
+        ({"train": {"validation_guidance_scale": math.nan}}, "validation_guidance_scale must be finite, got nan"),
         ({"train": {"max_train_minutes": 0.0}}, "train.max_train_minutes must be > 0 or None, got 0.0"),
         ({"distill": {"num_inference_steps": 0}}, "num_inference_steps must be >= 1, got 0"),
     ],

@@ -74,3 +74,12 @@ def test_a_run_in_a_bucket_is_known_by_its_config(bucket, tmp_path):
     (bucket / "run" / "config.json").write_text(json.dumps({"train": 3}))
     with pytest.raises(ValueError, match="gs://bucket/run/config.json: expected the config sections"):
         run.export_run("gs://bucket/run", tmp_path / "student")
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with Workdir(tmp_path / "run") as first, Workdir(tmp_path / "run") as second:
+        first.claim()
+        with pytest.raises(OSError, match="another run works in this folder.*run"):
+            second.claim()
+    with Workdir(tmp_path / "run") as third:
+        third.claim()

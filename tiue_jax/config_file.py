@@ -1,5 +1,6 @@
 """A command line with `--config file.py` and `--config.section.name=value`, read into Settings."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +24,17 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
     config_flags.DEFINE_config_file("config", None, "The run's settings.", flag_values=values, sys_argv=list(argv))
     try:
         rest = values(list(argv))[1:]
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"config file: {error}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # all that ml_collections says of one
+        if unknown and isinstance(error, AttributeError | KeyError):
+            raise ValueError(f"command line: no setting {unknown[1]!r} in the config") from error
         raise ValueError(f"command line: {error}") from error
     if rest:
         raise ValueError(f"command line: expected only flags, got {rest}")
     for name in required:
-        if getattr(values, name) is None:
+        if not getattr(values, name):  # an empty one is a shell's variable that was not set
             raise ValueError(f"command line: --{name} is missing, see --help")
     file = config_flags.get_config_filename(values["config"])
     if not Path(file).is_file():

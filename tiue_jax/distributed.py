@@ -125,8 +125,8 @@ class StopRequest:
         self._time_is_up = False
 
     def __enter__(self) -> Self:
-        self._several = jax.process_count() > 1
-        # with several processes SIGTERM is jax's own notice, which a handler here would take away from it
+        self._several = jax.distributed.is_initialized()
+        # then, be it with one process, SIGTERM is jax's own notice, which a handler here would take away from it
         for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._remember)
         self._ended = threading.Event()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tiue_jax import images
-from tiue_jax.export.run import student_sampling
+from tiue_jax.export.run import student_config, student_sampling
 from tiue_jax.models import functional
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.settings import Settings
@@ -32,6 +32,7 @@ class Preview:
         self._dtype = settings.distill.compute_dtype
         self._prompts, self._seed = list(train.validation_prompts), train.seed
         teacher = Pipeline.from_pretrained(folder, self._dtype)
+        teacher.unet = teacher.unet._replace(cfg=student_config(settings, teacher.unet.cfg))
         self._of_teacher = teacher(
             self._prompts,
             seed=self._seed,

@@ -4,6 +4,7 @@ The four sections are those of the files in configs/. Below train.py nobody sees
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -89,13 +90,18 @@ class TrainConfig:
     mesh_replicate_frozen: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+        prompts: Any = self.validation_prompts
+        if isinstance(prompts, str):
+            raise ValueError(f"train.validation_prompts must be a tuple of texts, got {prompts!r}")
+        object.__setattr__(self, "validation_prompts", tuple(prompts))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed must be between 0 and {2**32 - 1}, got {self.seed}")
         every = ("log_every", "checkpoint_every", "validation_every")
-        for name in ("batch_size", "max_train_steps", "max_skipped_steps", *every):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("batch_size", "max_train_steps", "max_skipped_steps", "validation_num_inference_steps", *every):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"train.{name} must be an integer >= 1, got {value!r}")
+        if not math.isfinite(self.validation_guidance_scale):
+            raise ValueError(f"train.validation_guidance_scale must be finite, got {self.validation_guidance_scale}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             limit = self.checkpoints_total_limit
             raise ValueError(f"train.checkpoints_total_limit must be >= 1 or None, got {limit}")
@@ -104,6 +110,12 @@ class TrainConfig:
                 raise ValueError(f"train.checkpoints_best_metric must be among {list(EVAL_METRICS)}, got {metric!r}")
             if not self.validation_prompts:
                 raise ValueError(f"train.checkpoints_best_metric = {metric!r} needs validation_prompts, got none")
+            if self.checkpoint_every % self.validation_every:
+                every_two = f"{self.checkpoint_every} and {self.validation_every}"
+                raise ValueError(
+                    f"train.checkpoints_best_metric = {metric!r} needs a validation at each checkpoint: expected "
+                    f"checkpoint_every to be a multiple of validation_every, got {every_two}"
+                )
         if self.max_train_minutes is not None and not self.max_train_minutes > 0:
             raise ValueError(f"train.max_train_minutes must be > 0 or None, got {self.max_train_minutes}")
 

@@ -1,5 +1,6 @@
 """The folder that a run works in: on a disk that all its hosts share, or in a bucket (gs://)."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ class Workdir:
         self.path = storage.at(path)
         self._aside = tempfile.TemporaryDirectory(prefix="tiue-jax-run-") if storage.is_remote(self.path) else None
         self.local = Path(self._aside.name) if self._aside else Path(self.path)
+        self._locked: int | None = None
         self._published: dict[Path, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -36,6 +38,27 @@ class Workdir:
         self.publish()
         if self._aside:
             self._aside.cleanup()
+        if self._locked is not None:
+            os.close(self._locked)
+
+    def claim(self) -> None:
+        """No other run takes the folder until this one ends: it would clear away what is being saved.
+
+        For a folder on a disk; buckets have no locks.
+
+        Raises:
+            OSError: another run works in it, or it cannot be written.
+        """
+        if jax.process_index() > 0 or self._aside is not None:
+            return
+        self.local.mkdir(parents=True, exist_ok=True)
+        self._locked = os.open(self.local / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another run works in this folder", str(self.local)) from error
+        except OSError:  # a file system without locks
+            pass
 
     def publish(self) -> None:
         """Copies new and changed files to the bucket; of a model's folder its index, which makes it one, last."""

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 from tiue_jax.schedule import SPACINGS, Schedule
 
@@ -44,6 +44,12 @@ def test_default_is_sd15s_scheduler():
 
 
 def test_missing_fields_default_as_in_diffusers():
-    assert Schedule.from_dict({"_class_name": "DDIMScheduler"}) == Schedule.from_dict(
-        dict(DDIMScheduler(clip_sample=False).config)
-    )
+    file = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    assert Schedule.from_dict(file) == Schedule.from_dict(dict(DDIMScheduler(clip_sample=False).config))
+
+
+@pytest.mark.parametrize("theirs", [DDIMScheduler, DDPMScheduler])
+def test_schedulers_that_clip_where_their_file_says_nothing_are_refused(theirs):
+    assert theirs().config.clip_sample
+    with pytest.raises(ValueError, match="'clip_sample' is True: only False is supported"):
+        Schedule.from_dict({"_class_name": theirs.__name__})

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         made = corpus.write(args.prompts, args.out, args.field, args.split)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

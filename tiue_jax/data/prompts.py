@@ -148,7 +148,7 @@ class PromptReader:
 
 def _lines(path: epath.Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """The rows of a file, each with its place: text, or an object of JSON lines."""
-    is_json = path.suffix in JSON_LINES
+    is_json = path.suffix.lower() in JSON_LINES
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"

@@ -56,6 +56,12 @@ def student_sampling(settings: Settings) -> Sampling:
     return Sampling("tiue", distill.num_inference_steps, timestep_spacing=distill.timestep_spacing)
 
 
+def student_config(settings: Settings, unet: UNetConfig) -> UNetConfig:
+    """Of a run's student: its teacher's, with the size that the run trains at."""
+    size = settings.distill.latent_size
+    return unet if size is None else dataclasses.replace(unet, sample_size=size)
+
+
 def export_run(
     workdir: str | Path,
     out: str | Path,
@@ -131,7 +137,9 @@ def export_student(
     """
     base = _base(settings.model.pretrained_model_name_or_path)
     sampling = student_sampling(settings)
-    _write(out, teacher, base, sampling, dtype, overwrite, unet=unet, training=training, lora_teacher=lora_teacher)
+    cfg = student_config(settings, read_config(teacher / "unet", UNetConfig))
+    student = cfg, unet
+    _write(out, teacher, base, sampling, dtype, overwrite, unet=student, training=training, lora_teacher=lora_teacher)
 
 
 def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
@@ -159,7 +167,7 @@ def _write(
     dtype: str,
     overwrite: bool,
     *,
-    unet: functional.Params | None = None,
+    unet: tuple[UNetConfig, functional.Params] | None = None,
     training: card.Training | None = None,
     lora_teacher: LoRATeacher | None = None,
 ) -> None:
@@ -167,10 +175,10 @@ def _write(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be among {list(DTYPES)}, got {dtype!r}")
     parts: dict[str, Any] = {name: _part(source / name, *classes) for name, classes in _PARTS.items()}
+    if unet is not None:
+        parts["unet"] = unet[0], lambda: unet[1]
     configs = {name: cfg for name, (cfg, _) in parts.items()}
     check_widths(str(source), configs["unet"], configs["vae"], configs["text_encoder"])
-    if unet is not None:
-        parts["unet"] = configs["unet"], lambda: unet
     schedule = load_schedule(source / "scheduler")
     text = card.card(
         base,

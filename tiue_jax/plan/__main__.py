@@ -80,13 +80,17 @@ class Planner:
         }
         name = cache.key(self._inputs(settings) | about)
         if (kept := cache.load(name)) is not None:
-            return Measured.from_dict(kept)
+            with contextlib.suppress(TypeError):  # of another version's fields
+                return Measured.from_dict(kept)
         how = "the sampler" if self.sampler else f"the step, fsdp={choice.fsdp}, remat={choice.remat}"
         with progress(f"compiling {how}, {choice.batch_per_chip} per chip"):
             program = programs.sampler if self.sampler else programs.train
             build = functools.partial(program, settings, self.models, self.topology)
             measured = measure(build, self.chip, self.chips, self.mode, **about)
-        cache.save(name, dataclasses.asdict(measured))
+        try:
+            cache.save(name, dataclasses.asdict(measured))
+        except OSError as error:
+            print(f"warning: the result is not kept: {error}", file=sys.stderr)
         return measured
 
     def _inputs(self, settings: Settings) -> dict[str, Any]:
@@ -124,6 +128,9 @@ def choices(values: flags.FlagValues, settings: Settings, chips_count: int) -> t
         if batch % micro:
             raise ValueError(f"batch_per_chip must be a multiple of the {micro} micro-batches, got {batch}")
     if values.sampler:
+        for name in ("fsdp", "remat", "search"):
+            if given := getattr(values, name):
+                raise ValueError(f"{name} is for the training step, got {given} with --sampler")
         return batches, [Choice(first, 1, None)]
     shape = sharding.mesh_shape(train.mesh_data, train.mesh_fsdp, chips_count)
     sizes, policies = [shape["fsdp"]], [settings.distill.remat]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiue_jax import components, distill, placement, program, sharding, train_program
-from tiue_jax.export.run import student_sampling
+from tiue_jax.export.run import student_config, student_sampling
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPModel, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny
@@ -65,6 +65,7 @@ def sampler(settings: Settings, models: Architecture, topology: str) -> Program:
     mesh = sharding.make_mesh(devices=chips.devices(topology))
     rows = settings.train.batch_size
     unet, vae, text, schedule = models.pipeline
+    unet = student_config(settings, unet)
     of = {"text_encoder": (CLIPTextModel, text), "unet": (UNet, unet), "vae": (AutoencoderKL, vae)}
     parts = {name: components.Component(cfg, *functional.abstract(cls, cfg)) for name, (cls, cfg) in of.items()}
     sample = program.make(parts, schedule, program.Key.of(student_sampling(settings).resolve(schedule)))
