@@ -25,7 +25,7 @@ from tiue_jax.components import DTYPES
 from tiue_jax.files import read_text
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline, number_images
-from tiue_jax.sampling import SAMPLERS, Sampling
+from tiue_jax.sampling import SAMPLERS, Sampling, read_key_steps
 from tiue_jax.schedule import SPACINGS
 
 
@@ -77,8 +77,7 @@ def run(args: flags.FlagValues) -> None:
             raise ValueError(f"{name} must be >= 1, got {value}")
 
     how_decoded = {"vae": args.vae, "vae_dtype": args.vae_dtype, "vae_tiling": read_tiling(args)}
-    if not args.no_compile_cache:
-        compile_cache.enable()
+    (compile_cache.disable if args.no_compile_cache else compile_cache.enable)()
     pipe = Pipeline.from_pretrained(args.model, args.dtype, mesh_step=args.mesh_step, **how_decoded)
     given = lambda *names: {name: getattr(args, name) for name in names}
     how = given("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
@@ -143,17 +142,6 @@ def read_tiling(args: flags.FlagValues) -> Tiling | None:
             f"{' and '.join(given)} is for --vae_tiling, got {', '.join(map(str, given.values()))} without"
         )
     return Tiling(**given) if args.vae_tiling else None
-
-
-def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
-    """The numbers of the flag, or the one number. ValueError where they are none."""
-    if given is None:
-        return None
-    try:
-        numbers = [int(text) for text in given]
-    except ValueError as error:
-        raise ValueError(f"key_steps must be whole numbers, got {','.join(given)!r}") from error
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def read_latents(path: str, channels: int) -> np.ndarray:

@@ -87,7 +87,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="startup.") as cache:
                 for which in found:
                     command = [sys.executable, __file__, "--measure", model, args.dtype, str(time.time())]
-                    env = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}
+                    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
                     found[which].append(json.loads(subprocess.check_output(command, env=env)))
         for which, repeats in found.items():
             for clock, name in enumerate(("wall", "processor")):

@@ -93,6 +93,9 @@ def test_the_second_run_of_a_command_does_not_compile(tmp_path):
         return int(done.stdout.split()[-2])
 
     assert hits("--no_compile_cache") == 0 and not (tmp_path / "caches").exists()
+    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "users")
+    assert hits("--no_compile_cache") == 0 and not (tmp_path / "users").exists()
+    del env["JAX_COMPILATION_CACHE_DIR"]
     assert hits() == 0
     kept = sorted((tmp_path / "caches" / "tiue_jax" / "xla").glob("jit_sample-*-cache"))
     assert len(kept) == 1

@@ -1,6 +1,7 @@
 """The compiled sampler: the pipeline's pictures, from a folder that runs without this package."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,31 @@ def test_command_line(pipe, tmp_path, monkeypatch, capsys):
     assert run("--model", pipe.name, "--out", out, "--batch_size", 1, "--platforms", "cpu") == 0
     assert capsys.readouterr().out.startswith(f"{out}: {pipe.name} for cpu")
     script, prompts = [sys.executable, str(out / "sampler.py")], ["--prompt", "red", "--prompt", "pear"]
-    done = subprocess.run([*script, *prompts, "--out", str(tmp_path / "a.png")], capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    call = lambda *more: subprocess.run([*script, *more], env=env, capture_output=True, text=True)
+    done = call(*prompts, "--out", str(tmp_path / "a.png"), "--no_compile_cache")
     assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / f"a-{i}.png") for i in (0, 1)]
-    failed = subprocess.run([*script, "--prompt", "red", "--seed", "-1"], capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stderr.startswith("error: seed must be") and failed.stderr.count("\n") == 1
+    assert not (tmp_path / "caches").exists()
+    assert call(*prompts, "--out", str(tmp_path / "b.png")).returncode == 0
+    assert list((tmp_path / "caches" / "tiue_jax" / "xla").glob("*-cache"))
+    for wrong, message in (
+        (("--seed", "-1"), "seed must be"),
+        (("--out", "picture"), "out must end in .png, got 'picture'"),
+        (("--out", "nowhere/a.png"), "nowhere/a.png: no folder nowhere"),
+    ):
+        failed = call("--prompt", "red", *wrong)
+        assert failed.returncode == 2 and failed.stderr.startswith(f"error: {message}")
+        assert failed.stderr.count("\n") == 1
+
+
+def test_the_command_line_exports_what_the_pipeline_can_do(pipe, tmp_path):
+    out = tmp_path / "out"
+    call = ["convert", "export-compiled", "--model", str(pipe.name), "--out", str(out), "--platforms", "cpu"]
+    how = {"sampler": "faster_diffusion", "num_inference_steps": 3, "timestep_spacing": "trailing"}
+    flags = [f"--{name}={value}" for name, value in how.items()]
+    with jax.numpy_dtype_promotion("standard"):
+        assert convert_main.main([*call, *flags, "--key_steps=0,2", "--vae_dtype=bfloat16", "--vae_tiling"]) == 0
+    manifest = json.loads((out / "compiled.json").read_text())
+    assert manifest["sampling"] == {**how, "guidance_scale": 7.5, "key_steps": [0, 2]}
+    assert manifest["dtype"] == {"text_encoder": "float32", "unet": "float32", "vae": "bfloat16"}

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import export
 
 from tests.tiny import UNET, random_params
-from tiue_jax.models import convolution, functional, layers, upsampling, winograd
+from tiue_jax.models import chunks, convolution, functional, layers, upsampling, winograd
 from tiue_jax.models.unet import UNet
 
 
@@ -129,11 +129,24 @@ def test_a_feed_forward_layer_in_chunks(monkeypatch):
     expected, pull = jax.vjp(layer, x)
     (expected_gradient,) = pull(x)
     monkeypatch.setattr(layers, "HIDDEN", 0)
-    monkeypatch.setattr(layers, "CHUNK", 9)
-    ours, pull = jax.vjp(layer, x)
-    assert error(ours, expected) < 1e-6 and error(pull(x)[0], expected_gradient) < 1e-6
-    jaxpr = str(jax.make_jaxpr(layer)(x))
-    assert "length=3" in jaxpr  # of 4 tokens of both images
+    # chunks of 4 tokens of both images; of 5, the last filled up, since no divisor of 12 is near; of 12 at least
+    for limit, at_least, chunk in ((9, 1, 3), (10, 1, 3), (1, 12, 0)):
+        monkeypatch.setattr(layers, "CHUNK", limit)
+        monkeypatch.setattr(layers, "AT_LEAST", at_least)
+        ours, pull = jax.vjp(layer, x)
+        assert error(ours, expected) < 1e-6 and error(pull(x)[0], expected_gradient) < 1e-6
+        jaxpr = str(jax.make_jaxpr(layer)(x))
+        assert f"length={chunk}" in jaxpr if chunk else "scan" not in jaxpr
+
+
+@pytest.mark.parametrize(
+    ("n", "limit", "size"),
+    [(4096, 1024, 1024), (9216, 455, 384), (5184, 809, 648), (1021, 300, 256), (67, 100, 67), (13, 1, 1), (13, 0, 1)],
+)
+def test_the_size_of_chunks(n, limit, size):
+    assert chunks.size(n, limit) == size
+    filled = chunks.pad(jnp.ones((2, n)), 1, size)
+    assert filled.shape[1] % size == 0 and filled.shape[1] - n < size and filled.sum() == 2 * n
 
 
 def test_a_unet_by_winograds_convolutions(monkeypatch):

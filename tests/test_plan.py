@@ -243,6 +243,35 @@ def test_without_libtpu(capsys, monkeypatch):
     )
 
 
+def planner(peak):
+    """In place of main.Planner: programs of this peak, but for meshes that no parameter splits over."""
+
+    def plan(choice):
+        if choice.fsdp == 256:
+            raise ValueError("['conv_in'] [3, 3, 4, 320] has no axis that fsdp=256 divides")
+        return measured(choice.batch_per_chip, peak, fsdp=choice.fsdp, data=256 // choice.fsdp, remat=choice.remat)
+
+    return lambda *args: plan
+
+
+def test_a_mesh_that_cannot_be_is_left_out_and_the_others_are_shown(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(main, "Planner", planner(9e9))
+    flags = ["plan", *CONFIG, "--topology=v5e:16x16", "--batch_per_chip=8", "--json"]
+    assert main.main([*flags, "--fsdp=8,all", "--remat=full"]) == 0
+    out, err = capsys.readouterr()
+    assert [one["fsdp"] for one in json.loads(out)["tried"]] == [8]
+    assert err == "left out fsdp=256, remat=full: ['conv_in'] [3, 3, 4, 320] has no axis that fsdp=256 divides\n"
+    assert main.main([*flags, "--fsdp=all"]) == 2
+    assert capsys.readouterr().err.startswith("error: ['conv_in']")
+
+
+def test_ctrl_c(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(main, "Planner", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 130
+
+
 def test_help():
     result = command("--help")
     assert result.returncode == 0 and "--batch_per_chip" in result.stdout

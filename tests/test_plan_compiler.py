@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tiue_jax.plan import chips, compiler, hlo, programs
+from tiue_jax.plan import measure as measuring
 from tiue_jax.plan.measure import measure
 
 ABOUT = {"topology": "v5e:2x2", "program": "train", "batch_per_chip": 1, "data": 1, "fsdp": 2, "remat": None}
@@ -168,6 +169,14 @@ def test_a_program_is_compiled_in_another_process(mode):
     found = measure(functools.partial(build, 64), chips.CHIPS["v5e"], 2, mode, **ABOUT)
     assert found.flops_per_chip == 64**3 and found.state_bytes == 4 * 64**2 and found.mode == mode
     assert found.fits and found.peak_bytes >= 2 * 4 * 64**2 and found.bytes_accessed and found.collectives == {}
+
+
+def test_a_program_that_needs_all_there_is_does_not_fit_where_the_compiler_said_so(monkeypatch):
+    """It says how much to a hundredth of a GiB: "Used 15.75G of 15.75G"."""
+    all_of_it = chips.CHIPS["v5e"].hbm_bytes
+    monkeypatch.setattr(measuring, "compile_program", lambda *args: compiler.Compiled({}, 8, all_of_it, 0, 0, ""))
+    found = measure(functools.partial(build, 64), chips.CHIPS["v5e"], 2, "quick", **ABOUT)
+    assert not found.fits and found.peak_bytes == all_of_it and found.collectives is None
 
 
 def test_errors_of_the_other_process():

@@ -40,6 +40,7 @@ def test_json_lines_in_every_spelling(tmp_path, field):
         {"Task2": {"Caption": "four", "caption": "five"}}
         if field == "Task2.Caption"
         else {"Task2": {"Caption": "four"}},
+        {"Task2": {"Caption": None, "caption": "six"}},
         {"Task2": {"Caption": None}},
         {"Task2": "no object"},
         {"prompt": "no field"},
@@ -47,8 +48,18 @@ def test_json_lines_in_every_spelling(tmp_path, field):
     ]
     path = write(tmp_path / "p.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
     loaded = load_prompts(path, field)
-    assert loaded.prompts == ["one", "two", "three", "3", "four"]
+    assert loaded.prompts == ["one", "two", "three", "3", "four", "six"]
     assert loaded.dropped == {"without the field": 3, "empty": 1}
+
+
+def test_json_lines_with_lists_of_objects_on_the_way(tmp_path):
+    rows = [
+        {"captions": [{"text": "one"}, {"text": ["two", "2"]}, {"id": 3}]},
+        {"captions": []},
+        {"captions": [{"id": 4}]},
+    ]
+    loaded = load_prompts(write(tmp_path / "P.JSONL", "\n".join(map(json.dumps, rows)) + "\n"), "captions.text")
+    assert loaded.prompts == ["one", "two", "2"] and loaded.dropped == {"without the field": 2}
 
 
 BAD_FILES = [

@@ -61,17 +61,34 @@ for axes, rows in (({"data": 1, "step": 4}, 1), ({"data": 2, "step": 2}, 4)):
 
 # the folder of a student with K = 4 is the first argument
 PICTURES = """
-import sys
+import re, sys
 import jax, numpy as np
 from tiue_jax.pipeline import Pipeline
 
-prompts = ["red apple", "pear", "red apple"]
-draw = lambda step, **how: Pipeline.from_pretrained(sys.argv[1], mesh_step=step)(prompts, seed=5, **how)
-expected = draw(1)
-assert expected.std() > 5
-for step in (2, 4):
-    found = draw(step)
-    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1, step
+compiled = []
+
+class Kept(Pipeline):
+    def _program(self, settings):
+        program = super()._program(settings)
+
+        def run(*args):
+            compiled.append(program.lower(*args).compile().as_text())
+            return program(*args)
+
+        return run
+
+prompts = ["red apple", "pear", "red apple", "apple"]
+for some in (prompts[:3], prompts):  # where all devices decode all images, and where each has one of its own
+    draw = lambda step: Kept.from_pretrained(sys.argv[1], mesh_step=step)(some, seed=5, height=64, width=64)
+    expected = draw(1)
+    assert expected.std() > 5
+    for step in (2, 4):
+        found = draw(step)
+        assert found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 1, step
+        sent = re.findall(r"= (\\S+) (all-\\w+|collective-permute|reduce-scatter)", compiled[-1])
+        assert [kind for _, kind in sent] == ["all-reduce"], sent
+        rows = 4 * step // 4  # of the four that there are, or are made of three
+        assert sent[0][0].startswith(f"f32[{rows},32,32,4]"), sent  # the latents
 """
 
 
@@ -87,7 +104,7 @@ def test_latents_collectives_and_work():
     print(on_four_devices(LATENTS))
 
 
-def test_pictures(tmp_path):
+def test_pictures_and_that_nothing_but_latents_is_sent(tmp_path):
     settings = {"sampler": "tiue", "num_inference_steps": 4, "timestep_spacing": "trailing"}
     on_four_devices(PICTURES, str(tiny.write_pipeline(tmp_path / "student", settings)))
 

@@ -12,6 +12,11 @@ from tiue_jax.files import user_cache
 MAX_BYTES = 4 * 2**30  # of the folder, from which jax removes what was not used for longest
 
 
+def disable() -> None:
+    """Neither reads nor keeps compiled programs, whatever the user's environment says."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def enable() -> Path | None:
     """Keeps compiled programs in `$XDG_CACHE_HOME/tiue_jax/xla`, ~/.cache/tiue_jax/xla by default. For command lines.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from tiue_jax import images, samplers, sharding
 from tiue_jax.components import Component
@@ -74,8 +74,12 @@ def make(
     schedule = settings.respaced(schedule)
     vae_cfg = parts["vae"].cfg
 
+    def decode(params: Any, latents: jax.Array) -> jax.Array:
+        vae = parts["vae"].bind(params)
+        return vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
+
     def sample(params: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
-        encode, unet, vae = (parts[name].bind(params[name]) for name in PARTS)
+        encode, unet = (parts[name].bind(params[name]) for name in ("text_encoder", "unet"))
         text = null_text = encode(batch.ids).last_hidden_state
         if key.guided:  # else nobody looks at it, and half of the text encoder's tracing is saved
             null_text = jnp.broadcast_to(encode(batch.null_ids).last_hidden_state, text.shape)
@@ -95,12 +99,24 @@ def make(
                 mesh=mesh,
             )
         )
-        latents = latents / vae_cfg.scaling_factor
-        if mesh is not None and latents.shape[0] % mesh.size == 0:
-            # the autoencoder knows no timesteps: the devices along `step` have images to share out as well
-            latents = jax.lax.with_sharding_constraint(latents, sharding.split_everywhere(mesh))
-        decoded = vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
-        decoded = decoded.astype(jnp.float32)
+        decoded = _on_all_devices(decode, mesh, params["vae"], latents / vae_cfg.scaling_factor).astype(jnp.float32)
         return images.to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     return sample
+
+
+def _on_all_devices(
+    decode: Callable[[Any, jax.Array], jax.Array], mesh: Mesh | None, params: Any, latents: jax.Array
+) -> jax.Array:
+    """`decode(params, latents)`, images shared out over all devices of a mesh where they are enough for that.
+
+    An autoencoder knows no timesteps, so the devices along `step` can have images of their own. XLA must not be asked
+    for it by a constraint: it would split the UNet's rows so, too, and send features instead of latents.
+    """
+    if mesh is None or mesh.shape["step"] == 1 or latents.shape[0] % mesh.size:
+        return decode(params, latents)
+    latents = jax.lax.with_sharding_constraint(latents, sharding.batch_sharding(mesh))
+    rows = PartitionSpec(sharding.AXES)
+    return jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)(
+        params, latents
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -133,6 +134,17 @@ class Sampling:
         if self.key_steps[-1] >= steps:
             raise ValueError(f"key_steps must be below num_inference_steps {steps}, got {list(self.key_steps)}")
         return self.key_steps
+
+
+def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
+    """The numbers of a command line's flag, or the one number. ValueError where they are none."""
+    if given is None:
+        return None
+    try:
+        numbers = [int(text) for text in given]
+    except ValueError as error:
+        raise ValueError(f"key_steps must be whole numbers, got {','.join(given)!r}") from error
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _are_key_steps(value: Any) -> bool:

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "step")
 REPLICATE_BELOW = 2**16  # elements: gathering a smaller tensor costs more than the memory it frees
+NAMED = 3  # arrays in an error: of a UNet on the wrong mesh there are hundreds
 LORA_NAMES = ("lora", "lora_A", "lora_B")  # sharding the small LoRA matrices caused most of the step's all-gathers
 
 
@@ -58,11 +59,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Axis 0 split over `data` x `fsdp`: over all devices but those along `step`, which hold the same rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def split_everywhere(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over all devices, those along `step` among them."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -117,7 +113,7 @@ def shardings(tree: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> 
     Optimizer moments and moving averages have their parameters' shapes and names, and so their placement.
 
     Raises:
-        ValueError: once, naming every large array with no axis that the mesh's `fsdp` divides.
+        ValueError: once, naming large arrays with no axis that the mesh's `fsdp` divides, and how many more there are.
     """
     problems = []
 
@@ -130,7 +126,8 @@ def shardings(tree: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> 
 
     placed = jax.tree.map_with_path(rule, tree)
     if problems:
-        raise ValueError("; ".join(problems))
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ValueError("; ".join(problems[:NAMED]) + more)
     return placed
 
 

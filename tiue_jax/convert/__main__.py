@@ -19,9 +19,10 @@ from tiue_jax.components import DTYPES
 from tiue_jax.convert.lora import merge_lora
 from tiue_jax.convert.single_file import import_single_file
 from tiue_jax.export import compiled, run
+from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import SAMPLERS
-from tiue_jax.schedule import PREDICTION_TYPES
+from tiue_jax.sampling import SAMPLERS, read_key_steps
+from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS
 
 DIFFERENT, BAD_INPUT = 1, 2
 
@@ -76,11 +77,15 @@ def define_export_compiled(f: flags.FlagValues) -> None:
     flags.DEFINE_enum("sampler", None, list(SAMPLERS), "the model's own by default", **add)
     flags.DEFINE_integer("num_inference_steps", None, "the model's own by default", **add)
     flags.DEFINE_float("guidance_scale", None, "what is guided with where a call does not say; 1 compiles none", **add)
+    flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "the model's own by default", **add)
+    flags.DEFINE_list("key_steps", None, "for faster_diffusion, as to sample.py", **add)
     flags.DEFINE_integer("batch_size", None, "pictures of every call; any by default", **add)
     flags.DEFINE_integer("height", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_integer("width", None, "in pixels; the model's own by default", **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of weights and computation", **add)
     flags.DEFINE_string("vae", None, "another autoencoder than the model's: tiny (TAESD), or as --model", **add)
+    flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "of the autoencoder; --dtype by default", **add)
+    flags.DEFINE_bool("vae_tiling", False, "decode large pictures in tiles, in the memory of one tile", **add)
     flags.DEFINE_list("platforms", list(compiled.PLATFORMS), "where it is to run", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older compiled sampler in OUT", **add)
 
@@ -88,10 +93,12 @@ def define_export_compiled(f: flags.FlagValues) -> None:
 def export_compiled(args: flags.FlagValues) -> int:
     """Writes the whole sampler as one program (jax.export) that runs on CPU, CUDA and TPU without tiue_jax."""
     _require(args, "model", "out")
-    pipe = Pipeline.from_pretrained(args.model, args.dtype, vae=args.vae)
-    names = ("sampler", "num_inference_steps", "guidance_scale", "batch_size", "height", "width", "platforms")
-    how = {name: getattr(args, name) for name in (*names, "overwrite")}
-    compiled.export_compiled(pipe, args.out, **how)
+    tiling = Tiling() if args.vae_tiling else None
+    pipe = Pipeline.from_pretrained(args.model, args.dtype, vae=args.vae, vae_dtype=args.vae_dtype, vae_tiling=tiling)
+    sampling = ("sampler", "num_inference_steps", "guidance_scale", "timestep_spacing")
+    names = (*sampling, "batch_size", "height", "width", "platforms", "overwrite")
+    how = {name: getattr(args, name) for name in names}
+    compiled.export_compiled(pipe, args.out, key_steps=read_key_steps(args.key_steps), **how)
     print(f"{args.out}: {args.model} for {', '.join(args.platforms)}; try python {args.out}/sampler.py --help")
     return 0
 

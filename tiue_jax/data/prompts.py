@@ -91,7 +91,7 @@ class PromptReader:
         for path in self._paths:
             if not path.exists():
                 raise FileNotFoundError(f"no prompt file at {path}")
-        needing = [path for path in self._paths if path.suffix in JSON_LINES or path.is_dir()]
+        needing = [path for path in self._paths if _is_json_lines(path) or path.is_dir()]
         if needing and field is None:
             raise ValueError(f"{needing[0]}: expected the prompt's field, such as 'Task2.Caption', got field None")
         if field is not None and not needing:
@@ -137,7 +137,7 @@ class PromptReader:
                 yield where, row
                 continue
             found = _field(row, str(self._field))
-            if found is None:
+            if found in (None, []):
                 self._dropped[WITHOUT_FIELD] += 1
             for text in found if isinstance(found, list) else [found] * (found is not None):
                 if not isinstance(text, str):
@@ -146,9 +146,13 @@ class PromptReader:
                 yield where, text
 
 
+def _is_json_lines(path: epath.Path) -> bool:
+    return path.suffix.lower() in JSON_LINES
+
+
 def _lines(path: epath.Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """The rows of a file, each with its place: text, or an object of JSON lines."""
-    is_json = path.suffix.lower() in JSON_LINES
+    is_json = _is_json_lines(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
@@ -236,15 +240,26 @@ def _plain_values(value: Any, where: str) -> Any:
 
 
 def _field(row: dict[str, Any], field: str) -> Any:
-    """The value at a dotted path, None where it is missing; an exact name wins over one in another spelling."""
-    value: Any = row
-    for name in field.split("."):
-        if not isinstance(value, dict):
-            return None
-        if name not in value:
-            name = next((key for key in value if _plain(key) == _plain(name)), name)
-        value = value.get(name)
-    return value
+    """The value at a dotted path, None where it is missing; of a list on the way, a list of what its items have.
+
+    An exact name wins over one in another spelling, unless there is nothing in it.
+    """
+    return _at(row, field.split("."))
+
+
+def _at(value: Any, names: list[str]) -> Any:
+    if not names:
+        return value
+    if isinstance(value, list):
+        of_items = [_at(item, names) for item in value]
+        return [
+            text for found in of_items for text in (found if isinstance(found, list) else [found]) if text is not None
+        ]
+    if not isinstance(value, dict):
+        return None
+    spelled = sorted((key for key in value if _plain(key) == _plain(names[0])), key=lambda key: key != names[0])
+    found = [inner for key in spelled if (inner := _at(value[key], names[1:])) is not None]
+    return next((inner for inner in found if inner), found[0] if found else None)
 
 
 def _plain(name: str) -> str:

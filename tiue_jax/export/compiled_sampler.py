@@ -5,12 +5,16 @@
 or, in Python with this folder on the path, `Sampler()(["a red apple"], seed=0)`. Needs jax, numpy, safetensors and
 tokenizers; PNG files need Pillow. `compiled.json` says what the sampler was made for. It gives the pictures that the
 pipeline it was exported from gives: an image depends on the seed, its prompt and its number among that prompt's
-images, not on the batch.
+images, not on the batch. It runs on the first device.
+
+What XLA makes of it for this machine is kept in `$XDG_CACHE_HOME/tiue_jax/xla` (~/.cache/tiue_jax/xla), or where
+JAX_COMPILATION_CACHE_DIR says, for the next run of the command; `--no_compile_cache` keeps nothing.
 """
 
 import argparse
 import json
 import logging
+import os
 import sys
 import zlib
 from collections import Counter
@@ -133,6 +137,25 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _keep_compiled(keep: bool) -> None:
+    """Switches jax's cache of compiled programs on, in the user's folder where jax was not told another, or off."""
+    if not keep:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "tiue_jax", "xla"))
+
+
+def _check_output(out: Path) -> None:
+    """Raises ValueError or OSError where no picture can be written there."""
+    if out.suffix != ".png":
+        raise ValueError(f"out must end in .png, got {str(out)!r}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out}: cannot write: no permission")
+
+
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0, or 2 after one line on stderr about what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,10 +164,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--no_compile_cache", action="store_true", help="compile anew, and keep nothing")
     args = parser.parse_args(argv[1:])
     try:
         from PIL import Image  # the one thing that only this function needs
 
+        _check_output(args.out)
+        _keep_compiled(not args.no_compile_cache)
         how = {name: getattr(args, name) for name in ("seed", "num_images_per_prompt", "guidance_scale")}
         pictures = Sampler()(args.prompt, **how)
         for i, picture in enumerate(pictures):

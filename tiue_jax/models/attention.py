@@ -2,7 +2,7 @@
 
 | platform | shape | implementation | why |
 |---|---|---|---|
-| TPU | 1,024 queries and keys or more, multiples of 128 | `splash` | plain softmax writes every logit to memory |
+| TPU | 1,024 queries and keys or more | `splash` | plain softmax writes every logit to memory |
 | TPU | the 256- and 64-token levels, 77 keys of text, causal | `xla` | few logits; the kernel's tiles are larger |
 | CUDA | bfloat16 or float16, width a multiple of 8 that the GPU takes | `cudnn` | fused, at every length |
 | CPU | not causal | `chunked` | 2^18 logits a head or more would leave the cache; no transposes |
@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -38,7 +37,8 @@ IMPLEMENTATIONS = get_args(Implementation)
 OUTPUT = "attention"  # what jax.checkpoint policies call the result, with the normaliser that the backward pass needs
 SPLASH_FROM = 1024  # tokens
 CHUNKED_FROM, CHUNK = 2**18, 2**22  # logits of a head; of a chunk, at most
-LANES = 128  # of a TPU register: splash takes lengths that are multiples of it
+LANES = 128  # of a TPU register: splash takes lengths that are multiples of it, others are filled up to ...
+PADDED = 2 * LANES  # ... a multiple of this, since tiles divide them
 
 # Around tracing, `with implementation("xla"):` has one of IMPLEMENTATIONS for every shape, whatever the platform.
 implementation = jax.make_user_context(None)
@@ -61,9 +61,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False)
 def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -> Implementation:
     """The implementation for q [b h n d] and k [b h m d] on a platform: the table above."""
     lengths, width = (q.shape[2], k.shape[2]), q.shape[3]
-    if platform == "tpu" and not is_causal and min(lengths) >= SPLASH_FROM and not any(n % LANES for n in lengths):
+    if platform == "tpu" and not is_causal and min(lengths) >= SPLASH_FROM:
         return "splash"
-    if platform == "cpu" and not is_causal and (math.prod(lengths) < CHUNKED_FROM or _chunk(*lengths) >= LANES):
+    if platform == "cpu" and not is_causal:
         return "chunked"
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= _cudnn_width():
         return "cudnn"
@@ -94,21 +94,21 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     """JAX's Pallas kernel for TPUs (flash attention, arXiv 2205.14135), each device on its own rows of the batch.
 
     Heads wider than 128 are padded with zeros to a multiple of it: they add nothing to the logits, and the columns that
-    they make are cut off. `interpret` runs the kernel on any platform, slowly.
-
-    Raises:
-        ValueError: a length that is not a multiple of 128.
+    they make are cut off. So are queries where their number is no multiple of 128; padded keys are of another segment,
+    which no query sees. `interpret` runs the kernel on any platform, slowly.
     """
-    if q.shape[2] % LANES or k.shape[2] % LANES:
-        raise ValueError(f"splash attention needs multiples of {LANES} tokens, got {q.shape[2]} and {k.shape[2]}")
     return _on_own_rows(functools.partial(_splash, interpret=interpret), q, k, v)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
-    _, heads, n, width = q.shape
-    m = k.shape[2]
-    pad = -width % LANES if width > LANES else 0
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad))) for x in (q, k, v))
+    _, heads, queries, width = q.shape
+    n, m = (x.shape[2] if x.shape[2] % LANES == 0 else x.shape[2] + -x.shape[2] % PADDED for x in (q, k))
+    segments = None if m == k.shape[2] else _segments(n, m, k.shape[2])
+    q = _scaled(q)
+    wide = -width % LANES if width > LANES else 0
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, wide))) for x, length in ((q, n), (k, m), (v, m))
+    )
     # keys and values of a whole head stay in the chip's vector memory where 1 MB holds them, half as many backwards
     rows = 2**20 // (max(q.shape[3], LANES) * q.dtype.itemsize)
     keys, keys_backward = (_tile(m, max(limit, LANES)) for limit in (rows, rows // 2))
@@ -125,8 +125,17 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax
     kernel = kernels.make_splash_mha_single_device(
         mask, block_sizes=blocks, residual_checkpoint_name=OUTPUT, interpret=interpret
     )
-    scale = jnp.asarray(1 / np.sqrt(width), q.dtype)
-    return jax.vmap(kernel)(q * scale, k, v)[..., :width]
+    return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)[:, :, :queries, :width]
+
+
+def _scaled(q: jax.Array) -> jax.Array:
+    """q / sqrt(d): there are fewer queries than logits. The scale itself is not rounded to q's dtype."""
+    return (q.astype(jnp.float32) * (1 / math.sqrt(q.shape[-1]))).astype(q.dtype)
+
+
+def _segments(queries: int, keys: int, known: int) -> kernels.SegmentIds:
+    """Which queries see which keys: all of them those that are `known`, none the padding after them."""
+    return kernels.SegmentIds(jnp.zeros(queries, jnp.int32), (jnp.arange(keys) >= known).astype(jnp.int32))
 
 
 def _tile(length: int, limit: int = 4 * LANES) -> int:
@@ -140,7 +149,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     A chunk's logits are all that there ever are, and a CPU's cache holds them. The backward pass computes them again
     from what a query's exponentials sum to (arXiv 2205.14135, algorithm 4). Few logits are computed all at once.
     """
-    q = q * jnp.asarray(1 / np.sqrt(q.shape[-1]), q.dtype)  # there are fewer of them than logits
+    q = _scaled(q)
     if q.shape[2] * k.shape[2] < CHUNKED_FROM:
         weights, total, _ = _exponentials(q, k)
         values = checkpoint_name(_float32_einsum("...sm,...md->...sd", weights.astype(v.dtype), v), OUTPUT)
@@ -176,8 +185,8 @@ def _in_chunks_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Ar
         return jax.lax.map(of_part, parts)
 
     out, log_total = jax.lax.map(of_head, (_parts(q, k), _heads(k), _heads(v)))
-    out = checkpoint_name(out.reshape(q.shape), OUTPUT)
-    return out, (q, k, v, out, checkpoint_name(log_total.reshape(q.shape[:-1]), OUTPUT))
+    out = checkpoint_name(_whole(out, q), OUTPUT)
+    return out, (q, k, v, out, checkpoint_name(_whole(log_total, q[..., 0]), OUTPUT))
 
 
 def _in_chunks_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -202,7 +211,7 @@ def _in_chunks_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[
 
     parts = (_parts(x, k) for x in (q, grad, mean, log_total))
     grads = jax.lax.map(of_head, (*parts, _heads(k), _heads(v)))
-    of_q, of_k, of_v = (x.reshape(like.shape).astype(like.dtype) for x, like in zip(grads, (q, k, v), strict=True))
+    of_q, of_k, of_v = (_whole(x, like).astype(like.dtype) for x, like in zip(grads, (q, k, v), strict=True))
     return of_q, of_k, of_v
 
 
@@ -215,14 +224,24 @@ def _heads(x: jax.Array) -> jax.Array:
 
 
 def _parts(x: jax.Array, k: jax.Array) -> jax.Array:
-    """What each query has, in chunks: [b h n ...] -> [b*h n/s s ...]; k [b h m d]."""
+    """What each query has, in chunks: [b h n ...] -> [b*h n/s s ...]; k [b h m d].
+
+    The last may be filled up with zeros. They have no gradient, and so add none to the keys and values.
+    """
     b, heads, n, *rest = x.shape
-    return x.reshape(b * heads, -1, _chunk(n, k.shape[2]), *rest)
+    chunk = _chunk(n, k.shape[2])
+    return chunks.pad(x, 2, chunk).reshape(b * heads, -1, chunk, *rest)
+
+
+def _whole(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `_heads` and `_parts`, for what is as long as `like` [b h n ...]."""
+    b, heads, n, *rest = like.shape
+    return x.reshape(b, heads, -1, *rest)[:, :, :n]
 
 
 def _chunk(queries: int, keys: int) -> int:
     """How many queries make a chunk."""
-    return chunks.divisor(queries, limit=CHUNK // keys)
+    return chunks.size(queries, limit=CHUNK // keys)
 
 
 def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -19,7 +19,8 @@ from tiue_jax.models.convolution import Conv
 from tiue_jax.models.platforms import run_for_platform
 
 STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
-HIDDEN, CHUNK = 2**22, 2**10  # values of a feed-forward layer from which on it is computed in chunks, of so many tokens
+# values of a feed-forward layer from which on it is computed in chunks, of so many tokens of all images, and of each
+HIDDEN, CHUNK, AT_LEAST = 2**22, 2**10, 2**5
 
 
 def conv2d(
@@ -132,7 +133,8 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, length, d = x.shape
         whole = lambda x: self.net[2](self.net[0](x))
-        in_chunks = lambda x: chunks.by_tokens(whole, x, chunks.divisor(length, limit=CHUNK // chunks.known(b)))
+        tokens = chunks.size(length, limit=max(CHUNK // chunks.known(b), AT_LEAST))
+        in_chunks = lambda x: chunks.by_tokens(whole, x, tokens)
         many = chunks.known(b) * length * 8 * d >= HIDDEN
         choose = lambda platform: "chunks" if platform == "cpu" and many else "xla"
         return run_for_platform(choose, {"xla": whole, "chunks": in_chunks}.__getitem__, x)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import conv2d
-from tiue_jax.models.upsampling import resize_nearest
+from tiue_jax.models.upsampling import upsample_convolve
 from tiue_jax.models.vae import dump_config, parse_config
 
 LATENT_CLAMP = 3.0  # of the decoder's input, by tanh; a constant of diffusers, not its latent_magnitude
@@ -115,6 +116,13 @@ class EncoderTiny(nnx.Module):
         return sequential(self.layers, (images + 1) / 2)
 
 
+class UpsampleConv(Conv):
+    """Nearest x2, then a 3x3 convolution: [b h w c] -> [b 2h 2w d]."""
+
+    def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return self.linear(lambda kernel: upsample_convolve(x, kernel))
+
+
 class DecoderTiny(nnx.Module):
     """Latents [b h w c] -> images [b fh fw 3], about in [-1, 1]."""
 
@@ -124,7 +132,8 @@ class DecoderTiny(nnx.Module):
         for i, blocks in enumerate(cfg.num_decoder_blocks):
             layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
             if i < len(cfg.num_decoder_blocks) - 1:
-                layers += [upsample, conv2d(width, width, use_bias=False, rngs=rngs)]
+                # the identity is diffusers' resize, kept so that the list indices, and so the tensor names, agree
+                layers += [nnx.identity, UpsampleConv(width, width, (3, 3), use_bias=False, rngs=rngs)]
         layers.append(conv2d(width, cfg.out_channels, rngs=rngs))
         self.layers = nnx.List(layers)
 
@@ -154,8 +163,3 @@ def sequential(layers: nnx.List, x: jax.Array) -> jax.Array:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Nearest-neighbour resize to twice the size: [b h w c] -> [b 2h 2w c]."""
-    return resize_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))

@@ -46,7 +46,7 @@ from tiue_jax.plan.compiler import MODES
 from tiue_jax.plan.measure import Measured, measure
 from tiue_jax.settings import Settings
 
-DOES_NOT_FIT, BAD_INPUT = 1, 2
+DOES_NOT_FIT, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FSDP = (4, 8, 16)  # sizes of the mesh axis that a search tries, besides all chips
 
 
@@ -169,14 +169,22 @@ def run(argv: Sequence[str]) -> int:
     tried: list[Measured] = []
     first = bases[0].batch_per_chip // micro
     for base in bases:
-        if batches is None:
-            of_micro = lambda size, base=base: planner(dataclasses.replace(base, batch_per_chip=size * micro))
-            found = search.largest_batch(of_micro, first, chip.hbm_bytes)
-            # what fits with one mesh and policy is the best guess for the next
-            first = max([one.batch_per_chip // micro for one in found if one.fits], default=1)
-            tried += found
-        else:
-            tried += [planner(dataclasses.replace(base, batch_per_chip=batch)) for batch in batches]
+
+        def of(batch: int, base: Choice = base) -> Measured:
+            return planner(dataclasses.replace(base, batch_per_chip=batch))
+
+        try:
+            if batches is None:
+                found = search.largest_batch(lambda size: of(size * micro), first, chip.hbm_bytes)
+                # what fits with one mesh and policy is the best guess for the next
+                first = max([one.batch_per_chip // micro for one in found if one.fits], default=1)
+                tried += found
+            else:
+                tried += [of(batch) for batch in batches]
+        except ValueError as error:  # such as of a mesh that a parameter does not split over
+            if base is bases[-1] and not tried:
+                raise
+            print(f"left out fsdp={base.fsdp}, remat={base.remat}: {error}", file=sys.stderr)
     images = None if values.sampler else settings.train.max_train_steps * settings.train.batch_size
     chosen = report.best(tried, chip)
     if values.json:
@@ -224,6 +232,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         return run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:  # the last: the compiler failed
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

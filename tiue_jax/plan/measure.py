@@ -87,6 +87,7 @@ def measure(build: Callable[[], Program], chip: Chip, chips: int, mode: str, **a
     began = time.monotonic()
     compiled = compile_program(build, mode)
     state, peak = sum(compiled.parts.values()), compiled.needed or compiled.peak_bytes
+    fits = compiled.needed is None and peak <= chip.hbm_bytes
     known = {
         "mode": mode,
         "parts": compiled.parts,
@@ -96,7 +97,7 @@ def measure(build: Callable[[], Program], chip: Chip, chips: int, mode: str, **a
         "flops_per_chip": compiled.flops // chips,
         **about,
     }
-    if peak > chip.hbm_bytes:
+    if not fits:
         return Measured(
             **known,
             temp_bytes=peak - state,
