@@ -1,6 +1,7 @@
-"""Sampling, ours beside PyTorch diffusers: the same weights, noise and work, alternating on one machine, in float32.
+"""Sampling, ours beside PyTorch diffusers: the same weights, noise and work, alternating on one machine.
 
     python benchmarks/sampling.py [--shapes emoji reduced sd21] [--batch_size 1] [--rounds 5] [--json FILE]
+    python benchmarks/sampling.py --shapes sd21 --batch_size 16 --dtype bfloat16      # a GPU
 
     emoji     the shipped student's networks, 8 x 8 latents
     reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents: seconds on two cores
@@ -15,11 +16,15 @@ Weights are random, which costs what trained ones do. The programs, each from no
     25 guided steps      the teacher, DDIM, two evaluations a step; at sd21 one of them is timed, and counts 25 times
 
 and the VAE's decoder by itself, which is added for the column "to the pixel". Every output is compared with PyTorch's.
+
+Where JAX finds a GPU, both libraries use it, and memory is the GPU's. The last column is each program's GFLOP/s over
+those of one large product of matrices in the same dtype, measured in the same run.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +49,7 @@ PROGRAMS = TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
     *("TiUE", "TiUE, repeated", "one step", "4-step loop", "25 guided steps"),
     "VAE decoder",
 )
+PRODUCT = "matrix product"  # of ours, for the rate that the others are compared with
 K, STEPS, GUIDANCE = 4, 25, 7.5
 TOKENS = 77
 SD21 = PRESETS["sd21-base"]
@@ -55,6 +61,7 @@ class Shape(NamedTuple):
     unet: UNetConfig
     vae: VAEConfig
     guided_steps: int = STEPS  # how many are run; the time is scaled to 25
+    dtype: str = "float32"  # of weights and computation
 
     @property
     def latent_size(self) -> int:
@@ -124,20 +131,30 @@ def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
 def ours(shape: Shape, batch_size: int) -> Programs:
     """In a process of its own."""
     import jax
+    import jax.numpy as jnp
 
     _, params = weights(UNet, shape.unet)
     graphdef, vae_params = weights(AutoencoderKL, shape.vae)
-    params, vae_params = jax.device_put((params, vae_params))
-    arrays = jax.device_put(inputs(shape, batch_size))
+    cast = lambda tree: jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, shape.dtype), tree))
+    params, vae_params = cast(params), cast(vae_params)
+    noise, *texts = jax.device_put(inputs(shape, batch_size))
     latents = jax.device_put(latents_for_vae(shape, batch_size))
 
     def program(function: Callable[..., Any], *args: Any) -> Callable[[], np.ndarray]:
         compiled = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
-        return lambda: np.asarray(compiled(*args))
+        return lambda: np.asarray(compiled(*args).astype(jnp.float32))
 
     decode = lambda p, z: functional.bind(graphdef, p).decode(z)
-    programs = {name: program(function, params, *arrays) for name, function in our_functions(shape).items()}
-    return programs | {VAE: program(decode, vae_params, latents)}
+    programs = {name: program(f, params, noise, *cast(texts)) for name, f in our_functions(shape).items()}
+    product = program(lambda a: (a @ a)[0], jnp.ones((product_side(),) * 2, shape.dtype))
+    return programs | {VAE: program(decode, vae_params, latents), PRODUCT: product}
+
+
+def product_side() -> int:
+    """Rows and columns of the matrices that PRODUCT multiplies."""
+    import jax
+
+    return 2**11 if jax.default_backend() == "cpu" else 2**13
 
 
 def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
@@ -149,14 +166,16 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
     torch.set_grad_enabled(False)
     schedule = Schedule()
     form, guided_form = schedule.closed_form(K), schedule.closed_form(shape.guided_steps)
-    nchw = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    like = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, shape.dtype)}
+    torch.set_default_device(like["device"])
+    nchw = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(**like)
     noise, text, null = inputs(shape, batch_size)
-    noise, text, null = nchw(noise), torch.from_numpy(text), torch.from_numpy(null)
+    noise, text, null = nchw(noise), torch.from_numpy(text).to(**like), torch.from_numpy(null).to(**like)
 
     def load(module: Any, cls: Any, cfg: Any) -> Any:
         named = convert.to_torch_names(weights(cls, cfg)[1])
         module.load_state_dict({name: torch.from_numpy(x) for name, x in named.items()}, assign=True)
-        return module.eval()
+        return module.eval().to(**like)
 
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(shape.unet.to_dict()), None
@@ -172,7 +191,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
         return block(hidden_states=h, temb=temb, **extra, **skips)
 
     def repeated() -> Any:
-        t = torch.from_numpy(form.timesteps).repeat(batch_size)
+        t = torch.tensor(form.timesteps).repeat(batch_size)
         temb, h = embed(t[:1].repeat(batch_size)), unet.conv_in(noise)
         skips = (h,)
         for block in unet.down_blocks:
@@ -186,7 +205,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
             h, left = run(block, h, temb, y, res_hidden_states_tuple=tuple(left[-n:])), left[:-n]
         outputs = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).unflatten(0, (batch_size, K))
         w = torch.tensor(form.weights, dtype=torch.float32).reshape(1, K, 1, 1, 1)
-        return float(form.scale) * noise + (w * outputs).sum(1)
+        return float(form.scale) * noise + (w * outputs.float()).sum(1)
 
     def one_step() -> Any:
         abar = float(schedule.alphas_cumprod[-1])
@@ -207,7 +226,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
         return x
 
     def program(function: Callable[[], Any]) -> Callable[[], np.ndarray]:
-        return lambda: function().permute(0, 2, 3, 1).numpy()
+        return lambda: function().permute(0, 2, 3, 1).float().cpu().numpy()
 
     if compiled:
         fast = {REPEATED: repeated, ONE_STEP: one_step}
@@ -230,17 +249,19 @@ def counted(shape: Shape, batch_size: int) -> dict[str, float]:
     graphdef, vae = functional.abstract(AutoencoderKL, shape.vae)
     (latents,) = structs([latents_for_vae(shape, batch_size)])
     found[VAE] = flops(lambda p, z: functional.bind(graphdef, p).decode(z), vae, latents)
-    return found | {GUIDED: found[GUIDED] * STEPS / shape.guided_steps}
+    return found | {GUIDED: found[GUIDED] * STEPS / shape.guided_steps, PRODUCT: 2 * product_side() ** 3}
 
 
-def compare(name: str, batch_size: int, rounds: int, with_compile: bool, programs: Sequence[str]) -> dict[str, Any]:
+def compare(
+    name: str, batch_size: int, dtype: str, rounds: int, with_compile: bool, programs: Sequence[str]
+) -> dict[str, Any]:
     """One shape: prints its table, and returns what it printed."""
-    this = shape(name)
+    this = shape(name)._replace(dtype=dtype)
     workers = {OURS: Worker(ours, this, batch_size), EAGER: Worker(theirs, this, batch_size, False)}
     if with_compile:
         workers[COMPILED] = Worker(theirs, this, batch_size, True)
     say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
-    measured = alternate(workers, rounds, say, programs)
+    measured = alternate(workers, rounds, say, [*programs, PRODUCT])
     for worker in workers.values():
         worker.close()
 
@@ -256,7 +277,8 @@ def compare(name: str, batch_size: int, rounds: int, with_compile: bool, program
         error = relative_error(result.output, reference.output) if reference else float("nan")
         row: dict[str, Any] = {"program": program, "library": library, "gflop": work[program] / 1e9}
         row |= {"seconds": seconds, "gflop_per_s": work[program] / 1e9 / seconds, "peak_gib": result.peak / 2**30}
-        row |= {"pixel_seconds": None if vae is None or program == VAE else seconds + vae, "error": error}
+        row |= {"pixel_seconds": None if vae is None or program in (VAE, PRODUCT) else seconds + vae, "error": error}
+        row |= {"of_product": row["gflop_per_s"] / (work[PRODUCT] / 1e9 / times[OURS, PRODUCT])}
         row |= {"first_seconds": result.first, "rounds": result.seconds}
         results.append(row)
     for row in sorted(results, key=lambda row: list(work).index(row["program"])):
@@ -265,6 +287,7 @@ def compare(name: str, batch_size: int, rounds: int, with_compile: bool, program
             (
                 *(row["program"], row["library"], f"{row['gflop']:.1f}", f"{row['seconds']:.3f}", pixel),
                 *(f"{row['gflop_per_s']:.0f}", f"{row['peak_gib']:.2f}", f"{row['error']:.0e}"),
+                f"{row['of_product']:.2f}",
             )
         )
     header = (
@@ -276,6 +299,7 @@ def compare(name: str, batch_size: int, rounds: int, with_compile: bool, program
         "GFLOP/s",
         "peak GiB",
         "against PyTorch",
+        "of a product's rate",
     )
     print(f"\n### {name}, batch of {batch_size}\n\n{table(header, rows)}\n")
     ratios = ratios_of(measured)
@@ -307,13 +331,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["emoji", "reduced"])
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out; it needs a C++ compiler")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share one GPU
     versions = machine("jax", "torch", "diffusers")
-    found = [compare(name, args.batch_size, args.rounds, not args.no_compile, args.programs) for name in args.shapes]
-    print(f"\n{versions}; medians of {args.rounds} rounds, float32.")
+    how = args.batch_size, args.dtype, args.rounds, not args.no_compile, args.programs
+    found = [compare(name, *how) for name in args.shapes]
+    print(f"\n{versions}; medians of {args.rounds} rounds, {args.dtype}.")
     if args.json:
         args.json.write_text(json.dumps({"machine": versions, "shapes": found}, indent=1))
 

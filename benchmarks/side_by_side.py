@@ -7,6 +7,7 @@ every program of every library once; what disturbs the machine disturbs all of t
 import ctypes
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -24,7 +25,7 @@ class Measured(NamedTuple):
 
     seconds: list[float]  # of each round
     first: float  # of the first run, which compiles
-    peak: int  # bytes of resident memory, the highest over the rounds: weights, temporaries and the library itself
+    peak: int  # bytes, the highest over the rounds, see `_peak`
     output: np.ndarray
 
     @property
@@ -44,7 +45,7 @@ class Worker:
         self.programs: list[str] = self._receive()
 
     def run(self, program: str) -> tuple[float, int, np.ndarray]:
-        """Seconds, peak of resident memory in bytes, output."""
+        """Seconds, peak of memory in bytes, output."""
         self._connection.send(program)
         return self._receive()
 
@@ -123,12 +124,25 @@ def _serve(connection: Connection, make: Callable[..., Programs], args: tuple[An
         raise
 
 
+def _torch_on_gpu() -> Any:
+    """The module, where this is PyTorch's process and it has a GPU."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() else None
+
+
 def _forget_peak() -> None:
     """Gives freed memory back, so that one program's is not counted as the next one's, and restarts VmHWM. Linux."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    if (torch := _torch_on_gpu()) is not None:
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak() -> int:
+    """Bytes of a GPU that the library took, of JAX since its first program; else of resident memory, all included."""
+    if (torch := _torch_on_gpu()) is not None:
+        return torch.cuda.max_memory_allocated()
+    if (jax := sys.modules.get("jax")) is not None and jax.default_backend() != "cpu":
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024

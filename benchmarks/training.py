@@ -7,7 +7,8 @@
 
 A step is that of method.md: the student forward and backward, teacher and LoRA teacher with guidance, the LoRA teacher
 forward and backward, both Adam updates, the moving average. PyTorch's is the one that tests/parity/test_train_step.py
-holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given.
+holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given. On a CPU
+only: nothing moves PyTorch's step to a GPU.
 """
 
 import argparse
@@ -155,6 +156,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
+    import jax
+
+    if (backend := jax.default_backend()) != "cpu":
+        sys.exit(f"error: PyTorch's step stays on the CPU here, expected JAX_PLATFORMS=cpu, got {backend}")
     versions = machine("jax", "torch", "diffusers", "peft")
     found = [compare(name, args.rounds) for name in args.shapes]
     print(f"\n{versions}; medians of {args.rounds} rounds, float32.")
