@@ -13,11 +13,12 @@ On several hosts start the same command on each; they share the run's folder. Cl
 are found by themselves; elsewhere add `--coordinator_address=HOST:PORT --num_processes=N --process_id=0` (to N - 1).
 Where the newest checkpoint is broken, `--allow_older` goes on from the one before.
 
-Exit status: 0 done; 1 what nobody foresaw, or another process is gone; 2 a wrong setting, file or folder; 3 too many
-steps in a row whose loss or gradient was not finite; 4 a checkpoint could not be written, as on a full disk: the last
-good one is left; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM, which is how a machine is taken back, or any
-stop of several processes. After 130 and 143 the same command goes on, from a checkpoint of the last step where one
-was done. A second Ctrl-C stops at once and saves nothing.
+Exit status: 0 done; 1 what nobody foresaw, or another process is gone; 2 a wrong setting, file or folder, or not the
+same on all processes; 3 too many steps in a row whose loss or gradient was not finite; 4 a checkpoint could not be
+written, as on a full disk: the last good one is left; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM, which is
+how a machine is taken back, or any stop of several processes. After 130 and 143 the same command goes on, from a
+checkpoint of the last step where one was done. A second Ctrl-C stops at once and saves nothing; a second SIGTERM
+changes nothing.
 """
 
 import contextlib
@@ -64,8 +65,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     # ---- flags ----------------------------------------------------------------------------------------------------
     settings, folder, allow_older, keep_compiled, processes = read_flags(argv)
     distributed.initialize(*processes)
-    if keep_compiled:
-        compile_cache.enable()
+    (compile_cache.enable if keep_compiled else compile_cache.disable)()
     workdir = stack.enter_context(Workdir(folder))
     check_writable(workdir.local / "student", overwrite=True)  # now, not when the student is there
     train, config = settings.train, settings.distill
@@ -91,6 +91,8 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(limit_warnings("tiue_jax.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
+    named = {f"setting {section}.{name}": x for section, of in settings.to_dict().items() for name, x in of.items()}
+    distributed.check_same(named | {"fingerprint of the prompts": prompts.fingerprint})
 
     # ---- step -----------------------------------------------------------------------------------------------------
     frozen_shapes = teacher.shapes(config.compute_dtype)
@@ -108,6 +110,7 @@ def run(argv: Sequence[str], stack: contextlib.ExitStack) -> int:
     workdir.claim()
     checkpoints = stack.enter_context(Checkpoints(workdir.path, train.checkpoints_total_limit, keep_best))
     check = functools.partial(check_config, current=settings.to_dict(), free=settings.free_on_resume)
+    distributed.check_same({"checkpoint steps": checkpoints.steps()})
     restored = checkpoints.resume(program.state, check, allow_older=allow_older)
     if restored:
         start, state, position = restored
@@ -299,6 +302,9 @@ def main(argv: Sequence[str]) -> int:
     except FloatingPointError as error:  # on all processes alike
         say(f"error: {error}", sys.stderr)
         return NOT_FINITE
+    except distributed.DisagreementError as error:  # on all processes alike
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return distributed.failed(NOT_SAVED if isinstance(error, NotSavedError) else BAD_INPUT)

@@ -7,8 +7,8 @@
 
 A step is that of method.md: the student forward and backward, teacher and LoRA teacher with guidance, the LoRA teacher
 forward and backward, both Adam updates, the moving average. PyTorch's is the one that tests/parity/test_train_step.py
-holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given. On a CPU
-only: nothing moves PyTorch's step to a GPU.
+holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given.
+On a CPU only: nothing moves PyTorch's step to a GPU.
 """
 
 import argparse

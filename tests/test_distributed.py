@@ -19,7 +19,7 @@ from tests import devices
 from tests.test_train import checkpoints, command, losses, write_model
 from tiue_jax import distributed
 from tiue_jax.checkpoint import read_weights
-from tiue_jax.distributed import StopRequest
+from tiue_jax.distributed import DisagreementError, StopRequest
 from tiue_jax.pipeline import Pipeline
 
 
@@ -43,10 +43,23 @@ def test_one_process_needs_no_other():
     assert not jax.distributed.is_initialized()
     assert distributed.all_agree(True) and not distributed.all_agree(False)
     assert distributed.from_process_0(0.1) == 0.1
+    assert distributed.gather({"a": 1}) == [{"a": 1}]
+    distributed.check_same({"a": 1})
     assert distributed.failed(2) == 2
     distributed.barrier("nobody else")
     tree = distributed.to_process_0({"a": jnp.arange(3), "b": [jnp.ones((2, 2))]})
     assert isinstance(tree["a"], np.ndarray) and tree["b"][0].shape == (2, 2)
+
+
+def test_what_is_not_the_same_on_all_processes_is_named(monkeypatch):
+    others = [{"a": "1", "b": "'2'"}, {"a": "1", "b": "'3'", "c": "0"}, {"a": "4", "b": "'3'", "c": "0"}]
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, *others])
+    with pytest.raises(DisagreementError) as raised:
+        distributed.check_same({"b": "3", "a": 1})
+    assert str(raised.value) == (
+        "expected the same on all processes, got a: 1 on process 0, 4 on process 3; b: '3' on process 0, '2' on "
+        "process 1; c: missing on process 0, 0 on process 2"
+    )
 
 
 @pytest.fixture
@@ -62,6 +75,8 @@ def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
     with StopRequest() as stop:
         assert not stop.reached(1) and stop.minutes_left is None
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # no end, however often
         assert stop.reached(2) and stop.cause() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -76,16 +91,13 @@ def test_a_time_limit_is_no_signal():
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """Compute Engine's: an error, then no, then yes."""
+    """Compute Engine's: an error, then what is no HTTP, then no, then yes."""
 
-    answers = [None, b"FALSE", b"TRUE\n"]
+    answers = [b"HTTP/1.0 503\n\n", b"?\n\n", b"HTTP/1.0 200\n\nFALSE", b"HTTP/1.0 200\n\nTRUE\n"]
 
     def do_GET(self):
-        answer = self.answers.pop(0)
         assert self.headers["Metadata-Flavor"] == "Google"
-        self.send_response(200 if answer else 503)
-        self.end_headers()
-        self.wfile.write(answer or b"")
+        self.wfile.write(self.answers.pop(0))
 
     def log_message(self, *args):
         pass
@@ -102,13 +114,40 @@ def test_the_notice_of_preemption_is_a_signal():
         server.shutdown()
 
 
+TOLD_AGAIN_AND_AGAIN = """
+import os, signal, sys
+import train
+from tiue_jax.checkpoint import Checkpoints
+save = Checkpoints.save
+def save_and_be_told(self, *args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(self, *args)
+    os.kill(os.getpid(), signal.SIGTERM)
+Checkpoints.save = save_and_be_told
+sys.exit(train.main(sys.argv))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(tmp_path):
+    model, workdir = write_model(tmp_path / "teacher"), tmp_path / "run"
+    argv = [sys.executable, "-c", TOLD_AGAIN_AND_AGAIN, *command(model, workdir, train__max_train_steps=9)[1:]]
+    done = subprocess.run(argv, env=devices.environment(1), capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert checkpoints(workdir) == [2, 3] and f"saved {workdir / 'checkpoints/3'}" in done.stdout
+
+
 # Process 1 is told to go, or killed, in its fourth call: the batch of step 3. Half a second a step from there on, since
 # jax needs a second or two to agree on the step to stop after.
 WORKER = """
 import faulthandler, os, signal, sys, time
 faulthandler.dump_traceback_later(900, exit=True)  # a process that hangs says where
 import train
-from tiue_jax import sharding
+from tiue_jax import checkpoint, sharding, workdir
+if sys.argv[-1] == "--stale":  # what a network file system may show to one of the hosts
+    sys.argv.pop()
+    checkpoint.Checkpoints.steps = lambda self: [7]
+workdir.SEEN_WITHIN_SECONDS = 0  # this disk shows a file at once
 ends = {"--preempt": signal.SIGTERM, "--kill": signal.SIGKILL}
 end = ends.get(sys.argv[-1])
 if end:
@@ -127,8 +166,10 @@ sys.exit(train.main(sys.argv))
 """
 
 
-def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: object) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of every process of a run on 8 devices in all."""
+def launch(
+    model: Path, workdir: Path, processes: int, *more: str, last: tuple[str, ...] = (), **changed: object
+) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of every process of a run on 8 devices in all; `last` are the last one's flags."""
     settings = {
         "train__mesh_data": 1,
         "train__mesh_fsdp": 8,  # the state lies across both processes
@@ -152,7 +193,7 @@ def launch(model: Path, workdir: Path, processes: int, *more: str, **changed: ob
         join = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
         started.append(
             subprocess.Popen(
-                [*argv, *join, *more] if processes > 1 else argv,
+                [*argv, *join, *more, *(last if i == processes - 1 else ())] if processes > 1 else argv,
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -167,6 +208,33 @@ def said(output: str) -> str:
     """What a process printed, without what gloo writes of its own: in pieces, which its threads may mix."""
     gloo = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
     return re.sub(gloo, "", output).strip()
+
+
+@pytest.mark.slow
+def test_processes_that_were_not_started_alike_say_so_and_end(tmp_path):
+    model, workdir, elsewhere = write_model(tmp_path / "teacher"), tmp_path / "run", tmp_path / "elsewhere"
+    other = tmp_path / "other.txt"
+    other.write_text("a blue pear\n")
+
+    def refused(*last: str) -> str:
+        """The one error that both processes end with."""
+        ended = launch(model, workdir, 2, last=last)
+        assert [status for status, _, _ in ended] == [2, 2], ended
+        (error,) = {line for _, _, text in ended for line in text.splitlines() if line.startswith("error: ")}
+        return error
+
+    error = refused("--config.train.batch_size=16", f"--config.data.prompts={other}")
+    assert error.startswith("error: expected the same on all processes, got fingerprint of the prompts: '")
+    assert error.endswith("; setting train.batch_size: 8 on process 0, 16 on process 1")
+    assert not workdir.exists()
+
+    error = refused(f"--workdir={elsewhere}")
+    assert error.startswith("error: expected a run's folder that all processes share, got .shared-")
+    assert error.endswith(f" written by process 0 in {workdir} and not found by process 1 in {elsewhere}")
+    assert [path.name for path in workdir.iterdir()] == [".lock"] and not elsewhere.exists()
+
+    error = refused("--stale")
+    assert error.endswith("on all processes, got checkpoint steps: [] on process 0, [7] on process 1")
 
 
 @pytest.mark.slow

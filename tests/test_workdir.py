@@ -1,12 +1,16 @@
 """workdir.py: a run's folder on a disk, and in a bucket, where what is new is copied."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
 
 from tests import finished_run, tiny
 from tests.bucket import in_place_of_gcs
+from tiue_jax import distributed
+from tiue_jax import workdir as workdir_module
 from tiue_jax.data import storage
 from tiue_jax.export import run
 from tiue_jax.workdir import Workdir
@@ -83,3 +87,57 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
             second.claim()
     with Workdir(tmp_path / "run") as third:
         third.claim()
+
+
+@pytest.fixture
+def claim_together(monkeypatch):
+    """Claims folders as that many processes would, which are threads here; raises what the first of them raises."""
+    me = threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: me.index)
+    monkeypatch.setattr(workdir_module, "SEEN_WITHIN_SECONDS", 0)
+
+    def claim_together(*folders):
+        meet, said = threading.Barrier(len(folders), timeout=20), {}
+
+        def gather(value):
+            meet.wait()
+            said[me.index] = value
+            meet.wait()
+            return [said[i] for i in range(len(folders))]
+
+        def claim(index):
+            me.index = index
+            with Workdir(folders[index]) as workdir:
+                workdir.claim()
+
+        monkeypatch.setattr(jax, "process_count", lambda: len(folders))
+        monkeypatch.setattr(distributed, "gather", gather)
+        with ThreadPoolExecutor(len(folders)) as threads:
+            return [claimed.exception() for claimed in [threads.submit(claim, i) for i in range(len(folders))]]
+
+    return claim_together
+
+
+def test_all_processes_share_the_folder(claim_together, bucket, tmp_path):
+    assert claim_together(*[tmp_path / "run"] * 3) == [None] * 3
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]  # nothing is left of the check
+    assert claim_together(*["gs://bucket/run"] * 2) == [None] * 2
+    assert [path for path in bucket.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("root", ["{}", "gs://bucket"])
+def test_a_process_with_another_folder_is_named_on_all(claim_together, bucket, tmp_path, root):
+    root = root.format(tmp_path)
+    errors = claim_together(f"{root}/a", f"{root}/a", f"{root}/b")
+    assert [type(error) for error in errors] == [distributed.DisagreementError] * 3
+    (message,) = {str(error) for error in errors}
+    assert message.startswith("expected a run's folder that all processes share, got .shared-")
+    assert message.endswith(f" written by process 0 in {root}/a and not found by process 2 in {root}/b")
+    assert not [path for path in tmp_path.rglob(".shared-*")]
+
+
+def test_one_process_shares_with_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", None)
+    with Workdir(tmp_path / "run") as workdir:
+        workdir.claim()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

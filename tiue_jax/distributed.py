@@ -4,6 +4,8 @@ With one process everything here does the obvious without any communication.
 """
 
 import contextlib
+import http.client
+import json
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +25,10 @@ from jax.experimental import multihost_utils
 MACHINE = Path("/sys/class/dmi/id/product_name")
 BARRIER_MINUTES = 60
 PREEMPTED = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
+
+
+class DisagreementError(ValueError):
+    """Processes that were not started alike. Raised on all of them, which may end in an orderly way."""
 
 
 def initialize(
@@ -88,6 +95,29 @@ def from_process_0(value: float) -> float:
     return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
+def gather(value: Any) -> list[Any]:
+    """What each process says, plain values as JSON returns them, in the processes' order; all must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    barrier("gather")
+    text = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(longest), np.uint8))
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises DisagreementError naming every fact that is not the same on all processes; all must call it."""
+    everyone = gather({name: repr(value) for name, value in facts.items()})
+    problems = []
+    for name in sorted(set().union(*everyone)):
+        values = [told.get(name, "missing") for told in everyone]
+        if other := next((i for i, value in enumerate(values) if value != values[0]), 0):
+            problems.append(f"{name}: {values[0]} on process 0, {values[other]} on process {other}")
+    if problems:
+        raise DisagreementError(f"expected the same on all processes, got {'; '.join(problems)}")
+
+
 def barrier(name: str) -> None:
     """Returns when all processes have come here: within an hour, where a collective waits half a minute on CPUs."""
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MINUTES * 60_000)
@@ -114,7 +144,7 @@ class StopRequest:
     The reasons are SIGINT (Ctrl-C) and SIGTERM at any process, which is also how a cluster says that it will take a
     machine back, Compute Engine's own notice of that, and a time limit, by the clock of process 0. With one process the
     next step is the last. With several, jax spreads the notice and chooses a step that none has passed. A second Ctrl-C
-    acts at once.
+    acts at once; SIGTERM, which a cluster may send again and again, never does.
     """
 
     def __init__(self, minutes: float | None = None):
@@ -141,7 +171,8 @@ class StopRequest:
 
     def _remember(self, number: int, frame: Any) -> None:
         self._received.append(number)
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 
@@ -171,7 +202,10 @@ def watch_preemption(ended: threading.Event, url: str = PREEMPTED, every: float 
     """Sends this process SIGTERM when Compute Engine says that it takes the machine back; asks until `ended`."""
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     while not ended.wait(every):
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            urllib.request.urlopen(request, timeout=5) as answer,
+        ):
             if answer.read().strip() == b"TRUE":
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

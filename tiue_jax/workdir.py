@@ -2,14 +2,19 @@
 
 import fcntl
 import os
+import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import Self
 
 import jax
 
+from tiue_jax import distributed
 from tiue_jax.data import storage
 from tiue_jax.export.folder import MODEL_INDEX
+
+SEEN_WITHIN_SECONDS = 60  # for so long a network file system may remember that a folder was not there
 
 
 class Workdir:
@@ -42,15 +47,21 @@ class Workdir:
             os.close(self._locked)
 
     def claim(self) -> None:
-        """No other run takes the folder until this one ends: it would clear away what is being saved.
+        """All processes of this run share the folder, and no other run takes it until this one ends.
 
-        For a folder on a disk; buckets have no locks.
+        Another run would clear away what is being saved. Buckets have no locks against that. All processes must call
+        it.
 
         Raises:
             OSError: another run works in it, or it cannot be written.
+            DisagreementError: it is not the folder of process 0; on all processes.
         """
-        if jax.process_index() > 0 or self._aside is not None:
-            return
+        if jax.process_index() == 0 and self._aside is None:
+            self._lock()
+        if jax.process_count() > 1:
+            self._check_shared()
+
+    def _lock(self) -> None:
         self.local.mkdir(parents=True, exist_ok=True)
         self._locked = os.open(self.local / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -59,6 +70,26 @@ class Workdir:
             raise BlockingIOError(error.errno, "another run works in this folder", str(self.local)) from error
         except OSError:  # a file system without locks
             pass
+
+    def _check_shared(self) -> None:
+        mark = f".shared-{secrets.token_hex(8)}"
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / mark).write_text("All processes of a run look for this file.")
+        try:
+            mark = distributed.gather(mark)[0]
+            until = time.monotonic() + SEEN_WITHIN_SECONDS
+            while not (seen := (self.path / mark).exists()) and time.monotonic() < until:
+                time.sleep(1)
+            looked = distributed.gather([str(self.path if self._aside else self.local.absolute()), seen])
+        finally:
+            if jax.process_index() == 0:
+                (self.path / mark).unlink()
+        if apart := [f"process {i} in {folder}" for i, (folder, seen) in enumerate(looked) if not seen]:
+            raise distributed.DisagreementError(
+                f"expected a run's folder that all processes share, got {mark} written by process 0 in {looked[0][0]} "
+                f"and not found by {', '.join(apart)}"
+            )
 
     def publish(self) -> None:
         """Copies new and changed files to the bucket; of a model's folder its index, which makes it one, last."""
