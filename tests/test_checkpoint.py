@@ -1,4 +1,4 @@
-"""checkpoint.py: bitwise round trips while the state is donated, what is kept, weights alone, and what is refused."""
+"""checkpoint.py: bitwise round trips while the state is donated, what is kept, weights alone, full disks, kills."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ import pytest
 
 from tests import devices
 from tiue_jax import sharding
-from tiue_jax.checkpoint import BrokenCheckpointError, Checkpoints, NotSavedError, check_config, checksums, read_weights
+from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config, read_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"train": {"seed": 0, "prompts": ["a", "b"]}}
@@ -124,103 +124,13 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_arrays(tmp_path):
 
 def test_a_changed_setting_is_refused_by_name():
     saved = {"train": {"seed": 0, "log_every": 10, "prompts": ["a"]}, "distill": {"kl_weight": 0.1}}
-    check_config(saved, saved | {"train": {"seed": 0, "log_every": 10, "prompts": ("a",)}})
+    check_config(saved, saved | {"train": {"seed": 0, "log_every": 10, "prompts": ("a",)}}, free={})
     now = {"train": {"seed": 1, "log_every": 50, "prompts": ["a"]}, "distill": {"kl_weight": 0.1, "clip_weight": 0.0}}
     with pytest.raises(ValueError) as error:
-        check_config(saved, now, free={"train.log_every"})
+        check_config(saved, now, free={"train.log_every": object})
     assert "train.seed was 0, now 1" in str(error.value)
     assert "distill.clip_weight was None, now 0.0" in str(error.value)
     assert "log_every" not in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """A run's folder with the checkpoints 1, 2 and 3."""
-    workdir = tmp_path_factory.mktemp("three")
-    with Checkpoints(workdir) as checkpoints:
-        for step in (1, 2, 3):
-            checkpoints.save(step, make(step, width=64), CONFIG, {"step": step})
-    return workdir
-
-
-def flip_a_bit(folder: Path) -> None:
-    """In the middle of the largest file, where the numbers are."""
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 16
-    largest.write_bytes(data)
-
-
-def cut(folder: Path) -> None:
-    for path in (folder / "state").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_bit,
-        cut,
-        lambda folder: shutil.rmtree(folder / "state"),
-        lambda folder: shutil.rmtree(folder / "state" / "d"),
-        lambda folder: (folder / "state" / "_METADATA").unlink(),
-        lambda folder: shutil.rmtree(folder / "config"),
-        lambda folder: shutil.rmtree(folder / "checksums"),
-        lambda folder: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in folder.iterdir()],
-    ],
-    ids=["bit", "cut", "state", "arrays", "metadata", "config", "checksums", "empty"],
-)
-def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(three, tmp_path, damage):
-    workdir = shutil.copytree(three, tmp_path / "run")
-    damage(workdir / "checkpoints" / "3")
-    wanted, accept = structs(make(0, width=64)), lambda config: None
-    with Checkpoints(workdir) as checkpoints:
-        with pytest.raises(
-            BrokenCheckpointError, match="checkpoints/3 is broken: .*--allow_older resumes from step 2$"
-        ):
-            checkpoints.resume(wanted, accept)
-        assert checkpoints.steps() == [1, 2, 3]
-        restored = checkpoints.resume(wanted, accept, allow_older=True)
-        assert (restored.step, restored.data) == (2, {"step": 2})
-        assert_same(restored.state, make(2, width=64))
-        checkpoints.save(3, make(7, width=64), CONFIG, {"step": 3})  # the run comes to this step again
-        checkpoints.wait()
-        assert_same(checkpoints.resume(wanted, accept).state, make(7, width=64))
-    assert [path.name[:2] for path in (workdir / "checkpoints_broken").iterdir()] == ["3-"]
-
-
-def test_when_all_are_broken_and_when_none_is_there(three, tmp_path):
-    workdir = shutil.copytree(three, tmp_path / "run")
-    wanted, accept = structs(make(0, width=64)), lambda config: None
-    for step in "123":
-        flip_a_bit(workdir / "checkpoints" / step)
-    with Checkpoints(workdir) as checkpoints:
-        with pytest.raises(BrokenCheckpointError, match=r"no whole checkpoint, all are broken: \[3, 2, 1\]"):
-            checkpoints.resume(wanted, accept, allow_older=True)
-        assert checkpoints.steps() == [1, 2, 3]  # nothing was moved away
-    with Checkpoints(tmp_path / "new") as checkpoints:
-        assert checkpoints.resume(wanted, accept) is None
-
-
-def test_other_settings_are_no_damage(three):
-    def refuse(config):
-        assert config == CONFIG
-        raise ValueError("settings differ")
-
-    with Checkpoints(three) as checkpoints, pytest.raises(ValueError, match="^settings differ$"):
-        checkpoints.resume(structs(make(0, width=64)), refuse, allow_older=True)
-    assert not (three / "checkpoints_broken").exists()
-
-
-def test_a_checksum_sees_a_change_and_a_swap():
-    x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    sums = checksums({"a": {"b": x}, "n": np.int32(3)})
-    assert sums.keys() == {"a.b", "n"} and sums == checksums({"a": {"b": jnp.asarray(x)}, "n": jnp.int32(3)})
-    changed = x.copy()
-    changed[1, 2] = np.nextafter(changed[1, 2], 9)
-    for other in (changed, x[::-1], -x):
-        assert checksums({"a": {"b": other}})["a.b"] != sums["a.b"]
 
 
 @pytest.mark.parametrize("told_by", ["wait", "check", "save"])
@@ -356,14 +266,14 @@ faulthandler.dump_traceback_later(300, exit=True)  # a process that hangs says w
 import jax
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 from tests.test_checkpoint import many
-from tiue_jax import sharding
-from tiue_jax.checkpoint import Checkpoints, checksums
+from tiue_jax import checksums, sharding
+from tiue_jax.checkpoint import Checkpoints
 tree = many()
 placement = sharding.shardings(tree, sharding.make_mesh(data=1, fsdp=8), replicate_below=200)
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(1, sharding.place(tree, placement), {}, {"step": 1})
     restored = checkpoints.resume(sharding.structs(tree, placement), lambda config: None)
-assert checksums(restored.state) == checksums(tree)
+assert checksums.of_arrays(restored.state) == checksums.of_arrays(tree)
 """
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.bucket import in_place_of_gcs
 from tiue_jax import convert, distill
-from tiue_jax.data import embed, embeddings
+from tiue_jax.data import embed, embeddings, storage
 from tiue_jax.data.loader import PromptBatches
 from tiue_jax.data.prompts import Prompts
 from tiue_jax.models.clip import CLIPTextModel
@@ -79,6 +80,39 @@ def test_an_interrupted_run_goes_on(tmp_path):
     calls.extend([None] * 10)
     np.testing.assert_array_equal(write(tmp_path / "e", encode=stops).read(range(10))[:, 0, 0].astype(int), range(10))
     assert [c for c in calls if c] == [[""] * 4, ["6", "7", "8", "8"], ["9", "9", "9", "9"]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shard, other: os.truncate(shard, 0),
+        lambda shard, other: os.truncate(shard, shard.stat().st_size // 2),
+        lambda shard, other: os.truncate(shard, shard.stat().st_size - 1),
+        lambda shard, other: shutil.copy(other, shard),
+    ],
+    ids=["empty", "half", "byte", "fewer"],
+)
+def test_a_shard_that_is_cut_short_is_made_anew(tmp_path, damage):
+    write(tmp_path / "e")
+    shards = sorted((tmp_path / "e").glob("*.array_record"))
+    damage(shards[1], shards[3])
+    calls = []
+    made = write(tmp_path / "e", encode=lambda prompts: calls.append(prompts) or encode(prompts))
+    assert calls == [[""] * 4, ["3", "4", "5", "5"]]
+    np.testing.assert_array_equal(made.read(range(10))[:, 0, 0].astype(int), range(10))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("connection lost")])
+def test_an_interrupted_upload_leaves_no_shard(tmp_path, monkeypatch, error):
+    def upload_some(source, target, length):
+        target.write(source.read(50))
+        raise error
+
+    with in_place_of_gcs(tmp_path / "gcs") as bucket:
+        monkeypatch.setattr(shutil, "copyfileobj", upload_some)
+        with pytest.raises((KeyboardInterrupt, OSError)), storage.new_file("gs://bucket/shard") as aside:
+            aside.write_bytes(b"x" * 99)
+        assert list(bucket.iterdir()) == []
 
 
 def test_a_stale_cache_is_refused_and_says_what_changed(tmp_path):

@@ -58,6 +58,7 @@ LAYERS = (
         "tiue_jax.distributed",
         "tiue_jax.images",
         "tiue_jax.files",
+        "tiue_jax.checksums",
         "tiue_jax.compile_cache",
         "tiue_jax.tokenizer",
     ),

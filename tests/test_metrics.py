@@ -1,12 +1,15 @@
-"""metrics.py: what lands in a run's folder, read back; and that only process 0 writes."""
+"""metrics.py: what lands in a run's folder, read back; that only process 0 writes; and what a full disk does."""
 
 import json
+import resource
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
 from tests.events import events, scalars
+from tiue_jax.checkpoint import NotSavedError
 from tiue_jax.images import read_png
 from tiue_jax.metrics import MetricsWriter
 
@@ -55,3 +58,43 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         MetricsWriter(tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """From here on every write beyond the start of a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def many_scalars(metrics: MetricsWriter) -> None:
+    for step in range(1000):
+        metrics.scalars(step, {"train/loss_vsd": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("write", "path"),
+    [
+        (many_scalars, "tensorboard/events.*"),
+        (lambda metrics: metrics.scalars(1, {"a": 1.0}), "tensorboard/events.*"),
+        (lambda metrics: metrics.flush(), "tensorboard/events.*"),
+        (lambda metrics: metrics.image(1, "grid", np.zeros((99, 99, 3), np.uint8)), "samples/grid_0000001.png"),
+        (lambda metrics: metrics.config({"train": "x" * 99}), "config.json"),
+    ],
+    ids=["scalars", "scalar", "flush", "image", "config"],
+)
+def test_a_full_disk_is_said_in_one_line(tmp_path, full_disk, write, path):
+    with (
+        pytest.raises(NotSavedError, match=rf"^cannot write {tmp_path}/{path}: File too large$"),
+        MetricsWriter(tmp_path, start_step=1) as metrics,
+    ):
+        write(metrics)
+
+
+def test_a_full_disk_at_the_end_is_said_unless_something_else_is(tmp_path, full_disk):
+    with pytest.raises(NotSavedError, match="cannot write .*tensorboard/events"):
+        MetricsWriter(tmp_path, start_step=1).__exit__(None)
+    with pytest.raises(ValueError, match="^the first$"), MetricsWriter(tmp_path, start_step=1):
+        raise ValueError("the first")

@@ -92,3 +92,16 @@ def test_a_longer_run_resumes_only_where_nothing_falls_towards_its_end():
         with pytest.raises(ValueError, match="train.max_train_steps was 5, now 9"):
             lengthened(distill)
     lengthened({"clip_weight": 0.1, "clip_decay_steps": 3})
+
+
+def test_embeddings_may_move_but_not_come_or_go():
+    def moved(before, after):
+        was, now = (
+            Settings.from_config({**CONFIG, "data": {"prompts": "p", "embeddings": e}}) for e in (before, after)
+        )
+        check_config(was.to_dict(), now.to_dict(), now.free_on_resume)
+
+    moved("a/e", "b/e")
+    for before, after in ((None, "b/e"), ("a/e", None), ("", "b/e")):
+        with pytest.raises(ValueError, match=f"data.embeddings was {before!r}, now {after!r}"):
+            moved(before, after)

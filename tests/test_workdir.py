@@ -3,13 +3,14 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from tests import finished_run, tiny
 from tests.bucket import in_place_of_gcs
-from tiue_jax import distributed
+from tiue_jax import checkpoint, distributed
 from tiue_jax import workdir as workdir_module
 from tiue_jax.data import storage
 from tiue_jax.export import run
@@ -141,3 +142,16 @@ def test_one_process_shares_with_nobody(tmp_path, monkeypatch):
     with Workdir(tmp_path / "run") as workdir:
         workdir.claim()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_checkpoints_of_a_run_in_a_bucket_are_in_the_bucket(bucket, monkeypatch):
+    """As far as orbax is told: it reads and writes with Google's own libraries, which no folder can stand in for."""
+    managed = []
+    manager = SimpleNamespace(damaged={}, latest_step=lambda: None)
+    monkeypatch.setattr(checkpoint, "_Manager", lambda folder, *how: managed.append(folder) or manager)
+    assert str(checkpoint.Checkpoints("gs://bucket/run").folder) == "gs://bucket/run/checkpoints" == str(managed[0])
+    with pytest.raises(FileNotFoundError, match="no checkpoint in gs://bucket/run/checkpoints"):
+        checkpoint.saved_steps("gs://bucket/run")
+    (bucket / "run" / "checkpoints" / "3").mkdir(parents=True)
+    (bucket / "run" / "checkpoints" / "3" / "commit_success.txt").touch()  # in a bucket orbax cannot rename
+    assert checkpoint.saved_steps("gs://bucket/run") == [3]

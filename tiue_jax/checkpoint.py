@@ -2,7 +2,7 @@
 
 A run's checkpoints lie in `{workdir}/checkpoints/<step>`, step being the number of steps done. They are written in
 the background, aside, and renamed: a run that is killed, also while saving, leaves the last whole one. A checkpoint
-holds a checksum of every array, since orbax's files do not: a flipped bit would be read as a weight.
+holds a checksum of every array, of its configuration and of its data position.
 """
 
 import contextlib
@@ -10,17 +10,19 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as keep
 
-from tiue_jax import distributed
+from tiue_jax import checksums, distributed
+from tiue_jax.data import storage
+from tiue_jax.files import read_json
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 BROKEN_FOLDER = "checkpoints_broken"
@@ -31,7 +33,7 @@ class BrokenCheckpointError(ValueError):
 
 
 class NotSavedError(OSError):
-    """A checkpoint could not be written."""
+    """A checkpoint, or what else a run keeps of itself, could not be written."""
 
 
 class Restored(NamedTuple):
@@ -46,11 +48,30 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's, which asks jax for a preemption from a thread of process 0, with a step that may be long past.
 
     Jax takes that for the step this process is at and could agree with the others on one that it has left behind. So
-    only the training loop asks.
+    only the training loop asks. And orbax's reads the metrics of all checkpoints at once, of which one may be damaged.
     """
+
+    def __init__(self, folder: epath.Path, metric: str | None, options: ocp.CheckpointManagerOptions):
+        self._metric = metric
+        self.damaged: dict[int, str] = {}  # by the step
+        super().__init__(folder, options=options)
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """What a checkpoint is compared by, None where that was not saved or is damaged: then `damaged` says why."""
+        path = self.directory / str(step) / "metrics" / "metrics"
+        if self._metric is None or not path.exists():
+            return None
+        try:
+            saved = read_json(path)
+            if any(type(value) is not float or not math.isfinite(value) for value in saved.values()):
+                raise ValueError(f"{path}: expected finite numbers, got {saved}")
+        except (OSError, ValueError) as error:
+            self.damaged[step] = _one_line(error)
+            return None
+        return {self._metric: saved[self._metric]} if self._metric in saved else None
 
 
 class Checkpoints:
@@ -65,7 +86,7 @@ class Checkpoints:
         """
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be >= 1 or None, got {total_limit}")
-        self.folder = epath.Path(workdir).absolute() / FOLDER
+        self.folder = _folder(workdir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metric: str | None = None
         self._mode = "min"
@@ -78,10 +99,13 @@ class Checkpoints:
             best_mode=self._mode,
             preservation_policy=self._policy(total_limit),
         )
-        for logger in ("absl", "asyncio"):
-            logging.getLogger(logger).addFilter(_no_traceback)
-        self._manager = _Manager(self.folder, options=options)
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).addFilter(_no_traceback)
+        self._manager = _Manager(self.folder, self._metric, options)
         self._failed = False
+        for step, why in sorted(self._manager.damaged.items()):
+            if step != self.latest() and jax.process_index() == 0:
+                logger.warning("checkpoint %d counts as one without metrics: %s", step, why)
 
     def __enter__(self) -> Self:
         return self
@@ -139,15 +163,18 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             config=ocp.args.JsonSave(config),
             data=ocp.args.JsonSave(data),
-            checksums=ocp.args.JsonSave(checksums(state)),
+            checksums=ocp.args.JsonSave(checksums.of_arrays(state) | _of_json(config=config, data=data)),
         )
         with self._reporting():
             measured = {self._metric: float(value)} if math.isfinite(value) else None
             self._manager.save(step, args=items, metrics=measured, force=True)
 
     def config(self, step: int) -> dict[str, Any]:
-        """The settings that a checkpoint was made with. BrokenCheckpointError where it cannot be read."""
-        return self._read(step, config=ocp.args.JsonRestore()).config
+        """The settings that a checkpoint was made with. BrokenCheckpointError where they are missing or damaged."""
+        json = ocp.args.JsonRestore()
+        restored = self._read(step, config=json, checksums=json)
+        self._compare(step, restored.checksums, restored.checksums | _of_json(config=restored.config))
+        return restored.config
 
     def restore(self, step: int, structs: Any) -> tuple[Any, dict[str, Any]]:
         """The state, bit for bit, and the data position.
@@ -165,10 +192,10 @@ class Checkpoints:
             saved = _saved_shapes(self.folder / str(step) / "state")
         _check_shapes(self.folder / str(step), saved, structs)
         json = ocp.args.JsonRestore()
-        restored = self._read(step, state=ocp.args.StandardRestore(structs), data=json, checksums=json)
-        found = checksums(restored.state)
-        if damaged := [name for name, value in restored.checksums.items() if found.get(name) != value]:
-            raise self._broken(step, f"another checksum than when it was saved: {', '.join(damaged)}")
+        state = ocp.args.StandardRestore(structs)
+        restored = self._read(step, state=state, config=json, data=json, checksums=json)
+        found = checksums.of_arrays(restored.state) | _of_json(config=restored.config, data=restored.data)
+        self._compare(step, restored.checksums, found)
         return restored.state, restored.data
 
     def resume(
@@ -186,9 +213,12 @@ class Checkpoints:
             ValueError: see `restore` and `check`.
         """
         broken: list[int] = []
+        newest = self.latest()
         for step in reversed(self.steps()):
             error: BrokenCheckpointError | None = None
             try:
+                if step == newest and step in self._manager.damaged:
+                    raise self._broken(step, self._manager.damaged[step])
                 check(self.config(step))
                 restored = Restored(step, *self.restore(step, structs))
             except BrokenCheckpointError as caught:
@@ -215,6 +245,7 @@ class Checkpoints:
                 (self.folder / str(step)).rename(aside / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}")
         if steps:
             distributed.barrier("broken checkpoints moved")
+            self._manager.damaged.clear()
             self._manager.reload()
 
     def _value(self, metrics: Mapping[str, float]) -> float:
@@ -242,6 +273,10 @@ class Checkpoints:
         except Exception as error:  # KeyError, FileNotFoundError, ValueError, plain Exception: all were seen
             raise self._broken(step, _one_line(error)) from error
 
+    def _compare(self, step: int, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+        if damaged := [name for name, value in saved.items() if found.get(name) != value]:
+            raise self._broken(step, f"another checksum than when it was saved: {', '.join(damaged)}")
+
     def _broken(self, step: int, why: str) -> BrokenCheckpointError:
         return BrokenCheckpointError(f"checkpoint {self.folder / str(step)} is broken: {why}")
 
@@ -263,25 +298,20 @@ def _no_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of every array, by its dotted path; the same however the array is sharded."""
-    # one after the other: of hundreds at once each process might begin with another, and wait for the others' in vain
-    return {_dotted(path): int(jax.device_get(_sum(x))) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _of_json(**items: Mapping[str, Any]) -> dict[str, int]:
+    """Checksums of items by the names of their files. The first checkpoints have none of these."""
+    return {f"{name}/metadata": checksums.of_json(value) for name, value in items.items()}
 
 
-@jax.jit
-def _sum(x: jax.Array) -> jax.Array:
-    """The sum of a hash of every element's bits and place; one-to-one for each, so that no single change is missed."""
-    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
-    mixed = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32) + place * np.uint32(0x9E3779B9)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the last steps of MurmurHash3
-        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+def _folder(workdir: str | epath.PathLike) -> epath.Path:
+    """Where a run's checkpoints are, as orbax takes it: absolute on a disk; epath would take a bucket for a folder."""
+    path = storage.at(workdir)
+    return (path if storage.is_remote(path) else path.absolute()) / FOLDER
 
 
 def saved_steps(workdir: str | epath.PathLike) -> list[int]:
     """Steps of a run's checkpoints, ascending. FileNotFoundError where it has none."""
-    folder = epath.Path(workdir).absolute() / FOLDER
+    folder = _folder(workdir)
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {folder}")
@@ -301,7 +331,7 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
         FileNotFoundError: the run has no checkpoint, or not this one.
         ValueError: the checkpoint's tree has other names or shapes.
     """
-    folder, steps = epath.Path(workdir).absolute() / FOLDER, saved_steps(workdir)
+    folder, steps = _folder(workdir), saved_steps(workdir)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}, which has {steps}")
@@ -315,17 +345,19 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
     return ocp.PyTreeCheckpointHandler().restore(state, args=args)[name]
 
 
-def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Collection[str] = ()) -> None:
+def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Mapping[str, type]) -> None:
     """Raises ValueError naming every setting (with dots) that differs, apart from those in `free`.
 
-    `free` holds the settings that do not change what is computed, such as how often to save.
+    `free` holds the settings that do not change what is computed, such as how often to save, with the type of value
+    among which each may change: object is any, str is from one text to another, but neither from none nor to none.
     """
     before, now = _flat(saved), _flat(current)
     missing = object()
+    is_free = lambda name: all(isinstance(values.get(name) or None, free.get(name, ())) for values in (before, now))
     changed = [
         f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name, missing) != now.get(name, missing)
+        if before.get(name, missing) != now.get(name, missing) and not is_free(name)
     ]
     if changed:
         raise ValueError(f"settings differ from those that the run was started with: {'; '.join(changed)}")
@@ -363,12 +395,7 @@ def _saved_shapes(folder: epath.Path) -> dict[str, list[int]]:
 def _shapes(tree: Any) -> dict[str, list[int]]:
     """Shape by the dotted path of every array, the same for a tuple, a named tuple and orbax's record of them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {_dotted(path): list(leaf.shape) for path, leaf in leaves}
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    name = lambda part: str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
-    return ".".join(map(name, path))
+    return {checksums.dotted(path): list(leaf.shape) for path, leaf in leaves}
 
 
 def _one_line(error: BaseException, length: int = 400) -> str:

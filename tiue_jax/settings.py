@@ -133,6 +133,8 @@ _FREE = {
     "distill.gradient_accumulation_steps",
     "distill.remat",
 }
+# Known by a hash too, so they may move; but with a path in the place of None, or the reverse, another step is compiled.
+_FREE_TO_MOVE = {"data.embeddings": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +179,8 @@ class Settings:
         }
 
     @property
-    def free_on_resume(self) -> set[str]:
-        """The settings, with dots, that a resumed run may have changed.
+    def free_on_resume(self) -> dict[str, type]:
+        """The settings, with dots, that a resumed run may have changed, and among what type of value: object is any.
 
         The length of the run is among them only where no learning rate and no loss weight falls towards its end.
         """
@@ -188,4 +190,5 @@ class Settings:
         free = _FREE | {"distill.max_train_steps"}
         if schedules != {"constant"} or clip_falls:
             free -= {"train.max_train_steps", "distill.max_train_steps"}
-        return free
+        types: dict[str, type] = dict.fromkeys(free, object)
+        return types | _FREE_TO_MOVE

@@ -48,6 +48,8 @@ def write(
 ) -> "Embeddings":
     """Encodes all prompts. Shards appear whole or not at all: an interrupted run goes on where it was.
 
+    A shard that is cut short all the same, as by the machine's end, is made anew.
+
     Args:
         folder: a new one, or one that was begun with the same key.
         prompts: what to encode.
@@ -79,7 +81,7 @@ def write(
     shards = _shards(target, manifest)
     with tqdm(total=len(prompts), unit=" prompts", dynamic_ncols=True, disable=None) as bar:
         for path, wanted in shards.items():
-            if not path.exists():
+            if not _is_whole(path, len(wanted)):
                 _write_shard(path, wanted, prompts, encode, null, batch_size, bar)
             bar.update(min(wanted.stop, len(prompts)) - bar.n)
     return Embeddings(folder, key)
@@ -150,6 +152,21 @@ def _write_shard(
             if wanted.stop > len(prompts):
                 writer.write(null[0].tobytes())
             writer.close()
+
+
+def _is_whole(path: epath.Path, count: int) -> bool:
+    """Whether a shard is there and holds that many records."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    if not path.exists():
+        return False
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except RuntimeError:  # not a whole array_record file
+        return False
+    return found == count
 
 
 def _encode(encode: Encode, prompts: list[str], batch_size: int) -> np.ndarray:

@@ -73,6 +73,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def copy(source: os.PathLike[str], target: os.PathLike[str]) -> None:
-    """Copies one file, from or to a bucket."""
-    with epath.Path(source).open("rb") as read, epath.Path(target).open("wb") as write:
-        shutil.copyfileobj(read, write, 2**24)
+    """Copies one file, from or to a bucket. Where that fails `target` is removed: half a file would look like one."""
+    try:
+        with epath.Path(source).open("rb") as read, epath.Path(target).open("wb") as write:
+            shutil.copyfileobj(read, write, 2**24)
+    except BaseException:  # in a bucket, closing has made a file of what was written so far
+        with contextlib.suppress(Exception):
+            epath.Path(target).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,156 @@
+"""checkpoint.py: checkpoints with missing or damaged files are named, and passed over only when that is allowed."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.test_checkpoint import CONFIG, assert_same, make, structs
+from tiue_jax.checkpoint import BrokenCheckpointError, Checkpoints
+
+BEST = ("eval/distance", "min")
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A run's folder with the checkpoints 1, 2 and 3, the first of which is the best."""
+    workdir = tmp_path_factory.mktemp("three")
+    with Checkpoints(workdir, best=BEST) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, make(step, width=64), CONFIG, {"step": step}, {"eval/distance": step / 4})
+    return workdir
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In the middle of the largest file, where the numbers are."""
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 16
+    largest.write_bytes(data)
+
+
+def cut(folder: Path) -> None:
+    for path in (folder / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(name: str, old: str, new: str) -> Callable[[Path], object]:
+    """A text in a file, which stays valid JSON."""
+
+    def damage(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert text.count(old) == 1
+        (folder / name).write_text(text.replace(old, new))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        cut,
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "state" / "d"),
+        lambda folder: (folder / "state" / "_METADATA").unlink(),
+        lambda folder: shutil.rmtree(folder / "config"),
+        lambda folder: shutil.rmtree(folder / "checksums"),
+        change("data/metadata", '"step": 3', '"step": 7'),
+        change("config/metadata", '"seed": 0', '"seed": 4'),
+        change("checksums/metadata", "data/", "date/"),
+        change("metrics/metrics", ".", ":"),
+        change("metrics/metrics", "0.75", "[75]"),
+        lambda folder: (folder / "metrics" / "metrics").write_bytes(b"{\xff}"),
+        lambda folder: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in folder.iterdir()],
+    ],
+    ids="bit cut state arrays metadata config checksums position setting checksum metric number bytes empty".split(),
+)
+def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(three, tmp_path, damage):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    damage(workdir / "checkpoints" / "3")
+    wanted, accept = structs(make(0, width=64)), lambda config: None
+    with Checkpoints(workdir, best=BEST) as checkpoints:
+        with pytest.raises(
+            BrokenCheckpointError, match="checkpoints/3 is broken: .*--allow_older resumes from step 2$"
+        ):
+            checkpoints.resume(wanted, accept)
+        assert checkpoints.steps() == [1, 2, 3]
+        restored = checkpoints.resume(wanted, accept, allow_older=True)
+        assert (restored.step, restored.data) == (2, {"step": 2})
+        assert_same(restored.state, make(2, width=64))
+        checkpoints.save(3, make(7, width=64), CONFIG, {"step": 3})  # the run comes to this step again
+        checkpoints.wait()
+        assert_same(checkpoints.resume(wanted, accept).state, make(7, width=64))
+    assert [path.name[:2] for path in (workdir / "checkpoints_broken").iterdir()] == ["3-"]
+
+
+def test_when_all_are_broken_and_when_none_is_there(three, tmp_path):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    wanted, accept = structs(make(0, width=64)), lambda config: None
+    for step in "123":
+        flip_a_bit(workdir / "checkpoints" / step)
+    with Checkpoints(workdir) as checkpoints:
+        with pytest.raises(BrokenCheckpointError, match=r"no whole checkpoint, all are broken: \[3, 2, 1\]"):
+            checkpoints.resume(wanted, accept, allow_older=True)
+        assert checkpoints.steps() == [1, 2, 3]  # nothing was moved away
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.resume(wanted, accept) is None
+
+
+def test_other_settings_are_no_damage(three):
+    def refuse(config):
+        assert config == CONFIG
+        raise ValueError("settings differ")
+
+    with Checkpoints(three) as checkpoints, pytest.raises(ValueError, match="^settings differ$"):
+        checkpoints.resume(structs(make(0, width=64)), refuse, allow_older=True)
+    assert not (three / "checkpoints_broken").exists()
+
+
+@pytest.mark.parametrize("name", ["data/metadata", "config/metadata"])
+def test_a_damaged_setting_or_position_is_named(three, tmp_path, name):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    change(name, "0" if name == "config/metadata" else "3", "5")(workdir / "checkpoints" / "3")
+    with Checkpoints(workdir) as checkpoints, pytest.raises(BrokenCheckpointError, match=f"when it was saved: {name};"):
+        checkpoints.resume(structs(make(0, width=64)), lambda config: None)
+
+
+def test_a_checkpoint_without_checksums_of_its_json_is_read(three, tmp_path):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    path = workdir / "checkpoints" / "3" / "checksums" / "metadata"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in saved.items() if "/" not in name}))
+    assert len(json.loads(path.read_text())) == len(saved) - 2
+    with Checkpoints(workdir) as checkpoints:
+        restored = checkpoints.resume(structs(make(0, width=64)), lambda config: None)
+    assert (restored.step, restored.data) == (3, {"step": 3})
+
+
+def test_damaged_metrics_are_named_or_where_nothing_depends_on_them_warned_of(three, tmp_path, caplog):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    wanted, accept = structs(make(0, width=64)), lambda config: None
+    for step in (1, 3):
+        os.truncate(workdir / "checkpoints" / str(step) / "metrics" / "metrics", 10)
+    with Checkpoints(workdir) as checkpoints:  # no best is kept
+        assert checkpoints.resume(wanted, accept).step == 3
+    assert not caplog.records
+
+    with Checkpoints(workdir, total_limit=1, best=BEST) as checkpoints:
+        (record,) = caplog.records
+        assert "checkpoint 1 counts as one without metrics: " in record.getMessage()
+        assert f"{workdir}/checkpoints/1/metrics/metrics: not valid JSON" in record.getMessage()
+        with pytest.raises(BrokenCheckpointError, match="3 is broken: .*/3/metrics/metrics: not valid JSON.*step 2$"):
+            checkpoints.resume(wanted, accept)
+        assert checkpoints.resume(wanted, accept, allow_older=True).step == 2
+        checkpoints.save(3, make(3, width=64), CONFIG, {}, {"eval/distance": 0.6})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_metrics_of_another_name_are_no_damage(three):
+    with Checkpoints(three, best=("eval/other", "max")) as checkpoints:
+        assert checkpoints.resume(structs(make(0, width=64)), lambda config: None).step == 3
