@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md: what the recipes need of TPU slices, compiled ahead of time. Needs libtpu.
+"""The tables of docs/pods.md: what the recipes need of TPU slices, compiled ahead of time. Needs libtpu.
 
     python benchmarks/plan_tables.py --topology v5e:4x4,v6e:4x4 --batch_per_chip 8
     python benchmarks/plan_tables.py --topology v5e:4x4 --batch_per_chip max

@@ -36,6 +36,6 @@ def compiler_options(platform: str) -> dict[str, str]:
     hold it until it is needed: 2 GB more for Stable Diffusion 2.1's student, which the system must clear.
 
     On a TPU parameters are gathered while the chip computes. That is a v5e's default, and not a v6e's: of the training
-    step there nothing at all was sent in the background (docs/planning.md).
+    step there nothing at all was sent in the background.
     """
     return _OPTIONS.get(platform, {})
