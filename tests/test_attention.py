@@ -85,11 +85,14 @@ def test_chunked_attention_is_the_definition(n, m, width, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [40, 64, 80, 160])
-def test_queries_are_scaled_without_bias_in_bfloat16(width):
-    """1 / sqrt(40) is 6e-4 too small in bfloat16, and so was every logit."""
-    (q, *_), exact = qkv(256, 1, width, heads=4, dtype=jnp.bfloat16), width**-0.5
-    scaled, q = attention._scaled(q).astype(jnp.float32), q.astype(jnp.float32)
-    assert abs(float(jnp.vdot(scaled, q) / jnp.vdot(q, q)) / exact - 1) < 5e-5
+def test_chunked_attention_scales_queries_without_bias_in_bfloat16(width, monkeypatch):
+    """1 / sqrt(40) is 6e-4 too small in bfloat16, and so would be every logit."""
+    (q, k, v), exact, seen = qkv(256, 4, width, heads=4, dtype=jnp.bfloat16), width**-0.5, []
+    exponentials = attention._exponentials
+    monkeypatch.setattr(attention, "_exponentials", lambda q, k: seen.append(q) or exponentials(q, k))
+    attention.chunked(q, k, v)
+    scaled, q = seen[0].astype(jnp.float32), q.astype(jnp.float32)
+    assert abs(float(jnp.vdot(scaled, q) / jnp.vdot(q, q)) / exact - 1) < 2e-4
 
 
 def test_a_kept_result_spares_its_product():
