@@ -14,11 +14,11 @@ are found by themselves; elsewhere add `--coordinator_address=HOST:PORT --num_pr
 Where the newest checkpoint is broken, `--allow_older` goes on from the one before.
 
 Exit status: 0 done; 1 what nobody foresaw, or another process is gone; 2 a wrong setting, file or folder, or not the
-same on all processes; 3 too many steps in a row whose loss or gradient was not finite; 4 a checkpoint could not be
-written, as on a full disk: the last good one is left; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM, which is
-how a machine is taken back, or any stop of several processes. After 130 and 143 the same command goes on, from a
-checkpoint of the last step where one was done. A second Ctrl-C stops at once and saves nothing; a second SIGTERM
-changes nothing.
+same on all processes; 3 too many steps in a row whose loss or gradient was not finite; 4 a checkpoint, or what
+TensorBoard reads, could not be written, as on a full disk: the last good one is left; 130 stopped by SIGINT (Ctrl-C);
+143 stopped by SIGTERM, which is how a machine is taken back, or any stop of several processes. After 130 and 143 the
+same command goes on, from a checkpoint of the last step where one was done. A second Ctrl-C stops at once and saves
+nothing; a second SIGTERM changes nothing.
 """
 
 import contextlib
