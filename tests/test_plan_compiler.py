@@ -2,6 +2,10 @@
 
 import functools
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,7 @@ from tiue_jax.plan import chips, compiler, hlo, programs
 from tiue_jax.plan import measure as measuring
 from tiue_jax.plan.measure import measure
 
+ROOT = Path(__file__).parents[1]
 ABOUT = {"topology": "v5e:2x2", "program": "train", "batch_per_chip": 1, "data": 1, "fsdp": 2, "remat": None}
 
 
@@ -177,6 +182,39 @@ def test_a_program_that_needs_all_there_is_does_not_fit_where_the_compiler_said_
     monkeypatch.setattr(measuring, "compile_program", lambda *args: compiler.Compiled({}, 8, all_of_it, 0, 0, ""))
     found = measure(functools.partial(build, 64), chips.CHIPS["v5e"], 2, "quick", **ABOUT)
     assert not found.fits and found.peak_bytes == all_of_it and found.collectives is None
+
+
+def build_for_ever(note):
+    note.write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+PARENT = """
+import functools, pathlib, sys
+from tests.test_plan_compiler import build_for_ever
+from tiue_jax.plan import compiler
+
+if __name__ == "__main__":
+    compiler.compile_program(functools.partial(build_for_ever, pathlib.Path(sys.argv[1])), "quick")
+"""
+
+
+def test_nobody_compiles_for_a_parent_that_was_killed(tmp_path):
+    script, note = tmp_path / "parent.py", tmp_path / "pid"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script, note], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_until(lambda: note.exists() and note.read_text())
+    parent.kill()
+    parent.wait()
+    about = Path(f"/proc/{note.read_text()}/stat")
+    wait_until(lambda: not about.exists() or " Z " in about.read_text())  # or ended, and nobody asked how
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.1)
 
 
 def test_errors_of_the_other_process():

@@ -2,8 +2,10 @@
 
 import contextlib
 import multiprocessing
+import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -104,6 +106,7 @@ def memory_needed(message: str) -> int | None:
 
 def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode: str) -> None:
     """Runs in the other process: sends (parts, FLOPs), then the text, or the bytes needed where it does not fit."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_platforms", "cpu")  # a TPU that may be here is not touched
     with contextlib.suppress(BrokenPipeError):
         try:
@@ -116,6 +119,13 @@ def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode:
             send.send(jax.errors.JaxRuntimeError(str(error)) if needed is None else needed)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             send.send(error)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells nobody, and compiling for nobody takes a core and 10 GB for half an hour."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _receive(answers: Connection, process: Any) -> Any:
