@@ -26,13 +26,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 
-from tiue_jax import convert, sharding
-from tiue_jax.convert.names import leaves, on_disk, torch_shape
+from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.names import leaves, on_disk, torch_shape
+from tiue_jax.weights.tensor_files import WEIGHTS
 
 ALLOWED = 10**9  # bytes beyond the parameters
 PARTS = {"unet": UNet, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
@@ -77,7 +79,7 @@ def measure(folder: Path, model: str, part: str, target: str, way: str) -> None:
     where = sharding.replicated(sharding.make_mesh()) if way == "device" else None
     jax.block_until_ready(jax.device_put(np.zeros(8)))  # what the runtime takes for itself
     before, started = memory("VmRSS"), time.monotonic()
-    params = jax.block_until_ready(convert.load(folder, shapes, dtype, shardings=where))
+    params = jax.block_until_ready(model_folder.load(folder, shapes, dtype, shardings=where))
     size = functional.count(params) * dtype.itemsize
     print(json.dumps([time.monotonic() - started, memory("VmHWM") - before, size]))
 
@@ -99,7 +101,7 @@ def main() -> int:
             for stored in args.stored:
                 folder = Path(tempfile.mkdtemp(prefix="import_memory.", dir=args.folder))
                 try:
-                    write_random(folder / convert.WEIGHTS, shapes_of(model, part), stored)
+                    write_random(folder / WEIGHTS, shapes_of(model, part), stored)
                     for target in TARGETS:
                         for way in WAYS:
                             command = [sys.executable, __file__, "--measure", str(folder), model, part, target, way]

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_jax import hub
 from tiue_jax.data import corpus
 from tiue_jax.data.loader import PromptBatches, tokens
-from tiue_jax.tokenizer import Tokenizer
+from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.weights import hub
 
 CONTEXT = 77
 WORDS_EACH = (8, 26)
@@ -93,7 +93,7 @@ def prepare(path: Path, folder: Path, field: str) -> tuple[float, float, float]:
 
 def draw(source: Path, field: str, batch_size: int, threads: int, seconds: float) -> tuple[float, float, float, float]:
     """Prompts a second, the same of CPU time, seconds until the first batch, peak memory in GB."""
-    logging.getLogger("tiue_jax.tokenizer").setLevel(logging.ERROR)  # the few captions that are cut
+    logging.getLogger("tiue_jax.models.tokenizer").setLevel(logging.ERROR)  # the few captions that are cut
     tokenize = Tokenizer(hub.ASSETS / "emoji" / "tokenizer", CONTEXT)
     tokenize.length = CONTEXT  # the shipped tokenizer's own limit is lower
     began = time.monotonic()

@@ -36,11 +36,11 @@ from machine import machine
 
 from tests import test_clip, test_unet, test_vae
 from tests.parity.conftest import relative_error, spread_
-from tiue_jax import convert
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.weights.tree import from_torch_names
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 STARTED = time.monotonic()
@@ -158,7 +158,7 @@ def compare(case: Case) -> Result:
     progress("conversion")
     graphdef, shapes = functional.abstract(*case.make_ours)
     weights = {case.prefix + name: p.numpy() for name, p in theirs.state_dict().items()}
-    params = convert.from_torch_names(weights, shapes)
+    params = from_torch_names(weights, shapes)
     del theirs, weights
     params = jax.device_put(params)
 

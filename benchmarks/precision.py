@@ -29,10 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from machine import machine
 
-from tiue_jax import images, samplers, student
+from tiue_jax import images, student
 from tiue_jax.data.prompts import load_prompts
 from tiue_jax.models import functional
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import samplers
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"tiue": 4, "ddim": 25}  # of the student; of a teacher, with its usual guidance

@@ -34,15 +34,18 @@ import numpy as np
 from machine import machine
 from side_by_side import Measured, Programs, Worker, alternate, relative_error, table
 
-from tiue_jax import convert, samplers, student
-from tiue_jax.flops import flops
-from tiue_jax.hub import resolve
+from tiue_jax import student
 from tiue_jax.models import functional
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.plan.flops import flops
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.hub import resolve
+from tiue_jax.weights.tree import to_torch_names
 
 OURS, EAGER, COMPILED = "tiue_jax", "PyTorch", "PyTorch, torch.compile"
 PROGRAMS = TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
@@ -71,7 +74,7 @@ class Shape(NamedTuple):
 def shape(name: str) -> Shape:
     if name == "emoji":
         folder = resolve("emoji-tiue")
-        read = lambda part: convert.read_config(folder / part)
+        read = lambda part: model_folder.read_config(folder / part)
         return Shape(UNetConfig.from_dict(read("unet")), VAEConfig.from_dict(read("vae")))
     if name == "reduced":
         unet = dataclasses.replace(
@@ -173,7 +176,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
     noise, text, null = nchw(noise), torch.from_numpy(text).to(**like), torch.from_numpy(null).to(**like)
 
     def load(module: Any, cls: Any, cfg: Any) -> Any:
-        named = convert.to_torch_names(weights(cls, cfg)[1])
+        named = to_torch_names(weights(cls, cfg)[1])
         module.load_state_dict({name: torch.from_numpy(x) for name, x in named.items()}, assign=True)
         return module.eval().to(**like)
 

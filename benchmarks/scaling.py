@@ -23,10 +23,10 @@ from sampling import SHAPES, TOKENS, shape
 from side_by_side import table
 
 from tiue_jax import student
-from tiue_jax.flops import flops
 from tiue_jax.models import functional
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet
+from tiue_jax.plan.flops import flops
 from tiue_jax.schedule import Schedule
 
 

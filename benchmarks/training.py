@@ -22,12 +22,12 @@ from machine import machine
 from sampling import TOKENS, K, shape
 from side_by_side import Programs, Worker, alternate, table
 
-from tiue_jax.distill_config import DistillConfig
-from tiue_jax.flops import flops
 from tiue_jax.models import functional
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.plan.flops import flops
 from tiue_jax.schedule import Schedule
+from tiue_jax.training.settings import DistillConfig
 
 OURS, EAGER = "tiue_jax", "PyTorch"
 STEP = "training step"
@@ -51,7 +51,7 @@ def texts(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def distillation(case: Case) -> Any:
     import jax.numpy as jnp
 
-    from tiue_jax import distill
+    from tiue_jax.training import distill
 
     null = texts(case)[1]
     return distill.Distillation(CONFIG, case.unet, Schedule(), lambda frozen, batch: (batch["text"], jnp.asarray(null)))
@@ -61,7 +61,7 @@ def ours(case: Case) -> Programs:
     """In a process of its own."""
     import jax
 
-    from tiue_jax import distill
+    from tiue_jax.training import distill
 
     params = functional.init(functional.abstract(UNet, case.unet)[1], seed=0)
     state = distill.init_state(CONFIG, params, distill.init_adapters(CONFIG, case.unet, seed=0))
@@ -105,7 +105,7 @@ def counted(case: Case) -> int:
     import jax
     import jax.numpy as jnp
 
-    from tiue_jax import distill
+    from tiue_jax.training import distill
 
     params = functional.abstract(UNet, case.unet)[1]
     state = distill.state_shapes(CONFIG, case.unet)

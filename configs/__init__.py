@@ -1,1 +1,1 @@
-"""Training recipes: one get_config() each, launched as its docstring says."""
+"""The recipes of tiue_jax/recipes, by their familiar paths."""

@@ -1,25 +1,3 @@
-"""Stable Diffusion 1.5 at 512 px distilled into a loop-free student, K = 4: sd21_tiue.py with another teacher.
+"""The recipe tiue_jax/recipes/sd15_tiue.py, by its familiar path: `python train.py --config configs/sd15_tiue.py`."""
 
-All that is said there holds here: the recipe, the machines, what to expect, and that it has not been run at full size.
-On a v5e-16 or a v4-32, the same command on every host, and again to resume:
-
-    gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="cd tiue-jax && .venv/bin/python train.py \\
-        --config configs/sd15_tiue.py --workdir gs://$BUCKET/runs/sd15 --config.data.prompts=gs://$BUCKET/journeydb"
-
-One host of eight GPUs of 80 GB:
-
-    python train.py --config configs/sd15_tiue.py --workdir runs/sd15 --config.data.prompts=data/journeydb \\
-        --config.train.mesh_data=8 --config.train.mesh_fsdp=1
-
-Text embeddings made beforehand (`python -m tiue_jax.data.embed`) are 118 kB a prompt here, 77 tokens of width 768.
-"""
-
-import ml_collections
-
-from configs import sd21_tiue
-
-
-def get_config() -> ml_collections.ConfigDict:
-    config = sd21_tiue.get_config()
-    config.model.pretrained_model_name_or_path = "sd15"
-    return config
+from tiue_jax.recipes.sd15_tiue import get_config as get_config

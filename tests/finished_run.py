@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from tests import tiny
-from tiue_jax.checkpoint import Checkpoints
-from tiue_jax.distill import DistillConfig
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet
-from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
 
 LORA = lora.LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
 

@@ -7,9 +7,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tiue_jax.convert import original
+from tiue_jax.weights import original_names
 
-UNET_MODULES, VAE_MODULES = original.unet_modules(tiny.UNET), original.vae_modules(tiny.VAE)
+UNET_MODULES, VAE_MODULES = original_names.unet_modules(tiny.UNET), original_names.vae_modules(tiny.VAE)
 
 
 def renamed(tensors: dict[str, np.ndarray], modules: dict[str, str], prefix: str) -> dict[str, np.ndarray]:
@@ -47,23 +47,23 @@ def open_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarr
     found |= {name.replace(last, f"resblocks.{layers}."): x + 1 for name, x in found.items() if last in name}
     width = found["ln_final.bias"].shape[0]
     found |= {"text_projection": np.eye(width, dtype=np.float32), "logit_scale": np.float32(4.6)[None]}
-    return {original.OPEN_CLIP + name: tensor for name, tensor in found.items()}
+    return {original_names.OPEN_CLIP + name: tensor for name, tensor in found.items()}
 
 
 def tensors_of(folder: Path, sd2: bool = False) -> dict[str, np.ndarray]:
     """All tensors of the file: SD 1.x's layout, or SD 2.x's."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = load_file(folder / "text_encoder" / "model.safetensors")
-    single = renamed(unet, UNET_MODULES, original.UNET)
-    for name, tensor in renamed(vae, VAE_MODULES, original.VAE).items():
+    single = renamed(unet, UNET_MODULES, original_names.UNET)
+    for name, tensor in renamed(vae, VAE_MODULES, original_names.VAE).items():
         attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
         single[name] = tensor[:, :, None, None] if attention else tensor  # 1x1 convolutions there
     if sd2:
         single |= open_clip(text, tiny.TEXT.num_hidden_layers)
     else:
         ids = np.arange(tiny.CONTEXT)[None]
-        single |= {original.CLIP + name: x for name, x in text.items()}
-        single[f"{original.CLIP}text_model.embeddings.position_ids"] = ids
+        single |= {original_names.CLIP + name: x for name, x in text.items()}
+        single[f"{original_names.CLIP}text_model.embeddings.position_ids"] = ids
     schedule = {name: np.ones(1000, np.float32) for name in ("betas", "alphas_cumprod")}
     ema = {"model_ema.diffusion_modelout2bias": np.ones(4, np.float32), "model_ema.decay": np.ones((), np.float32)}
     return single | schedule | ema

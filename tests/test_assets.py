@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tiue_jax import convert, hub
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.weights import hub, model_folder
 
 
 @pytest.fixture(scope="module", params=hub.SHIPPED)
@@ -43,9 +43,9 @@ def test_the_student_has_its_own_unet_and_its_teachers_other_parts():
 
 def test_the_tiny_clip_reads_the_same_text_as_the_pipelines():
     folder = hub.ASSETS / "emoji-clip"
-    cfg = CLIPConfig.from_dict(convert.read_config(folder))
+    cfg = CLIPConfig.from_dict(model_folder.read_config(folder))
     graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
-    clip = functional.bind(graphdef, convert.load(folder, shapes))
+    clip = functional.bind(graphdef, model_folder.load(folder, shapes))
     pipeline = Pipeline.from_pretrained("emoji")
     ids = pipeline.tokenize(["a rocket"])
     np.testing.assert_allclose(clip.text_model(ids).last_hidden_state, pipeline.encode_prompts(["a rocket"]), atol=1e-4)

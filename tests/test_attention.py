@@ -14,9 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import devices
-from tiue_jax import flops
 from tiue_jax.models import attention
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
+from tiue_jax.plan import flops
 
 
 def qkv(n, m, width, heads=2, batch=1, dtype=jnp.float32):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_checkpoint import CONFIG, assert_same, make, structs
-from tiue_jax.checkpoint import BrokenCheckpointError, Checkpoints
+from tiue_jax.training.checkpoint import BrokenCheckpointError, Checkpoints
 
 BEST = ("eval/distance", "min")
 

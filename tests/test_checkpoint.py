@@ -19,7 +19,7 @@ import pytest
 
 from tests import devices
 from tiue_jax import sharding
-from tiue_jax.checkpoint import Checkpoints, NotSavedError, check_config, read_weights
+from tiue_jax.training.checkpoint import Checkpoints, NotSavedError, check_config, read_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"train": {"seed": 0, "prompts": ["a", "b"]}}
@@ -164,7 +164,7 @@ ON_A_SMALL_DISK = """
 import sys
 import numpy as np
 from tiue_jax import sharding
-from tiue_jax.checkpoint import Checkpoints, NotSavedError
+from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
 rng = np.random.default_rng(0)
 small, big = ({"x": rng.standard_normal((width, 1000), np.float32)} for width in (10, 4000))
 try:
@@ -201,7 +201,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 SAVES_UNTIL_KILLED = """
 import sys
 import numpy as np
-from tiue_jax.checkpoint import Checkpoints
+from tiue_jax.training.checkpoint import Checkpoints
 rng = np.random.default_rng(0)
 with Checkpoints(sys.argv[1], total_limit=2) as checkpoints:
     start = checkpoints.latest() or 0
@@ -241,7 +241,7 @@ ON_EIGHT_DEVICES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from tiue_jax import sharding
-from tiue_jax.checkpoint import Checkpoints
+from tiue_jax.training.checkpoint import Checkpoints
 tree = {"kernel": np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256), "lora": np.ones(3, np.float32)}
 placement = sharding.shardings(tree, sharding.make_mesh(fsdp=8, data=1))
 with Checkpoints(sys.argv[1]) as checkpoints:
@@ -266,8 +266,9 @@ faulthandler.dump_traceback_later(300, exit=True)  # a process that hangs says w
 import jax
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 from tests.test_checkpoint import many
-from tiue_jax import checksums, sharding
-from tiue_jax.checkpoint import Checkpoints
+from tiue_jax import sharding
+from tiue_jax.training import checksums
+from tiue_jax.training.checkpoint import Checkpoints
 tree = many()
 placement = sharding.shardings(tree, sharding.make_mesh(data=1, fsdp=8), replicate_below=200)
 with Checkpoints(sys.argv[1]) as checkpoints:

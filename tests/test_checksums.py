@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from tiue_jax import checksums
+from tiue_jax.training import checksums
 
 
 def test_a_checksum_sees_a_change_and_a_swap():

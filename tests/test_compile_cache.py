@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
-import sample
-import train
 from tests import tiny
 from tiue_jax import compile_cache
+from tiue_jax.cli import sample, train
 
 ROOT = Path(sample.__file__).parent
 OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
@@ -73,7 +72,8 @@ def test_training_can_do_without():
 
 
 RUN = """
-import sys, jax, sample
+import sys, jax
+from tiue_jax.cli import sample
 hits = []
 jax.monitoring.register_event_listener(lambda event, **about: hits.append(event.endswith("/cache_hits")))
 assert sample.main(["sample.py", *sys.argv[1:]]) == 0

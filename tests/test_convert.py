@@ -8,8 +8,9 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from tiue_jax import convert
 from tiue_jax.models import functional, layers
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
@@ -54,11 +55,11 @@ def assert_same(a, b):
 
 @pytest.fixture
 def folder(tmp_path, shapes):
-    convert.save(tmp_path / "model", random_like(shapes), {"width": 8})
+    model_folder.save(tmp_path / "model", random_like(shapes), {"width": 8})
     return tmp_path / "model"
 
 
-def rewrite(folder, change, filename=convert.WEIGHTS):
+def rewrite(folder, change, filename=WEIGHTS):
     tensors = load_file(folder / filename)
     change(tensors)
     save_file(tensors, folder / filename)
@@ -68,21 +69,23 @@ def rewrite(folder, change, filename=convert.WEIGHTS):
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_import_export_import_is_bit_exact(tmp_path, shapes, dtype, prefix):
     params = random_like(shapes, dtype)
-    convert.save(tmp_path / "a", params, {}, dtype, prefix=prefix)
-    first = convert.load(tmp_path / "a", shapes, dtype, prefix)
+    model_folder.save(tmp_path / "a", params, {}, dtype, prefix=prefix)
+    first = model_folder.load(tmp_path / "a", shapes, dtype, prefix)
     assert_same(first, params)
-    convert.save(tmp_path / "b", first, {}, dtype, prefix=prefix)
-    assert (tmp_path / "a" / convert.WEIGHTS).read_bytes() == (tmp_path / "b" / convert.WEIGHTS).read_bytes()
-    assert_same(convert.load(tmp_path / "b", shapes, dtype, prefix), params)
+    model_folder.save(tmp_path / "b", first, {}, dtype, prefix=prefix)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert_same(model_folder.load(tmp_path / "b", shapes, dtype, prefix), params)
     # the narrower formats pass through float32 unharmed
-    convert.save(tmp_path / "c", convert.load(tmp_path / "a", shapes, np.float32, prefix), {}, dtype, prefix=prefix)
-    assert (tmp_path / "a" / convert.WEIGHTS).read_bytes() == (tmp_path / "c" / convert.WEIGHTS).read_bytes()
+    model_folder.save(
+        tmp_path / "c", model_folder.load(tmp_path / "a", shapes, np.float32, prefix), {}, dtype, prefix=prefix
+    )
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "c" / WEIGHTS).read_bytes()
 
 
 def test_names_layouts_and_metadata_are_torchs(tmp_path, shapes):
     params = random_like(shapes)
-    convert.save(tmp_path, params, {"width": 8}, filename=convert.TRANSFORMERS_WEIGHTS, prefix="p.")
-    assert convert.read_config(tmp_path) == {"width": 8}
+    model_folder.save(tmp_path, params, {"width": 8}, filename=TRANSFORMERS_WEIGHTS, prefix="p.")
+    assert model_folder.read_config(tmp_path) == {"width": 8}
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
     tensors = load_file(tmp_path / "model.safetensors")
@@ -99,45 +102,45 @@ def test_names_layouts_and_metadata_are_torchs(tmp_path, shapes):
 
 def test_an_imported_tree_runs(folder, shapes):
     graphdef, _ = functional.abstract(Everything)
-    model = functional.bind(graphdef, convert.load(folder, shapes))
+    model = functional.bind(graphdef, model_folder.load(folder, shapes))
     assert model.norm(np.ones((1, 8), np.float32)).shape == (1, 8)
 
 
 def test_fp16_variant_is_read_where_alone(folder, shapes):
-    plain, variant = folder / convert.WEIGHTS, folder / "diffusion_pytorch_model.fp16.safetensors"
+    plain, variant = folder / WEIGHTS, folder / "diffusion_pytorch_model.fp16.safetensors"
     os.replace(plain, variant)
-    want = convert.load(folder, shapes)
+    want = model_folder.load(folder, shapes)
     save_file({}, plain)
     with pytest.raises(ValueError, match="missing"):
-        convert.load(folder, shapes)  # the plain file comes first
+        model_folder.load(folder, shapes)  # the plain file comes first
     plain.unlink()
-    assert_same(convert.load(folder, shapes), want)
+    assert_same(model_folder.load(folder, shapes), want)
 
 
 def shard(folder, variant=""):
-    tensors = load_file(folder / convert.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     names = sorted(tensors)
     files = {f"part-{i}{variant}.safetensors": names[i::2] for i in range(2)}
     for filename, part in files.items():
         save_file({name: tensors[name] for name in part}, folder / filename)
     weight_map = {name: filename for filename, part in files.items() for name in part}
-    index = folder / f"{convert.WEIGHTS}.index{variant}.json"
+    index = folder / f"{WEIGHTS}.index{variant}.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / convert.WEIGHTS).unlink()
+    (folder / WEIGHTS).unlink()
     return index
 
 
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 def test_shards(folder, shapes, variant):
-    want = convert.load(folder, shapes)
+    want = model_folder.load(folder, shapes)
     index = shard(folder, variant)
-    assert_same(convert.load(folder, shapes), want)
+    assert_same(model_folder.load(folder, shapes), want)
     rewrite(folder, lambda x: x.pop("attentions.0.to_k.bias"), f"part-0{variant}.safetensors")
     with pytest.raises(ValueError, match=rf"part-0{variant}.safetensors: lacks .* attentions.0.to_k.bias$"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
     (folder / f"part-1{variant}.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=rf"{index.name}: names files .* part-1{variant}.safetensors$"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_shards(folder, shapes, variant):
 def test_broken_index_is_named(folder, shapes, content):
     shard(folder).write_text(content)
     with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors.index.json: "):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 def test_one_error_names_everything_that_does_not_fit(folder, shapes):
@@ -159,7 +162,7 @@ def test_one_error_names_everything_that_does_not_fit(folder, shapes):
 
     rewrite(folder, break_it)
     with pytest.raises(ValueError) as error:
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
     message = str(error.value)
     assert "\n" not in message and message.startswith(str(folder))
     assert "2 missing: blocks.0.norm1.weight, conv.bias;" in message
@@ -173,29 +176,29 @@ def test_a_1x1_convolution_is_no_linear_layer(folder, shapes):
     # as in diffusers, whose from_pretrained refuses it too
     rewrite(folder, lambda x: x.update({"attentions.0.to_q.weight": np.zeros((8, 8, 1, 1), np.float32)}))
     with pytest.raises(ValueError, match=r"attentions.0.to_q.weight is \[8, 8, 1, 1\], expected \[8, 8\]"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_named(folder, shapes, value):
     rewrite(folder, lambda x: x["norm.bias"].__setitem__(0, value))
     with pytest.raises(ValueError, match="1 with values not finite in float32: norm.bias$"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 def test_overflow_is_named_both_ways(folder, tmp_path, shapes):
     params = random_like(shapes)
     params["norm"]["bias"][0] = 1e5
     with pytest.raises(ValueError, match="not finite in float16, so not written: norm.bias$"):
-        convert.save(tmp_path / "new", params, {}, np.float16)
+        model_folder.save(tmp_path / "new", params, {}, np.float16)
     assert not (tmp_path / "new").exists()
-    convert.save(folder, params, {})
+    model_folder.save(folder, params, {})
     with pytest.raises(ValueError, match="not finite in float16: norm.bias$"):
-        convert.load(folder, shapes, np.float16)
+        model_folder.load(folder, shapes, np.float16)
 
 
 def test_old_vae_attention_names(folder, shapes):
-    want = convert.load(folder, shapes)
+    want = model_folder.load(folder, shapes)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(tensors):
@@ -204,21 +207,21 @@ def test_old_vae_attention_names(folder, shapes):
                 tensors[f"attentions.0.{name}.{leaf}"] = tensors.pop(f"attentions.0.{new}.{leaf}")
 
     rewrite(folder, rename)
-    assert_same(convert.load(folder, shapes), want)
+    assert_same(model_folder.load(folder, shapes), want)
     rewrite(folder, lambda x: x.update({"attentions.0.to_q.bias": x["attentions.0.query.bias"]}))
     with pytest.raises(ValueError, match="1 unused: attentions.0.query.bias$"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 @pytest.mark.parametrize("encoder", ["text_model", "vision_model"])
 def test_only_the_known_buffers_may_be_left_over(tmp_path, shapes, encoder):
-    convert.save(tmp_path, random_like(shapes), {}, prefix=f"{encoder}.")
+    model_folder.save(tmp_path, random_like(shapes), {}, prefix=f"{encoder}.")
     position_ids = {f"{encoder}.embeddings.position_ids": np.arange(77)[None]}
     rewrite(tmp_path, lambda x: x.update(position_ids))
-    convert.load(tmp_path, shapes, prefix=f"{encoder}.")
+    model_folder.load(tmp_path, shapes, prefix=f"{encoder}.")
     rewrite(tmp_path, lambda x: x.update({"other.position_ids": np.arange(77)}))
     with pytest.raises(ValueError, match="1 unused: other.position_ids$"):
-        convert.load(tmp_path, shapes, prefix=f"{encoder}.")
+        model_folder.load(tmp_path, shapes, prefix=f"{encoder}.")
 
 
 @pytest.mark.parametrize(
@@ -233,33 +236,33 @@ def test_only_the_known_buffers_may_be_left_over(tmp_path, shapes, encoder):
     ],
 )
 def test_damaged_file_is_named(folder, shapes, damage):
-    path = folder / convert.WEIGHTS
+    path = folder / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{convert.WEIGHTS}: not a complete safetensors file") as error:
-        convert.load(folder, shapes)
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: not a complete safetensors file") as error:
+        model_folder.load(folder, shapes)
     assert "\n" not in str(error.value)
 
 
 def test_git_lfs_pointer_is_explained(folder, shapes):
-    (folder / convert.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match="git lfs pull"):
-        convert.load(folder, shapes)
+        model_folder.load(folder, shapes)
 
 
 def test_missing_folder_weights_and_config_are_named(tmp_path, shapes):
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
-        convert.load(tmp_path / "absent", shapes)
+        model_folder.load(tmp_path / "absent", shapes)
     with pytest.raises(FileNotFoundError, match="looked for diffusion_pytorch_model.safetensors"):
-        convert.load(tmp_path, shapes)
+        model_folder.load(tmp_path, shapes)
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(FileNotFoundError, match="pickles are not read"):
-        convert.load(tmp_path, shapes)
+        model_folder.load(tmp_path, shapes)
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
-        convert.read_config(tmp_path)
+        model_folder.read_config(tmp_path)
     for content in ("{", "[]", b"\xff{}"):
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match="config.json: "):
-            convert.read_config(tmp_path)
+            model_folder.read_config(tmp_path)
 
 
 def test_failed_save_leaves_the_old_files(folder, shapes, monkeypatch):
@@ -269,13 +272,13 @@ def test_failed_save_leaves_the_old_files(folder, shapes, monkeypatch):
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(convert.folder, "save_file", fail)
-    with pytest.raises(OSError, match=f"{convert.WEIGHTS}: cannot write: No space left"):
-        convert.save(folder, random_like(shapes, seed=1), {"width": 9})
+    monkeypatch.setattr(model_folder, "save_file", fail)
+    with pytest.raises(OSError, match=f"{WEIGHTS}: cannot write: No space left"):
+        model_folder.save(folder, random_like(shapes, seed=1), {"width": 9})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_unwritable_folder_is_named(tmp_path, shapes):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        convert.save(tmp_path / "file", random_like(shapes), {})
+        model_folder.save(tmp_path / "file", random_like(shapes), {})

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from tiue_jax import distill, flops, samplers, sharding
-from tiue_jax.distill import Distillation, DistillConfig, Frozen
+from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.unet import REMAT_POLICIES, UNet, UNetConfig
+from tiue_jax.plan import flops
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
+from tiue_jax.training import distill
+from tiue_jax.training.distill import Distillation, Frozen
+from tiue_jax.training.settings import DistillConfig
 
 UNET = UNetConfig(
     sample_size=8,

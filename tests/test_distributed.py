@@ -17,10 +17,11 @@ import pytest
 
 from tests import devices
 from tests.test_train import checkpoints, command, losses, write_model
-from tiue_jax import distributed
-from tiue_jax.checkpoint import read_weights
-from tiue_jax.distributed import DisagreementError, StopRequest
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.training import distributed, stop_request
+from tiue_jax.training.checkpoint import read_weights
+from tiue_jax.training.distributed import DisagreementError
+from tiue_jax.training.stop_request import StopRequest
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_the_notice_of_preemption_is_a_signal():
     with http.server.HTTPServer(("localhost", 0), Metadata) as server, StopRequest() as stop:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://localhost:{server.server_port}/preempted"
-        watch = threading.Thread(target=distributed.watch_preemption, args=(threading.Event(), url, 0.01), daemon=True)
+        watch = threading.Thread(target=stop_request.watch_preemption, args=(threading.Event(), url, 0.01), daemon=True)
         watch.start()
         watch.join(20)
         assert stop.reached(1) and stop.cause() == signal.SIGTERM and Metadata.answers == []
@@ -116,8 +117,8 @@ def test_the_notice_of_preemption_is_a_signal():
 
 TOLD_AGAIN_AND_AGAIN = """
 import os, signal, sys
-import train
-from tiue_jax.checkpoint import Checkpoints
+from tiue_jax.cli import train
+from tiue_jax.training.checkpoint import Checkpoints
 save = Checkpoints.save
 def save_and_be_told(self, *args):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -142,8 +143,9 @@ def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(tmp_path):
 WORKER = """
 import faulthandler, os, signal, sys, time
 faulthandler.dump_traceback_later(900, exit=True)  # a process that hangs says where
-import train
-from tiue_jax import checkpoint, sharding, workdir
+from tiue_jax.cli import train
+from tiue_jax import sharding
+from tiue_jax.training import checkpoint, workdir
 if sys.argv[-1] == "--stale":  # what a network file system may show to one of the hosts
     sys.argv.pop()
     checkpoint.Checkpoints.steps = lambda self: [7]

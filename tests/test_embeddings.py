@@ -15,12 +15,15 @@ import pytest
 
 from tests import tiny
 from tests.bucket import in_place_of_gcs
-from tiue_jax import convert, distill
-from tiue_jax.data import embed, embeddings, storage
+from tiue_jax import files
+from tiue_jax.cli import embed
+from tiue_jax.data import embeddings
 from tiue_jax.data.loader import PromptBatches
 from tiue_jax.data.prompts import Prompts
 from tiue_jax.models.clip import CLIPTextModel
-from tiue_jax.tokenizer import Tokenizer
+from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.training import distill
+from tiue_jax.weights import model_folder, pipeline_folder
 
 KEY = {"prompts": "p", "tokenizer": "t", "text_encoder": "e"}
 SHAPE = (3, 4)
@@ -110,7 +113,7 @@ def test_an_interrupted_upload_leaves_no_shard(tmp_path, monkeypatch, error):
 
     with in_place_of_gcs(tmp_path / "gcs") as bucket:
         monkeypatch.setattr(shutil, "copyfileobj", upload_some)
-        with pytest.raises((KeyboardInterrupt, OSError)), storage.new_file("gs://bucket/shard") as aside:
+        with pytest.raises((KeyboardInterrupt, OSError)), files.writing_aside("gs://bucket/shard") as aside:
             aside.write_bytes(b"x" * 99)
         assert list(bucket.iterdir()) == []
 
@@ -189,7 +192,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny.write_tokenizer(folder / "tokenizer")
     params = tiny.random_params(CLIPTextModel, tiny.TEXT, 2)
-    convert.save(folder / "text_encoder", params, tiny.TEXT.to_dict(), filename="model.safetensors")
+    model_folder.save(folder / "text_encoder", params, tiny.TEXT.to_dict(), filename="model.safetensors")
     (folder / "prompts.txt").write_text("a red apple\nred\n\nb\n")
     return folder
 
@@ -203,12 +206,12 @@ def key(model: Path) -> dict[str, str]:
 
 
 def test_the_command_and_the_step_agree_on_the_embeddings(model, tmp_path, capsys):
-    assert embed.main(arguments(model, tmp_path / "e")) == 0
+    assert embed.main(["embed", *arguments(model, tmp_path / "e")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'e'}: text embeddings [8, 8] of 3 prompts\n"
     made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
     made = embeddings.Embeddings(tmp_path / "e", made_from)
 
-    encoder = embed.components.load_text_encoder(model)
+    encoder = pipeline_folder.load_text_encoder(model)
     tokenize = Tokenizer(model / "tokenizer", tiny.CONTEXT)
     frozen = distill.Frozen(unet={"w": jnp.zeros(1)}, text_encoder=encoder.params)
     in_step = distill.make_encode_text(encoder.graphdef, tokenize([""])[0])
@@ -243,7 +246,7 @@ def test_the_key_follows_tokenizer_weights_and_config(model, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(model, tmp_path, capsys, changed, message):
-    assert embed.main([*arguments(model, tmp_path / "e"), *changed]) == 2
+    assert embed.main(["embed", *arguments(model, tmp_path / "e"), *changed]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "e").exists()
@@ -251,10 +254,10 @@ def test_bad_input_is_one_line(model, tmp_path, capsys, changed, message):
 
 def test_the_command_refuses_a_stale_cache(model, tmp_path, capsys):
     copy = shutil.copytree(model, tmp_path / "model")
-    assert embed.main(arguments(copy, tmp_path / "e")) == 0
+    assert embed.main(["embed", *arguments(copy, tmp_path / "e")]) == 0
     (copy / "prompts.txt").write_text("other\n")
     other = dataclasses.replace(tiny.TEXT, num_hidden_layers=1)
     params = tiny.random_params(CLIPTextModel, other, 2)
-    convert.save(copy / "text_encoder", params, other.to_dict(), filename="model.safetensors")
-    assert embed.main(arguments(copy, tmp_path / "e")) == 2
+    model_folder.save(copy / "text_encoder", params, other.to_dict(), filename="model.safetensors")
+    assert embed.main(["embed", *arguments(copy, tmp_path / "e")]) == 2
     assert "made from other prompts, text_encoder; make them anew" in capsys.readouterr().err

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file
 
 from tests import finished_run, tiny
 from tests.finished_run import weights
-from tiue_jax import hub
-from tiue_jax.convert.__main__ import main
-from tiue_jax.export import card, run
-from tiue_jax.export.folder import PARTS
+from tiue_jax.cli.convert import main
+from tiue_jax.convert import card, export
 from tiue_jax.models import lora
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import Sampling
+from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import hub
+from tiue_jax.weights.pipeline_folder import PARTS
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -62,10 +62,10 @@ def test_a_runs_student_is_exported_bit_for_bit(workdir, teacher, tmp_path, caps
 
 
 def test_everything_in_an_exported_folder(workdir, tmp_path):
-    run.export_run(workdir, tmp_path / "student", lora_teacher=True)
+    export.export_run(workdir, tmp_path / "student", lora_teacher=True)
     names = {*PARTS, "model_index.json", "tiue_config.json", "README.md", "pipeline.py", "lora_teacher"}
     assert {path.name for path in (tmp_path / "student").iterdir()} == names
-    sampler = Path(run.__file__).with_name("torch_pipeline.py")
+    sampler = Path(export.__file__).with_name("torch_pipeline.py")
     assert (tmp_path / "student" / "pipeline.py").read_bytes() == sampler.read_bytes()
     scheduler = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_tiue"] == {"num_inference_steps": 3, "timestep_spacing": "trailing"}
@@ -84,7 +84,7 @@ def test_half_precision_is_rounded_once(workdir, tmp_path, dtype, numpy_dtype):
 
 
 def test_the_model_card(workdir, teacher, tmp_path):
-    run.export_run(workdir, tmp_path / "student", step=1, weights="params", lora_teacher=True)
+    export.export_run(workdir, tmp_path / "student", step=1, weights="params", lora_teacher=True)
     text = (tmp_path / "student" / "README.md").read_text()
     meta = ModelCard(text).data.to_dict()
     assert (meta["library_name"], meta["pipeline_tag"], meta["license"]) == ("diffusers", "text-to-image", "other")
@@ -118,7 +118,7 @@ def test_the_model_card(workdir, teacher, tmp_path):
     ],
 )
 def test_the_cards_base_model_is_a_repository_of_the_hub(name, repository, licence):
-    text = card.card(run._base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
+    text = card.card(export._base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
     meta = ModelCard(text).data.to_dict()
     assert (meta.get("base_model"), meta["license"]) == (repository, licence)
 
@@ -148,7 +148,7 @@ def test_a_teacher_is_written_anew_without_a_sampler_of_students(teacher, tmp_pa
 def test_weights_are_readable_by_whom_the_umask_lets(workdir, tmp_path):
     umask = os.umask(0o027)
     try:
-        run.export_run(workdir, tmp_path / "student")
+        export.export_run(workdir, tmp_path / "student")
     finally:
         os.umask(umask)
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "student" / "unet").iterdir()}
@@ -175,9 +175,9 @@ def test_an_existing_folder_is_overwritten_only_when_told(workdir, tmp_path, cap
 
 
 def test_a_link_to_a_folder_stays_a_link(workdir, tmp_path):
-    run.export_run(workdir, tmp_path / "real", step=1)
+    export.export_run(workdir, tmp_path / "real", step=1)
     (tmp_path / "link").symlink_to("real")
-    run.export_run(workdir, tmp_path / "link", overwrite=True)
+    export.export_run(workdir, tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and "| training steps | 2 |" in (tmp_path / "real/README.md").read_text()
 
 
@@ -193,7 +193,7 @@ def test_what_is_no_pipeline_is_never_overwritten(workdir, tmp_path, capsys):
 
 def test_an_export_that_fails_leaves_nothing_new(workdir, teacher, tmp_path, capsys):
     good, out = tmp_path / "good", tmp_path / "out"
-    run.export_run(workdir, good, step=1)
+    export.export_run(workdir, good, step=1)
     before = files(good)
     broken = shutil.copytree(teacher, tmp_path / "broken")
     vae = broken / "vae" / "diffusion_pytorch_model.safetensors"
@@ -206,7 +206,7 @@ def test_an_export_that_fails_leaves_nothing_new(workdir, teacher, tmp_path, cap
 
 
 def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tmp_path, monkeypatch):
-    run.export_run(workdir, tmp_path / "student", step=1)
+    export.export_run(workdir, tmp_path / "student", step=1)
     before, rename = files(tmp_path / "student"), Path.rename
 
     def fail_for_the_new(self, target):
@@ -216,14 +216,14 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tm
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new)
     with pytest.raises(OSError, match="No space left"):
-        run.export_run(workdir, tmp_path / "student", overwrite=True)
+        export.export_run(workdir, tmp_path / "student", overwrite=True)
     assert files(tmp_path / "student") == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected a command, one of ['export'"),
+        ([], "expected a command, one of export, export-compiled"),
         (["inport"], "got 'inport'"),
         (["export", "--out", "x"], "--checkpoint is missing"),
         (["export", "--checkpoint", "{run}"], "--out is missing"),
@@ -264,7 +264,7 @@ def test_runs_that_cannot_be_exported(workdir, teacher, tmp_path, capsys):
 
 def test_verify_without_pytorch_says_what_to_install_before_any_work(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name in ("tiue_jax.export.verify", "tiue_jax.export.torch_pipeline"):
+    for name in ("tiue_jax.convert.verify", "tiue_jax.convert.torch_pipeline"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert command("--checkpoint", workdir, "--out", tmp_path / "student", "--verify") == 2
     error = capsys.readouterr().err

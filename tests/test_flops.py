@@ -9,10 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
-from tiue_jax.flops import flops
 from tiue_jax.models import attention, functional
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNet
+from tiue_jax.plan.flops import flops
 
 SQUARE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 PRODUCT = 2 * 4**3  # of two such

@@ -5,8 +5,8 @@ import pytest
 from huggingface_hub import constants
 
 from tests import fake_hub
-from tiue_jax import download, hub
-from tiue_jax.sampling import Sampling
+from tiue_jax.sampling.settings import Sampling
+from tiue_jax.weights import download, hub
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SETTINGS = "model_index.json scheduler/scheduler_config.json tokenizer/vocab.json tokenizer/merges.txt".split()

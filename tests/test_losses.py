@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tiue_jax import losses
+from tiue_jax.training import losses
 
 RNG = np.random.default_rng(0)
 

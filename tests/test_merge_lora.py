@@ -5,12 +5,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tiue_jax import convert
-from tiue_jax.convert import __main__ as cli
-from tiue_jax.convert.lora import apply, merge_lora, read_lora
+from tiue_jax.cli import convert as cli
+from tiue_jax.convert.merge_lora import apply, merge_lora, read_lora
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.unet import UNet
+from tiue_jax.weights.tree import to_torch_names
 
 RANK, SCALE = 2, 0.5
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -88,8 +88,8 @@ def test_each_naming_adds_scale_alpha_over_rank_times_b_a(tmp_path, naming, laye
     path = lora_file(tmp_path / "lora.safetensors", naming, layers, alpha, kept)
     deltas = read_lora(path, SHAPES)
     for part, shapes in SHAPES.items():
-        zeros = convert.to_torch_names(apply(functional.init(shapes, 0), {}, SCALE))
-        got = convert.to_torch_names(apply(functional.init(shapes, 0), deltas.get(part, {}), SCALE))
+        zeros = to_torch_names(apply(functional.init(shapes, 0), {}, SCALE))
+        got = to_torch_names(apply(functional.init(shapes, 0), deltas.get(part, {}), SCALE))
         own = {f"{module}.weight": (i, shape) for i, (p, module, shape) in enumerate(layers) if p == part}
         for name, before in zeros.items():
             if name not in own:
@@ -111,10 +111,7 @@ def test_names_of_transformers_5_and_other_dtypes(tmp_path):
     kernel = ("text_model", "encoder", "layers", 0, "self_attn", "v_proj", "kernel")
     assert list(deltas) == [kernel]
     params = functional.cast(functional.init(SHAPES["text_encoder"], 0), np.float16)
-    assert (
-        convert.to_torch_names(apply(params, deltas, 1.0))[".".join(map(str, kernel[:-1])) + ".weight"].dtype
-        == np.float16
-    )
+    assert to_torch_names(apply(params, deltas, 1.0))[".".join(map(str, kernel[:-1])) + ".weight"].dtype == np.float16
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.events import events, scalars
-from tiue_jax.checkpoint import NotSavedError
 from tiue_jax.images import read_png
-from tiue_jax.metrics import MetricsWriter
+from tiue_jax.training.checkpoint import NotSavedError
+from tiue_jax.training.metrics import MetricsWriter
 
 
 def test_scalars(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from tiue_jax import optim
+from tiue_jax.training import optim
 
 
 def rates(schedule, steps):

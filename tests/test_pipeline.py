@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from tests import devices, tiny
-from tiue_jax import components, convert, images, pipeline, samplers
+from tiue_jax import images, pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import Sampling
+from tiue_jax.sampling import samplers
+from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights.tensor_files import WEIGHTS
 
 RED_APPLE = 3071155119  # crc32 of the prompt "red apple"
 STUDENT = {"sampler": "tiue", "num_inference_steps": 3, "timestep_spacing": "trailing"}
@@ -163,7 +165,7 @@ def test_a_unet_that_embeds_guidance_is_sampled_as_lcm(pipe, tmp_path):
     cfg = dataclasses.replace(tiny.UNET, time_cond_proj_dim=6)
     graphdef, _ = functional.abstract(UNet, cfg)
     told = dataclasses.replace(
-        pipe, sampling=Sampling("lcm"), unet=components.Component(cfg, graphdef, tiny.random_params(UNet, cfg, 0))
+        pipe, sampling=Sampling("lcm"), unet=functional.Component(cfg, graphdef, tiny.random_params(UNet, cfg, 0))
     )
     told.save_pretrained(tmp_path / "lcm")
     (tmp_path / "lcm" / "tiue_config.json").unlink()  # as any other model folder
@@ -273,7 +275,7 @@ def test_saving_replaces_a_pipeline_and_keeps_other_files(pipe, broken, tmp_path
         pipe.save_pretrained(broken)
     dataclasses.replace(pipe, sampling=Sampling()).save_pretrained(broken, jnp.bfloat16, overwrite=True)
     assert (broken / "notes.txt").read_text() == "mine"
-    assert sorted(p.name for p in (broken / "unet").iterdir()) == ["config.json", convert.WEIGHTS]
+    assert sorted(p.name for p in (broken / "unet").iterdir()) == ["config.json", WEIGHTS]
     assert json.loads((broken / "tiue_config.json").read_text()) == {"sampler": "ddim"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
     Pipeline.from_pretrained(broken)
@@ -299,8 +301,8 @@ def edit(path, **change):
     [
         (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json: no such file"),
-        (lambda f: (f / "unet" / convert.WEIGHTS).unlink(), "unet: no safetensors weights"),
-        (lambda f: (f / "unet" / convert.WEIGHTS).write_bytes(b"12345678"), "not a complete safetensors file"),
+        (lambda f: (f / "unet" / WEIGHTS).unlink(), "unet: no safetensors weights"),
+        (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"12345678"), "not a complete safetensors file"),
         (lambda f: edit(f / "unet" / "config.json", novelty=1), "unet/config.json: .*'novelty'"),
         (lambda f: edit(f / "vae" / "config.json", block_out_channels=[8, 16]), "vae/.*: weights do not fit the model"),
         (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=16), "unet cross_attention_dim must be"),

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from configs import sd21_tiue
 from tests import tiny
+from tiue_jax.cli import plan as cli
 from tiue_jax.models.presets import PRESETS
-from tiue_jax.plan import __main__ as main
 from tiue_jax.plan import architecture, cache, chips, programs, report, search
 from tiue_jax.plan.measure import Measured
-from tiue_jax.settings import Settings
+from tiue_jax.recipes import sd21_tiue
+from tiue_jax.training.settings import Settings
 
 V5E = chips.CHIPS["v5e"]
 ROOT = Path(__file__).parents[1]
@@ -229,7 +229,7 @@ CONFIG = ("--config", "configs/sd21_tiue.py")
 )
 def test_wrong_command_lines(flags, expected, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert main.main(["plan", *flags]) == 2
+    assert cli.main(["plan", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and expected in error, error
 
@@ -237,14 +237,14 @@ def test_wrong_command_lines(flags, expected, capsys, monkeypatch):
 def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    assert main.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 2
+    assert cli.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 2
     assert capsys.readouterr().err == (
         "error: compiling for a TPU needs libtpu, on a machine without one too: pip install 'tiue-jax[tpu]'\n"
     )
 
 
 def planner(peak):
-    """In place of main.Planner: programs of this peak, but for meshes that no parameter splits over."""
+    """In place of plan.planner.Planner: programs of this peak, but for meshes that no parameter splits over."""
 
     def plan(choice):
         if choice.fsdp == 256:
@@ -256,20 +256,20 @@ def planner(peak):
 
 def test_a_mesh_that_cannot_be_is_left_out_and_the_others_are_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main, "Planner", planner(9e9))
+    monkeypatch.setattr(cli, "Planner", planner(9e9))
     flags = ["plan", *CONFIG, "--topology=v5e:16x16", "--batch_per_chip=8", "--json"]
-    assert main.main([*flags, "--fsdp=8,all", "--remat=full"]) == 0
+    assert cli.main([*flags, "--fsdp=8,all", "--remat=full"]) == 0
     out, err = capsys.readouterr()
     assert [one["fsdp"] for one in json.loads(out)["tried"]] == [8]
     assert err == "left out fsdp=256, remat=full: ['conv_in'] [3, 3, 4, 320] has no axis that fsdp=256 divides\n"
-    assert main.main([*flags, "--fsdp=all"]) == 2
+    assert cli.main([*flags, "--fsdp=all"]) == 2
     assert capsys.readouterr().err.startswith("error: ['conv_in']")
 
 
 def test_ctrl_c(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main, "Planner", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 130
+    monkeypatch.setattr(cli, "Planner", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 130
 
 
 def test_help():
@@ -284,20 +284,20 @@ def given(**flags):
 
 
 def test_the_recipe_itself_is_the_default():
-    batches, bases = main.choices(given(), settings(), 16)
-    assert batches == [4] and bases == [main.Choice(4, 16, settings().distill.remat)]
+    batches, bases = cli.choices(given(), settings(), 16)
+    assert batches == [4] and bases == [cli.Choice(4, 16, settings().distill.remat)]
 
 
 def test_a_search_tries_every_mesh_and_policy():
-    batches, bases = main.choices(given(search=True), settings(), 16)
+    batches, bases = cli.choices(given(search=True), settings(), 16)
     assert batches is None
-    assert {(base.fsdp, base.remat) for base in bases} == {(n, p) for n in (4, 8, 16) for p in main.REMAT_POLICIES}
-    assert len(bases) == 3 * len(main.REMAT_POLICIES)
+    assert {(base.fsdp, base.remat) for base in bases} == {(n, p) for n in (4, 8, 16) for p in cli.REMAT_POLICIES}
+    assert len(bases) == 3 * len(cli.REMAT_POLICIES)
 
 
 def test_what_is_asked_for_is_tried():
-    policy = list(main.REMAT_POLICIES)[-1]
-    batches, bases = main.choices(given(batch_per_chip="2,8", fsdp="4,all", remat=str(policy)), settings(), 16)
+    policy = list(cli.REMAT_POLICIES)[-1]
+    batches, bases = cli.choices(given(batch_per_chip="2,8", fsdp="4,all", remat=str(policy)), settings(), 16)
     assert batches == [2, 8]
     assert [(base.fsdp, base.remat) for base in bases] == [(4, policy), (16, policy)]
 

@@ -9,12 +9,11 @@ import pytest
 
 from tests import tiny
 from tiue_jax import images
-from tiue_jax.distill import DistillConfig
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.preview import GRID_PIXELS, Preview, side_by_side
-from tiue_jax.sampling import Sampling
-from tiue_jax.settings import DataConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.sampling.settings import Sampling
+from tiue_jax.training.preview import GRID_PIXELS, Preview, side_by_side
+from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
 
 PROMPTS = ("a red apple", "b")
 

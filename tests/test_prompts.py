@@ -14,7 +14,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.bucket import in_place_of_gcs
-from tiue_jax.data import corpus, prepare, storage
+from tiue_jax import files
+from tiue_jax.cli import prepare
+from tiue_jax.data import corpus
 from tiue_jax.data.prompts import PromptReader, load_prompts
 
 
@@ -110,7 +112,7 @@ def small_shards(monkeypatch):
 def test_a_corpus_is_the_sequence_of_its_files(tmp_path, small_shards, capsys):
     path = write(tmp_path / "p.txt", "".join(f"prompt é {i}\n" for i in range(10)) + "\nprompt é 1\n")
     out = tmp_path / "corpus"
-    assert prepare.main(["--prompts", str(path), "--out", str(out)]) == 0
+    assert prepare.main(["prepare", "--prompts", str(path), "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}: 10 prompts, 1 left out: empty, 1 left out: repeated\n"
     assert len(list(out.glob("*array_record*"))) == 3
     metadata = json.loads((out / "metadata.json").read_text())
@@ -129,7 +131,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
-        assert prepare.main(["--prompts", str(path), "--out", str(tmp_path / "corpus")]) == 2
+        assert prepare.main(["prepare", "--prompts", str(path), "--out", str(tmp_path / "corpus")]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
@@ -151,8 +153,11 @@ def test_the_fingerprint_follows_every_prompt_and_their_order(tmp_path):
         (["--prompts", "good.txt", "empty.txt"], "empty.txt: expected at least one prompt, got none (it is empty)"),
         (["--prompts", "good.txt", "latin.txt"], "latin.txt:1: expected UTF-8 text, got byte 0xef"),
         (["--prompts", "other", "--field", "b"], "other: no dataset_info.json in it"),
-        (["--prompts", "good.txt", "--out", "other"], "other: exists, expected a new folder"),
-        (["--prompts", "good.txt", "--out", "good.txt"], "good.txt: exists, expected a new folder"),
+        (
+            ["--prompts", "good.txt", "--out", "other"],
+            "other: not empty and no dataset_info.json in it, expected a new folder",
+        ),
+        (["--prompts", "good.txt", "--out", "good.txt"], "good.txt: a file, expected a new folder"),
         (["--prompts", "gs://bucket/p.txt"], "gs://bucket/p.txt: cannot read such a path"),
     ],
 )
@@ -164,7 +169,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     write(tmp_path / "latin.txt", b"na\xefve\n")
     write((tmp_path / "other").mkdir() or tmp_path / "other" / "photo.png", "")
     before = sorted(tmp_path.rglob("*"))
-    assert prepare.main(["--out", "new", *arguments]) == 2
+    assert prepare.main(["prepare", "--out", "new", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -288,18 +293,18 @@ def bucket(tmp_path):
 def test_a_corpus_in_a_bucket(bucket, small_shards, capsys):
     write(bucket / "p.txt", "one\ntwo\nthree\n\nfour\nfive\n")
     arguments = ["--prompts", "gs://bucket/p.txt", "--out", "gs://bucket/made/corpus"]
-    assert prepare.main(arguments) == 0
+    assert prepare.main(["prepare", *arguments]) == 0
     assert "gs://bucket/made/corpus: 5 prompts, 1 left out: empty" in capsys.readouterr().out
     assert (bucket / "made" / "corpus" / "dataset_info.json").is_file()
     opened = corpus.open_prompts("gs://bucket/made/corpus")
     assert opened.read([4, 0]) == ["five", "one"]
 
-    assert prepare.main(arguments) == 2
+    assert prepare.main(["prepare", *arguments]) == 2
     assert "gs://bucket/made/corpus: exists, expected a new folder" in capsys.readouterr().err
 
 
 def test_a_copy_to_a_bucket_that_is_cut_off_has_no_marker(bucket, monkeypatch):
-    copy = storage.copy
+    copy = files.copy
 
     def copy_some(source, target):
         copy(source, target)
@@ -307,7 +312,7 @@ def test_a_copy_to_a_bucket_that_is_cut_off_has_no_marker(bucket, monkeypatch):
             raise OSError("connection lost")
 
     path = write(bucket / "p.txt", "one\n")
-    monkeypatch.setattr(storage, "copy", copy_some)
+    monkeypatch.setattr(files, "copy", copy_some)
     with pytest.raises(OSError, match="connection lost"):
         corpus.write([path], "gs://bucket/corpus")
     assert len(list((bucket / "corpus").iterdir())) == 3 and not (bucket / "corpus" / "dataset_info.json").exists()

@@ -8,13 +8,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tiue_jax import convert
 from tiue_jax.models.tiny_vae import TinyVAEConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.tensor_files import WEIGHTS
 
-UNET = f"unet/{convert.WEIGHTS}"
+UNET = f"unet/{WEIGHTS}"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ DIT = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransforme
     ],
 )
 def test_another_architecture_is_refused_by_its_field(folder, monkeypatch, file, fields, message):
-    monkeypatch.setattr(convert, "load", lambda *_, **__: pytest.fail("read the weights"))
+    monkeypatch.setattr(model_folder, "load", lambda *_, **__: pytest.fail("read the weights"))
     if file == "tiue_config.json":
         (folder / file).write_text('{"sampler": "none"}')
     change_json(folder / file, **fields)
@@ -73,7 +74,7 @@ def test_what_makes_no_difference_to_a_picture_is_let_be(folder):
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     change_json(folder / "model_index.json", safety_checker=checker, feature_extractor=["transformers", "X"])
     (folder / "pipeline.py").write_text("raise SystemExit('code from a model folder was run')")
-    convert.check_pipeline(folder)
+    model_folder.check_pipeline(folder)
     assert Pipeline.from_pretrained(folder).unet.cfg == tiny.UNET
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.tiny import UNET
-from tiue_jax import samplers, sampling
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
+from tiue_jax.sampling import samplers, settings
 from tiue_jax.schedule import Schedule
 
 
@@ -130,15 +130,15 @@ def test_faster_diffusion_runs_the_encoder_at_key_steps_only(unet):
     """Its work, counted in the traced program: one scan for each run of equal spans, one encoder in each."""
     noise, text, null = batch()
     traced = jax.make_jaxpr(
-        lambda: samplers.faster_diffusion(unet, noise, text, null, Schedule(), 50, 7.5, sampling.KEY_STEPS)
+        lambda: samplers.faster_diffusion(unet, noise, text, null, Schedule(), 50, 7.5, settings.KEY_STEPS)
     )()
     scans = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
     assert [eqn.params["length"] for eqn in scans] == [3, 1, 2, 2, 1]  # spans 1 1 1 2 5 5 10 10 15
-    assert sum(eqn.params["length"] for eqn in scans) == len(sampling.KEY_STEPS)
+    assert sum(eqn.params["length"] for eqn in scans) == len(settings.KEY_STEPS)
 
 
 def test_every_sampler_has_its_settings():
-    assert list(samplers.SAMPLERS) == list(sampling.SAMPLERS)
+    assert list(samplers.SAMPLERS) == list(settings.SAMPLERS)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from tiue_jax.checkpoint import check_config
-from tiue_jax.settings import Settings
+from tiue_jax.training.checkpoint import check_config
+from tiue_jax.training.settings import Settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*_tiue.py"))
 

@@ -10,9 +10,9 @@ from jax.extend.core import jaxprs_in_params
 
 from tests.tiny import UNET, random_params
 from tiue_jax import student
-from tiue_jax.flops import flops
 from tiue_jax.models import convolution, functional, layers, lora, upsampling
 from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.plan.flops import flops
 
 # UNET has, as Stable Diffusion, groups across the border of h and skip: of 6 channels, where 16 meet 8
 LINEAR = dataclasses.replace(UNET, attention_head_dim=(2, 4), use_linear_projection=True, time_cond_proj_dim=6)

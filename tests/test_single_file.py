@@ -5,14 +5,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import original_file, test_clip, test_unet, test_vae, tiny
-from tiue_jax.components import load_schedule, read_config
-from tiue_jax.convert import __main__ as cli
-from tiue_jax.convert.single_file import import_single_file
+from tiue_jax.cli import convert as cli
+from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.models.clip import CLIPTextConfig
 from tiue_jax.models.presets import PRESETS, Preset
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights.pipeline_folder import load_schedule, read_config
 
 WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh
 
 from tests import devices, tiny
 from tiue_jax.pipeline import Pipeline, check_mesh_step
-from tiue_jax.sampling import Sampling
+from tiue_jax.sampling.settings import Sampling
 
 LATENTS = """
 import re

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests import devices
-from tiue_jax import convert, sharding
-from tiue_jax.convert import stored, tree
+from tiue_jax import sharding
+from tiue_jax.weights import model_folder, tensor_files, tree
+from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
 ARRAYS = {
     "conv.weight": np.arange(8 * 3 * 2 * 2, dtype=np.float32).reshape(8, 3, 2, 2),
@@ -30,12 +31,12 @@ SHAPES = {
 
 @pytest.fixture
 def folder(tmp_path):
-    save_file(ARRAYS, tmp_path / convert.WEIGHTS)
+    save_file(ARRAYS, tmp_path / WEIGHTS)
     return tmp_path
 
 
 def test_a_stored_tensor_reads_its_rows_and_no_others(folder, monkeypatch):
-    tensors = stored.open_file(folder / convert.WEIGHTS)
+    tensors = tensor_files.open_file(folder / WEIGHTS)
     counts = []
     real = np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda *args, **kw: counts.append(args[2]) or real(*args, **kw))
@@ -52,7 +53,7 @@ def test_a_stored_tensor_reads_its_rows_and_no_others(folder, monkeypatch):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_each_float_is_read_as_it_lies(tmp_path, dtype):
     save_file({"x": ARRAYS["norm.weight"].astype(dtype)}, tmp_path / "x.safetensors")
-    x = np.asarray(stored.open_file(tmp_path / "x.safetensors")["x"])
+    x = np.asarray(tensor_files.open_file(tmp_path / "x.safetensors")["x"])
     assert x.dtype == dtype
     np.testing.assert_array_equal(x.astype(np.float32), ARRAYS["norm.weight"])
 
@@ -60,14 +61,14 @@ def test_each_float_is_read_as_it_lies(tmp_path, dtype):
 def test_nothing_is_read_where_names_or_shapes_do_not_fit(folder, monkeypatch):
     monkeypatch.setattr(np, "fromfile", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(ValueError, match="1 missing: other.weight; 1 unused: norm.weight"):
-        convert.load(folder, {**{k: v for k, v in SHAPES.items() if k != "norm"}, "other": SHAPES["norm"]})
+        model_folder.load(folder, {**{k: v for k, v in SHAPES.items() if k != "norm"}, "other": SHAPES["norm"]})
 
 
 def test_placed_tensors_are_the_same(folder):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    want = convert.load(folder, SHAPES, ml_dtypes.bfloat16)
+    want = model_folder.load(folder, SHAPES, ml_dtypes.bfloat16)
     for where in (sharding.replicated(mesh), sharding.shardings(SHAPES, mesh)):
-        got = convert.load(folder, SHAPES, ml_dtypes.bfloat16, shardings=where)
+        got = model_folder.load(folder, SHAPES, ml_dtypes.bfloat16, shardings=where)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert isinstance(a, jax.Array) and a.dtype == b.dtype and a.committed
@@ -85,10 +86,12 @@ class OneHostOfTwo:
 
 
 def test_a_host_reads_only_the_rows_that_its_devices_hold(folder, monkeypatch):
-    tensors = stored.open_file(folder / convert.WEIGHTS)
+    tensors = tensor_files.open_file(folder / WEIGHTS)
     read = []
-    real = stored.StoredTensor.__getitem__
-    monkeypatch.setattr(stored.StoredTensor, "__getitem__", lambda self, rows: read.append(rows) or real(self, rows))
+    real = tensor_files.StoredTensor.__getitem__
+    monkeypatch.setattr(
+        tensor_files.StoredTensor, "__getitem__", lambda self, rows: read.append(rows) or real(self, rows)
+    )
     here = OneHostOfTwo(slice(4, 6), slice(6, 8))
     monkeypatch.setattr(
         jax,
@@ -125,7 +128,7 @@ def test_eight_devices(folder):
 def test_beside_the_result_a_few_tensors_are_held_at_a_time(tmp_path):
     side, count = 512, 32  # 1 MB each
     tensors = {f"layer{i}.weight": np.full((side, side), i, np.float32) for i in range(count)}
-    save_file(tensors, tmp_path / convert.WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS)
     del tensors
     shapes = {f"layer{i}": {"kernel": jax.ShapeDtypeStruct((side, side), np.float32)} for i in range(count)}
     tracemalloc.start()
@@ -133,7 +136,7 @@ def test_beside_the_result_a_few_tensors_are_held_at_a_time(tmp_path):
         for dtype in (np.float32, np.float16):
             tracemalloc.reset_peak()
             start = tracemalloc.get_traced_memory()[0]
-            params = convert.load(tmp_path, shapes, dtype)
+            params = model_folder.load(tmp_path, shapes, dtype)
             beyond = tracemalloc.get_traced_memory()[1] - start - count * side**2 * np.dtype(dtype).itemsize
             assert beyond < 2.5 * tree.READERS * side**2 * 4, f"{beyond / 2**20:.1f} MB beside the parameters"
             del params
@@ -146,22 +149,22 @@ def test_problems_name_the_shard(folder):
     for i in range(2):
         save_file({name: ARRAYS[name] for name in names[i::2]}, folder / f"part-{i}.safetensors")
     weight_map = {name: f"part-{i}.safetensors" for i in range(2) for name in names[i::2]}
-    (folder / f"{convert.WEIGHTS}.index.json").write_text(f'{{"weight_map": {weight_map}}}'.replace("'", '"'))
-    (folder / convert.WEIGHTS).unlink()
-    convert.load(folder, SHAPES)
+    (folder / f"{WEIGHTS}.index.json").write_text(f'{{"weight_map": {weight_map}}}'.replace("'", '"'))
+    (folder / WEIGHTS).unlink()
+    model_folder.load(folder, SHAPES)
     broken = {name: np.full_like(ARRAYS[name], np.nan) for name in names[1::2]}
     save_file(broken, folder / "part-1.safetensors")
-    index = f"{convert.WEIGHTS}.index.json"
+    index = f"{WEIGHTS}.index.json"
     said = rf"{index}: .* not finite in float32: {names[1]} \(part-1.safetensors\), {names[3]} \(part-1.safetensors\)$"
     with pytest.raises(ValueError, match=said):
-        convert.load(folder, SHAPES)
+        model_folder.load(folder, SHAPES)
 
 
 @pytest.mark.parametrize("root", ["text_model", "vision_model"])
 @pytest.mark.parametrize("prefix", ["", "cond."])
 def test_an_encoder_saved_by_transformers_5_lacks_its_own_name(tmp_path, root, prefix):
-    save_file({f"{prefix}{name}": x for name, x in ARRAYS.items()}, tmp_path / convert.TRANSFORMERS_WEIGHTS)
-    got = convert.load(tmp_path, {root: SHAPES}, prefix=prefix)
+    save_file({f"{prefix}{name}": x for name, x in ARRAYS.items()}, tmp_path / TRANSFORMERS_WEIGHTS)
+    got = model_folder.load(tmp_path, {root: SHAPES}, prefix=prefix)
     np.testing.assert_array_equal(got[root]["linear"]["kernel"], ARRAYS["linear.weight"].T)
     with pytest.raises(ValueError, match=f"4 missing: {prefix}other.conv.weight"):
-        convert.load(tmp_path, {"other": SHAPES}, prefix=prefix)
+        model_folder.load(tmp_path, {"other": SHAPES}, prefix=prefix)

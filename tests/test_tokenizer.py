@@ -8,8 +8,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from tests import tiny
-from tiue_jax import hub
-from tiue_jax.tokenizer import Tokenizer
+from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.weights import hub
 
 SHIPPED = hub.ASSETS / "emoji" / "tokenizer"
 PROMPTS = ["a red apple", "", "A  RED apple!", "caf\u00e9 \U0001f34e", "red " * 40, "it's 3,000 o'clock"]

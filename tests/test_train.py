@@ -18,19 +18,18 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-import train
 from tests import devices, tiny
 from tests.events import scalars
-from tiue_jax.checkpoint import Checkpoints
-from tiue_jax.data import embed, prepare
-from tiue_jax.export.folder import save_pipeline
+from tiue_jax.cli import embed, prepare, train
 from tiue_jax.images import read_png
-from tiue_jax.metrics import MetricsWriter
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
+from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.metrics import MetricsWriter
+from tiue_jax.weights.pipeline_folder import save_pipeline
 
 ROOT = Path(__file__).parents[1]
 UNET = dataclasses.replace(  # the smallest there is: the step must compile quickly
@@ -125,7 +124,7 @@ def test_what_a_run_leaves(whole, model):
     assert distances.keys() == {3, 4} and all(0 < v < 1 for v in distances.values())
     assert sorted(step for step, tag in losses(whole) if tag == "train/loss_vsd") == [1, 2, 3, 4]
     pictures = sorted((whole / "samples").iterdir())
-    placed = [line.split("\t") for line in (whole / "placement.tsv").read_text().splitlines()]
+    placed = [line.split("\t") for line in (whole / "memory_table.tsv").read_text().splitlines()]
     assert placed[0][0] == "part" and {"student", "teacher", "LoRA, Adam nu"} <= {part for part, *_ in placed[1:]}
     assert [p.name for p in pictures] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]
     pixels, metadata = read_png(pictures[-1])
@@ -186,8 +185,8 @@ def assert_same_end(workdir: Path, other: Path) -> None:
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-import train
-from tiue_jax.checkpoint import Checkpoints
+from tiue_jax.cli import train
+from tiue_jax.training.checkpoint import Checkpoints
 save = Checkpoints.save
 def save_and_die(self, step, *args):
     save(self, step, *args)
@@ -366,8 +365,11 @@ def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(
 @pytest.mark.slow
 def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, tmp_path, capsys):
     prompts, text = tmp_path / "corpus", tmp_path / "embeddings"
-    assert prepare.main(["--prompts", str(model / "prompts.txt"), "--out", str(prompts)]) == 0
-    assert embed.main(["--model", str(model), "--prompts", str(prompts), "--out", str(text), "--batch_size", "4"]) == 0
+    assert prepare.main(["prepare", "--prompts", str(model / "prompts.txt"), "--out", str(prompts)]) == 0
+    assert (
+        embed.main(["embed", "--model", str(model), "--prompts", str(prompts), "--out", str(text), "--batch_size=4"])
+        == 0
+    )
     data = {"data__prompts": prompts, "data__embeddings": text, "train__max_train_steps": 1}
     assert train.main(command(model, tmp_path / "run", **data)) == 0
     first = {at: value for at, value in losses(whole).items() if at[0] == 1}

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-import sample
 from tests import tiny
-from tiue_jax import convert, images, samplers
-from tiue_jax.components import SD_SCALING_FACTOR
+from tiue_jax import images
+from tiue_jax.cli import sample
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import samplers
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.pipeline_folder import SD_SCALING_FACTOR
 
 STUDENT = {"sampler": "tiue", "num_inference_steps": 1}
 
@@ -52,12 +54,12 @@ def test_tiny_decodes_the_latents_as_the_unet_scales_them(model, taesd, monkeypa
 def test_a_folder_of_either_kind(model, taesd, tmp_path):
     assert Pipeline.from_pretrained(model, vae=taesd / "taesd").vae.cfg == tiny.TINY_VAE
     other = dataclasses.replace(tiny.VAE, sample_size=tiny.VAE.sample_size * 2)
-    convert.save(tmp_path / "kl", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
+    model_folder.save(tmp_path / "kl", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
     pipe = Pipeline.from_pretrained(model, vae=tmp_path / "kl")
     assert pipe.vae.cfg == other and pipe(["red"]).shape == (1, 16, 16, 3)
     assert Pipeline.from_pretrained(model, vae=model).vae.cfg == pipe.vae.cfg.from_dict(tiny.VAE.to_dict())
     other = dataclasses.replace(tiny.VAE, scaling_factor=0.5)
-    convert.save(tmp_path / "scaled", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
+    model_folder.save(tmp_path / "scaled", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
     with pytest.raises(ValueError, match=r"must have the model's scaling_factor, 0.18215, got 0.5"):
         Pipeline.from_pretrained(model, vae=tmp_path / "scaled")
 

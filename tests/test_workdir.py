@@ -10,11 +10,11 @@ import pytest
 
 from tests import finished_run, tiny
 from tests.bucket import in_place_of_gcs
-from tiue_jax import checkpoint, distributed
-from tiue_jax import workdir as workdir_module
-from tiue_jax.data import storage
-from tiue_jax.export import run
-from tiue_jax.workdir import Workdir
+from tiue_jax import files
+from tiue_jax.convert import export
+from tiue_jax.training import checkpoint, distributed
+from tiue_jax.training import workdir as workdir_module
+from tiue_jax.training.workdir import Workdir
 
 
 def test_on_a_disk_it_is_the_folder_itself(tmp_path):
@@ -35,8 +35,8 @@ def bucket(tmp_path):
 @pytest.fixture
 def copied(monkeypatch):
     """The names of the files that are copied, in order."""
-    copy, names = storage.copy, []
-    monkeypatch.setattr(storage, "copy", lambda source, target: names.append(target.name) or copy(source, target))
+    copy, names = files.copy, []
+    monkeypatch.setattr(files, "copy", lambda source, target: names.append(target.name) or copy(source, target))
     return names
 
 
@@ -75,10 +75,10 @@ def test_what_failed_is_published_too(bucket):
 def test_a_run_in_a_bucket_is_known_by_its_config(bucket, tmp_path):
     teacher = tiny.write_pipeline(tmp_path / "teacher")
     finished_run.write(bucket / "run", teacher)
-    assert run.is_run("gs://bucket/run") and not run.is_run("gs://bucket/other")
+    assert export.is_run("gs://bucket/run") and not export.is_run("gs://bucket/other")
     (bucket / "run" / "config.json").write_text(json.dumps({"train": 3}))
     with pytest.raises(ValueError, match="gs://bucket/run/config.json: expected the config sections"):
-        run.export_run("gs://bucket/run", tmp_path / "student")
+        export.export_run("gs://bucket/run", tmp_path / "student")
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):

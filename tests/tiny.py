@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_jax import convert
-from tiue_jax.export.folder import save_pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.pipeline_folder import save_pipeline
 
 CONTEXT = 8  # tokens, with start and end
 LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -74,7 +74,7 @@ def random_params(cls, cfg, seed: int):
 
 def write_tiny_vae(folder: Path, cfg: TinyVAEConfig = TINY_VAE) -> Path:
     """The folder of a tiny autoencoder."""
-    convert.save(folder, random_params(AutoencoderTiny, cfg, 3), cfg.to_dict())
+    model_folder.save(folder, random_params(AutoencoderTiny, cfg, 3), cfg.to_dict())
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON and text read with errors that name the file, the folder for caches."""
+"""Files and folders, on this disk or in a bucket (gs://): written whole or not at all, read with clear errors."""
 
 import contextlib
 import errno
@@ -13,12 +13,33 @@ from typing import Any
 from etils import epath
 
 
-@contextlib.contextmanager
-def writing_aside(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block succeeds and removed when it fails.
+def at(path: str | os.PathLike[str]) -> epath.Path:
+    """A path on this disk or in a bucket. ValueError if the package that reads such buckets is not installed."""
+    found = epath.Path(path).expanduser()
+    try:
+        found.exists()
+    except (ImportError, NotImplementedError) as error:
+        raise ValueError(f"{path}: cannot read such a path: {error} (pip install tiue-jax[gcs] for gs://)") from error
+    return found
 
-    An OSError of the operating system comes out naming `path`, not the temporary name.
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a bucket."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file on this disk, which becomes `path` when the block succeeds and is removed when it fails.
+
+    `path` may lie in a bucket. An OSError of the operating system names `path`, not the temporary file.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
+            aside = Path(folder) / at(path).name
+            yield aside
+            copy(aside, at(path))
+        return
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,22 +58,33 @@ def writing_aside(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing_folder_aside(
-    path: str | Path, marker: str, own: Collection[str], overwrite: bool = False
+    path: str | os.PathLike[str], marker: str, own: Collection[str] = (), overwrite: bool = False
 ) -> Iterator[Path]:
-    """A new folder beside `path`, renamed to it when the block succeeds and removed when it fails.
+    """A temporary folder on this disk, which becomes `path` when the block succeeds and is removed when it fails.
 
-    With `overwrite` it takes the place of an older one, of which the entries not in `own` are copied over first.
+    With `overwrite` it replaces an older folder. Entries of the older folder that are not in `own` are kept. A bucket
+    cannot rename a folder in one step: there `marker` is copied last, and a folder without it is no result.
 
     Args:
-        path: does not exist, or is an empty folder.
-        marker: the file by which an older one is known: nothing else is ever overwritten.
-        own: names in the folder that are the writer's, so that none of them outlives what it belonged to.
-        overwrite: `path` may also be a folder with `marker`.
+        path: does not exist, or is an empty folder. It may lie in a bucket.
+        marker: the file that identifies an older folder. No folder without it is ever overwritten.
+        own: names of the entries that the writer makes. Old entries of these names are removed.
+        overwrite: `path` may also be a folder with `marker`; on this disk only.
 
     Raises:
         FileExistsError: `path` is something else; before the block runs.
     """
-    path = check_new_folder(path, marker, overwrite)
+    target = check_new_folder(path, marker, overwrite)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+            yield Path(aside)
+            files = [file for file in Path(aside).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: file.name == marker):
+                copied = target / file.relative_to(aside).as_posix()
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                copy(file, copied)
+        return
+    path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
         new, old = Path(aside) / "new", Path(aside) / "old"
@@ -77,17 +109,37 @@ def writing_folder_aside(
             raise
 
 
-def check_new_folder(path: str | Path, marker: str, overwrite: bool = False) -> Path:
-    """The folder that `writing_folder_aside` may write, links followed. FileExistsError where it may not."""
-    path = expand(path).resolve()
-    if path.is_dir() and any(path.iterdir()):
-        if not (path / marker).is_file():
-            raise FileExistsError(f"{path}: not empty and no {marker} in it, expected a new folder")
-        if not overwrite:
-            raise FileExistsError(f"{path}: exists, expected a new folder (or the option to overwrite)")
-    elif path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: a file, expected a new folder")
-    return path
+def check_new_folder(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> epath.Path:
+    """The folder that `writing_folder_aside` may write, links followed. FileExistsError if it may not."""
+    target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / marker).exists():
+            raise FileExistsError(f"{target}: not empty and no {marker} in it, expected a new folder")
+        if not overwrite or is_remote(path):
+            raise FileExistsError(f"{target}: exists, expected a new folder (or the option to overwrite)")
+    elif target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: a file, expected a new folder")
+    return target
+
+
+@contextlib.contextmanager
+def runtime_errors_as_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns the RuntimeError that array_record raises, such as on a full disk, into an OSError that names `path`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot write: {error}") from error
+
+
+def copy(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+    """Copies one file, from or to a bucket. If that fails, `target` is removed, so that no half file is left."""
+    try:
+        with epath.Path(source).open("rb") as read, epath.Path(target).open("wb") as write:
+            shutil.copyfileobj(read, write, 2**24)
+    except BaseException:  # in a bucket, closing has made a file of what was written so far
+        with contextlib.suppress(Exception):
+            epath.Path(target).unlink(missing_ok=True)
+        raise
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -15,17 +15,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tiue_jax import components, convert, hub, program, sharding, student
-from tiue_jax.components import DTYPES, Component
-from tiue_jax.export.folder import save_pipeline
+from tiue_jax import sharding, student
 from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.models.functional import Component
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
+from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.sampling import Sampling
+from tiue_jax.sampling import text_to_image
+from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.tokenizer import Tokenizer
+from tiue_jax.weights import hub, model_folder, pipeline_folder
+from tiue_jax.weights.pipeline_folder import DTYPES, save_pipeline
 
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
@@ -51,7 +53,7 @@ class Pipeline:
     mesh_step: int = 1
 
     def __post_init__(self):
-        components.check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
+        pipeline_folder.check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
         if self.vae_tiling is not None:
             self.vae_tiling.cut(self.vae.cfg)
         self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
@@ -59,7 +61,7 @@ class Pipeline:
         everywhere = sharding.replicated(self._mesh)
         place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
         self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
-        self._compiled: dict[program.Key, Callable[..., tuple[jax.Array, jax.Array]]] = {}
+        self._compiled: dict[text_to_image.Key, Callable[..., tuple[jax.Array, jax.Array]]] = {}
         self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
@@ -92,23 +94,23 @@ class Pipeline:
                 raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
         folder = hub.resolve(name, dtype)
-        convert.check_pipeline(folder)
+        model_folder.check_pipeline(folder)
         # all that can be wrong with the small files is found before gigabytes are read
-        unet = components.read_config(folder / "unet", UNetConfig)
-        own = components.read_config(folder / "vae", VAEConfig)
-        text_encoder = components.read_config(folder / "text_encoder", CLIPTextConfig)
-        components.check_widths(str(name), unet, own, text_encoder)
+        unet = pipeline_folder.read_config(folder / "unet", UNetConfig)
+        own = pipeline_folder.read_config(folder / "vae", VAEConfig)
+        text_encoder = pipeline_folder.read_config(folder / "text_encoder", CLIPTextConfig)
+        pipeline_folder.check_widths(str(name), unet, own, text_encoder)
         vae_source: tuple[Path, Any, Any] = folder / "vae", AutoencoderKL, VAEConfig
         if vae is not None:
-            vae_source = components.find_vae(vae, own)
+            vae_source = pipeline_folder.find_vae(vae, own)
         return cls(
             name=str(name),
             tokenizer_dir=folder / "tokenizer",
-            schedule=components.load_schedule(folder / "scheduler"),
-            sampling=components.own_sampling(folder, unet),
-            unet=components.load(folder / "unet", UNet, UNetConfig, dtype),
-            vae=components.load(*vae_source, vae_dtype),
-            text_encoder=components.load_text_encoder(folder, dtype),
+            schedule=pipeline_folder.load_schedule(folder / "scheduler"),
+            sampling=pipeline_folder.own_sampling(folder, unet),
+            unet=pipeline_folder.load(folder / "unet", UNet, UNetConfig, dtype),
+            vae=pipeline_folder.load(*vae_source, vae_dtype),
+            text_encoder=pipeline_folder.load_text_encoder(folder, dtype),
             vae_tiling=vae_tiling,
             mesh_step=mesh_step,
         )
@@ -116,7 +118,7 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the images the UNet was trained on."""
-        return components.image_size(self.unet.cfg, self.vae.cfg)
+        return pipeline_folder.image_size(self.unet.cfg, self.vae.cfg)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids int32 [b l], padded to the text encoder's context; logs a warning for each prompt it cuts."""
@@ -245,7 +247,7 @@ class Pipeline:
         latents: np.ndarray | None,
     ) -> Iterator[np.ndarray]:
         sample = self._program(settings)
-        params = {name: getattr(self, name).params for name in program.PARTS}
+        params = {name: getattr(self, name).params for name in text_to_image.PARTS}
         split = sharding.batch_sharding(self._mesh)
         distinct = list(dict.fromkeys(prompt for prompt, _ in numbered))
         tokens = dict(zip(distinct, self.tokenize(distinct), strict=True))
@@ -266,7 +268,7 @@ class Pipeline:
                 ),
                 split,
             )
-            arguments = program.Batch(
+            arguments = text_to_image.Batch(
                 ids=ids,
                 null_ids=null,
                 prompt_ids=prompt_ids,
@@ -288,10 +290,10 @@ class Pipeline:
 
     def _program(self, settings: Sampling) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """The compiled program of these settings (see program.make); kept for the next call."""
-        key = program.Key.of(settings)
+        key = text_to_image.Key.of(settings)
         if key not in self._compiled:
-            parts = {name: getattr(self, name) for name in program.PARTS}
-            function = program.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
+            parts = {name: getattr(self, name) for name in text_to_image.PARTS}
+            function = text_to_image.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
             self._compiled[key] = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
         return self._compiled[key]
 

@@ -24,13 +24,14 @@ from pictures import shift
 from train_clip import normalise, tokenize, unit
 from transformers import CLIPTokenizer
 
-from tiue_jax import convert, hub, images
-from tiue_jax.components import Component
+from tiue_jax import images
 from tiue_jax.files import read_text, write_json
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
+from tiue_jax.models.functional import Component
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import SAMPLERS
+from tiue_jax.sampling.settings import SAMPLERS
+from tiue_jax.weights import hub, model_folder
 
 PROMPTS = Path(__file__).parent / "eval_prompts.txt"
 SHIFT = 2  # pixels
@@ -46,9 +47,9 @@ class Judge:
     """The tiny CLIP on a fixed list of names."""
 
     def __init__(self, folder: Path, names: list[str]):
-        cfg = CLIPConfig.from_dict(convert.read_config(folder))
+        cfg = CLIPConfig.from_dict(model_folder.read_config(folder))
         graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
-        self._clip = functional.bind(graphdef, convert.load(folder, shapes))
+        self._clip = functional.bind(graphdef, model_folder.load(folder, shapes))
         self._image_features = jax.jit(lambda x: self._clip.image_features(normalise(x)))
         self._text = unit(self._clip.text_features(tokenize(CLIPTokenizer.from_pretrained(folder), names)))
 

@@ -15,8 +15,6 @@ import numpy as np
 from texts import load_texts
 from train_clip import MEAN, STD
 
-from tiue_jax import convert
-from tiue_jax.export.folder import save_pipeline
 from tiue_jax.files import write_json
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
@@ -24,6 +22,8 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.pipeline_folder import save_pipeline
 
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")  # by teacher and student
 SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
@@ -31,14 +31,14 @@ SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
 
 def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:
     """Configuration and parameters of a model folder."""
-    cfg = config.from_dict(convert.read_config(folder))
+    cfg = config.from_dict(model_folder.read_config(folder))
     parts = (cfg.text_config, cfg.vision_config, cfg.projection_dim) if cls is CLIPModel else (cfg,)
-    return cfg, convert.load(folder, functional.abstract(cls, *parts)[1])
+    return cfg, model_folder.load(folder, functional.abstract(cls, *parts)[1])
 
 
 def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenizer: Path) -> None:
     """The tiny CLIP as transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor read it."""
-    convert.save(folder, params, cfg.to_dict(), np.float16, "model.safetensors")
+    model_folder.save(folder, params, cfg.to_dict(), np.float16, "model.safetensors")
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     size = cfg.vision_config.image_size
     processor = {

@@ -19,9 +19,9 @@ from texts import load_texts, pick
 from training import adamw, create, make_step, train
 from transformers import CLIPTokenizer
 
-from tiue_jax import convert
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from tiue_jax.weights import model_folder
 
 CONCEPTS = 96  # of a batch; twice as many pictures
 PICTURES = 128  # of a batch of the second stage
@@ -166,7 +166,7 @@ def main() -> None:
     step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, ema_decay=0.995)
     state = create(params, optimizer)
     state = train(folder, state, step, make_batch, minutes=args.minutes, report=lambda state: report(state.ema))
-    convert.save(folder, state.ema, cfg.to_dict(), filename="model.safetensors")
+    model_folder.save(folder, state.ema, cfg.to_dict(), filename="model.safetensors")
 
     text_model = state.ema["text_model"]
     pool = jax.jit(lambda ids: functional.bind(graphdef, state.ema).text_model(ids).pooled)
@@ -187,7 +187,7 @@ def main() -> None:
         minutes=args.image_minutes,
         report=lambda state: report({**state.ema, "text_model": text_model}),
     )
-    convert.save(folder, {**state.ema, "text_model": text_model}, cfg.to_dict(), filename="model.safetensors")
+    model_folder.save(folder, {**state.ema, "text_model": text_model}, cfg.to_dict(), filename="model.safetensors")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ from train_clip import make_config, tokenize
 from training import State, adamw, create, make_step, train
 from transformers import CLIPTokenizer
 
-from tiue_jax import convert, images, samplers
+from tiue_jax import images
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPModel, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import model_folder
 
 CONFIG = UNetConfig(
     sample_size=8,
@@ -46,9 +48,9 @@ SHOWN = ("red apple", "dog face", "rocket", "slice of pizza", "grinning face", "
 
 def encode_pictures(run: Path) -> np.ndarray:
     """Scaled latents of all pictures in all variants: float32 [variants 2n h w c], the unchanged pictures first."""
-    cfg = VAEConfig.from_dict(convert.read_config(run / "vae"))
+    cfg = VAEConfig.from_dict(model_folder.read_config(run / "vae"))
     graphdef, shapes = functional.abstract(AutoencoderKL, cfg)
-    params = convert.load(run / "vae", shapes)
+    params = model_folder.load(run / "vae", shapes)
     encode = jax.jit(lambda x: functional.bind(graphdef, params).encode(x).mean * cfg.scaling_factor)
     pictures, mirrors, rng = load_pictures(run), load_mirrors(run), np.random.default_rng(0)
     variants = [pictures] + [augment(pictures, mirrors, rng, pixels=1) for _ in range(VARIANTS - 1)]
@@ -60,7 +62,7 @@ def load_text_encoder(run: Path):
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     cfg = make_config(tokenizer)
     _, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
-    params = {"text_model": convert.load(run / "clip", shapes)["text_model"]}
+    params = {"text_model": model_folder.load(run / "clip", shapes)["text_model"]}
     graphdef, _ = functional.abstract(CLIPTextModel, cfg.text_config)
     encode = jax.jit(lambda ids: functional.bind(graphdef, params)(ids).last_hidden_state)
     return lambda texts: np.asarray(encode(tokenize(tokenizer, texts)))
@@ -134,9 +136,9 @@ def main() -> None:
         text = [empty if rng.random() < EMPTY else pick(states[i // 2], rng) for i in chosen]
         return latents[variant, chosen], np.stack(text)
 
-    vae_config = VAEConfig.from_dict(convert.read_config(args.out / "vae"))
+    vae_config = VAEConfig.from_dict(model_folder.read_config(args.out / "vae"))
     vae, vae_shapes = functional.abstract(AutoencoderKL, vae_config)
-    vae_params = convert.load(args.out / "vae", vae_shapes)
+    vae_params = model_folder.load(args.out / "vae", vae_shapes)
     prompts = [p for p in SHOWN for _ in range(6)]
     shown = jnp.asarray(encode(prompts) @ matrix)
     null = jnp.broadcast_to(empty, shown.shape)
@@ -155,7 +157,7 @@ def main() -> None:
     state = create(functional.init(shapes, seed=0), optimizer)
     step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, ema_decay=0.999)
     state = train(folder, state, step, make_batch, minutes=args.minutes, report=report, report_minutes=5)
-    convert.save(folder, fold(state.ema, matrix), CONFIG.to_dict())
+    model_folder.save(folder, fold(state.ema, matrix), CONFIG.to_dict())
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import numpy as np
 from pictures import augment, load_pictures
 from training import adamw, create, make_step, train
 
-from tiue_jax import convert, images
+from tiue_jax import images
 from tiue_jax.models import functional
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.weights import model_folder
 
 CONFIG = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8)
 BATCH = 16
@@ -127,7 +128,7 @@ def main() -> None:
         means, decoded = reconstruct(graphdef, params, pictures)
         psnr = 10 * np.log10(4 / ((np.clip(decoded, -1, 1) - pictures) ** 2).mean((1, 2, 3)))
         cfg = dataclasses.replace(CONFIG, scaling_factor=float(f"{1 / means.std():.5f}"))
-        convert.save(folder, params, cfg.to_dict())
+        model_folder.save(folder, params, cfg.to_dict())
         print(f"PSNR {psnr.mean():.2f} dB on average, a tenth below {np.quantile(psnr, 0.1):.2f} dB")
         print(f"scaling_factor {cfg.scaling_factor}", flush=True)
 

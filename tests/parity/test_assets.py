@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
-from tiue_jax import hub, samplers
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import samplers
+from tiue_jax.weights import hub
 
 PROMPTS = ["a dog face", "a red heart"]
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from tests.parity.conftest import from_torch, relative_error, spread_
-from tiue_jax import convert
 from tiue_jax.models import functional
 from tiue_jax.models.clip import (
     CLIPConfig,
@@ -17,6 +16,8 @@ from tiue_jax.models.clip import (
     CLIPVisionConfig,
     CLIPVisionModel,
 )
+from tiue_jax.weights import model_folder
+from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS
 
 TOLERANCE = 1e-4
 TOKENS = np.array([[48, 3, 4, 5, 2, 6, 49, 49, 49], [48, 7, 49, 0, 0, 0, 0, 0, 0]], np.int32)
@@ -96,9 +97,9 @@ def test_projected_features(cfg):
 def test_transformers_folder_loads_exactly(cfg, tmp_path):
     theirs = torch_model(cfg)
     theirs.save_pretrained(tmp_path)
-    assert CLIPConfig.from_dict(convert.read_config(tmp_path)) == cfg
+    assert CLIPConfig.from_dict(model_folder.read_config(tmp_path)) == cfg
     _, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
-    params, expected = convert.load(tmp_path, shapes), from_torch(theirs.state_dict(), shapes)
+    params, expected = model_folder.load(tmp_path, shapes), from_torch(theirs.state_dict(), shapes)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
@@ -106,7 +107,7 @@ def test_transformers_folder_loads_exactly(cfg, tmp_path):
 def test_transformers_loads_our_text_encoder(cfg, tmp_path):
     graphdef, shapes = functional.abstract(CLIPTextModel, cfg.text_config)
     params = functional.init(shapes, 0)
-    convert.save(tmp_path, params, cfg.text_config.to_dict(), filename=convert.TRANSFORMERS_WEIGHTS)
+    model_folder.save(tmp_path, params, cfg.text_config.to_dict(), filename=TRANSFORMERS_WEIGHTS)
     theirs, info = transformers.CLIPTextModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     expected = theirs.eval()(torch.from_numpy(TOKENS))
@@ -117,7 +118,7 @@ def test_transformers_loads_our_text_encoder(cfg, tmp_path):
 def test_transformers_loads_our_whole_model(cfg, tmp_path):
     graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
     params = functional.init(shapes, 0)
-    convert.save(tmp_path, params, cfg.to_dict(), filename=convert.TRANSFORMERS_WEIGHTS)
+    model_folder.save(tmp_path, params, cfg.to_dict(), filename=TRANSFORMERS_WEIGHTS)
     theirs, info = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     expected = theirs.eval().get_image_features(to_torch(PIXELS)).pooler_output

@@ -14,15 +14,15 @@ from diffusers.utils import dynamic_modules_utils
 
 from tests import finished_run, tiny
 from tests.parity.conftest import relative_error
-from tiue_jax import convert
-from tiue_jax.convert.__main__ import main
-from tiue_jax.export import run, torch_pipeline
-from tiue_jax.export.torch_pipeline import TiUEPipeline
-from tiue_jax.export.verify import verify
+from tiue_jax.cli.convert import main
+from tiue_jax.convert import export, torch_pipeline
+from tiue_jax.convert.torch_pipeline import TiUEPipeline
+from tiue_jax.convert.verify import verify
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS, Schedule
+from tiue_jax.weights import model_folder
 
 # as SD 2.x differs from 1.x: linear projections, a number of heads for each block, gelu in the text encoder
 UNET = dataclasses.replace(tiny.UNET, use_linear_projection=True, attention_head_dim=(2, 4))
@@ -46,7 +46,7 @@ def students(tmp_path_factory):
     root = tmp_path_factory.mktemp("students")
     for kind in PREDICTION_TYPES:
         tiny.write_pipeline(root / f"{kind}-source", STUDENT, Schedule(prediction_type=kind), UNET, TEXT)
-        run.export_pipeline(root / f"{kind}-source", root / kind)
+        export.export_pipeline(root / f"{kind}-source", root / kind)
     return {kind: root / kind for kind in PREDICTION_TYPES}
 
 
@@ -89,7 +89,7 @@ def assert_same_pictures(name, ours, theirs, prompts, latents, **size):
 
 
 def test_the_shipped_student_draws_the_same(tmp_path):
-    run.export_pipeline("emoji-tiue", tmp_path / "emoji")
+    export.export_pipeline("emoji-tiue", tmp_path / "emoji")
     ours = Pipeline.from_pretrained("emoji-tiue")
     assert_same_pictures("emoji-tiue", ours, load(tmp_path / "emoji"), ["a red apple", "a dog face"], noise(4, 8, 8, 4))
 
@@ -251,11 +251,11 @@ def test_a_difference_fails_the_export(student, tmp_path, monkeypatch, capsys):
 def test_the_lora_teacher_in_pytorch(tmp_path):
     teacher = tiny.write_pipeline(tmp_path / "teacher")
     finished_run.write(tmp_path / "run", teacher, steps=(1,))
-    run.export_run(tmp_path / "run", tmp_path / "student", lora_teacher=True)
+    export.export_run(tmp_path / "run", tmp_path / "student", lora_teacher=True)
     latents, text, t = noise(2, 8, 8, 4), noise(2, 5, 8), np.array([10, 700], np.int32)
 
     graphdef, _ = functional.abstract(UNet, tiny.UNET, lora=finished_run.LORA)
-    base = convert.load(teacher / "unet", finished_run.shapes()[0])
+    base = model_folder.load(teacher / "unet", finished_run.shapes()[0])
     params = lora.merge(base, finished_run.weights("lora", 1))
     ours = jax.jit(lambda params, *args: functional.bind(graphdef, params)(*args))(params, latents, t, text)
 

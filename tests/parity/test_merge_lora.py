@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
 from tests import tiny
-from tiue_jax.convert.lora import merge_lora
+from tiue_jax.convert.merge_lora import merge_lora
 
 SCALE = 0.7
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]

@@ -8,10 +8,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextModel
 
 from tests import tiny
-from tiue_jax import convert, samplers
 from tiue_jax.models import clip, functional, unet, vae
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import model_folder
 
 RED_APPLE = 3071155119  # crc32 of the prompt
 
@@ -63,13 +64,13 @@ def test_what_pytorch_writes_is_read_back_bit_exact(folder, tmp_path, part, thei
     if shards == "3KB":
         assert list(tmp_path.glob("*.safetensors.index.json"))
     _, shapes = functional.abstract(cls, cfg)
-    assert type(cfg).from_dict(convert.read_config(tmp_path)) == cfg
-    ours, back = convert.load(folder / part, shapes), convert.load(tmp_path, shapes)
+    assert type(cfg).from_dict(model_folder.read_config(tmp_path)) == cfg
+    ours, back = model_folder.load(folder / part, shapes), model_folder.load(tmp_path, shapes)
     jax.tree.map(np.testing.assert_array_equal, back, ours)
 
 
 def test_the_scheduler_survives(folder, theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    assert Schedule.from_dict(convert.read_config(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
+    assert Schedule.from_dict(model_folder.read_config(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
     again = Pipeline.from_pretrained(tmp_path)
     assert again.tokenize(["red apple"]).tolist() == Pipeline.from_pretrained(folder).tokenize(["red apple"]).tolist()

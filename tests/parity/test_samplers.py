@@ -18,9 +18,9 @@ from diffusers import (
 
 from tests.parity.conftest import from_torch, relative_error, spread_
 from tests.tiny import UNET
-from tiue_jax import samplers
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
 
 TOLERANCE = 1e-4

@@ -18,11 +18,12 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from tests.parity.conftest import from_torch, spread_
-from tiue_jax import distill
-from tiue_jax.distill import Distillation, DistillConfig, Frozen
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
+from tiue_jax.training import distill
+from tiue_jax.training.distill import Distillation, Frozen
+from tiue_jax.training.settings import DistillConfig
 
 TOLERANCE = 1e-4
 CONFIG = DistillConfig(

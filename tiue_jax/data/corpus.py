@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tiue_jax.data import storage
+from tiue_jax import files
 from tiue_jax.data.prompts import DATASET_INFO, PathLike, PromptReader, PromptSource, load_prompts
+from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
 PROMPTS_PER_SHARD = 2**17
@@ -24,10 +25,12 @@ def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
     """The prompts of a file, in memory (see PromptReader), or of a corpus that `write` made, on disk.
 
     Args:
-        path: a file of text or JSON lines, or a corpus' folder.
+        path: a file of text or JSON lines, a corpus' folder, or the name of a shipped model that comes with prompts.
         field: the prompt's field in JSON lines. A corpus knows its own.
     """
-    return Corpus(path) if storage.at(path).is_dir() else load_prompts(path, field)
+    if str(path) in hub.SHIPPED_PROMPTS:
+        path = hub.SHIPPED_PROMPTS[str(path)]
+    return Corpus(path) if files.at(path).is_dir() else load_prompts(path, field)
 
 
 def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, split: str = "train") -> "Corpus":
@@ -45,7 +48,7 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
     import tensorflow_datasets as tfds  # a second to import
 
     reader = PromptReader(paths, field, split)
-    with storage.new_folder(out, DATASET_INFO) as folder:
+    with files.writing_folder_aside(out, DATASET_INFO) as folder:
         info = tfds.core.DatasetInfo(
             builder=tfds.core.dataset_info.DatasetIdentity(
                 name=NAME, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=__name__
@@ -59,13 +62,13 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
         writer.initialize_splits([SPLIT])
         prompts = iter(tqdm(reader, unit=" prompts", dynamic_ncols=True, disable=None))  # silent where no terminal is
         while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
-            with storage.writing(out):
+            with files.runtime_errors_as_os_errors(out):
                 writer.add_examples({SPLIT: chunk})
         sources = [str(path) for path in paths]
         info.metadata.update(
             fingerprint=reader.fingerprint, dropped=reader.dropped, sources=sources, field=field, split=split
         )
-        with storage.writing(out):
+        with files.runtime_errors_as_os_errors(out):
             writer.close_all()
     return Corpus(out)
 
@@ -81,13 +84,13 @@ class Corpus:
     def __init__(self, folder: PathLike):
         import tensorflow_datasets as tfds  # a second to import
 
-        self._folder = storage.at(folder)
+        self._folder = files.at(folder)
         if not (self._folder / DATASET_INFO).is_file():
             raise FileNotFoundError(f"{folder}: no {DATASET_INFO} in it, expected a folder that data.prepare made")
-        if storage.is_remote(self._folder):
+        if files.is_remote(self._folder):
             self._copy = tempfile.TemporaryDirectory(prefix="tiue-jax-")
             for file in self._folder.iterdir():
-                storage.copy(file, Path(self._copy.name) / file.name)
+                files.copy(file, Path(self._copy.name) / file.name)
             builder = tfds.builder_from_directory(self._copy.name)
         else:
             builder = tfds.builder_from_directory(self._folder)

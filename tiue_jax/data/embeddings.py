@@ -14,19 +14,44 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from tiue_jax.data import storage
+from tiue_jax import files, sharding
 from tiue_jax.data.prompts import PathLike, PromptSource
+from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.weights import pipeline_folder
 
 MANIFEST = "embeddings.json"
 DTYPE = ml_dtypes.bfloat16
 EMBEDDINGS_PER_SHARD = 4096
 
 Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d], an array of any floating dtype
+
+
+def load_encode(folder: Path, batch_size: int) -> Encode:
+    """The text encoder of a pipeline folder, as a function from `batch_size` prompts to float32 [b l d].
+
+    The batch is split over the local devices. Raises ValueError if it does not divide by them, and as
+    pipeline_folder.load_text_encoder.
+    """
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    sharding.check_batch_size(batch_size, mesh)
+    encoder = pipeline_folder.load_text_encoder(folder)
+    tokenize = Tokenizer(folder / "tokenizer", encoder.cfg.max_position_embeddings)
+    params = jax.device_put(encoder.params, sharding.replicated(mesh))
+
+    @jax.jit
+    def run(params: Any, ids: jax.Array) -> jax.Array:
+        return encoder.bind(params)(ids).last_hidden_state
+
+    def encode(prompts: list[str]) -> jax.Array:
+        return run(params, jax.device_put(tokenize(prompts), sharding.batch_sharding(mesh)))
+
+    return encode
 
 
 def make_key(prompts: PromptSource, tokenizer: Path, text_encoder: Path) -> dict[str, str]:
@@ -65,7 +90,7 @@ def write(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    target = storage.at(folder)
+    target = files.at(folder)
     null = _encode(encode, [""], batch_size)
     if (target / MANIFEST).exists():
         manifest = _read_manifest(target)
@@ -76,7 +101,7 @@ def write(
         manifest = {"key": dict(key), "count": len(prompts), "shape": list(null.shape[1:]), "per_shard": per_shard}
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)
-        with storage.new_file(target / MANIFEST) as aside:
+        with files.writing_aside(target / MANIFEST) as aside:
             aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     shards = _shards(target, manifest)
     with tqdm(total=len(prompts), unit=" prompts", dynamic_ncols=True, disable=None) as bar:
@@ -99,7 +124,7 @@ class Embeddings:
     """
 
     def __init__(self, folder: PathLike, key: Mapping[str, str]):
-        folder = storage.at(folder)
+        folder = files.at(folder)
         manifest = _read_manifest(folder)
         _check_key(folder, manifest["key"], key)
         shards = _shards(folder, manifest)
@@ -137,18 +162,18 @@ def _write_shard(
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    with storage.new_file(path) as aside:
-        with storage.writing(path):
+    with files.writing_aside(path) as aside:
+        with files.runtime_errors_as_os_errors(path):
             writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")  # noise does not compress
         own = range(wanted.start, min(wanted.stop, len(prompts)))
         for start in range(own.start, own.stop, batch_size):
             some = prompts.read(range(start, min(start + batch_size, own.stop)))
             embeddings = _encode(encode, some, batch_size)
-            with storage.writing(path):
+            with files.runtime_errors_as_os_errors(path):
                 for embedding in embeddings:
                     writer.write(embedding.tobytes())
             bar.update(len(some))
-        with storage.writing(path):
+        with files.runtime_errors_as_os_errors(path):
             if wanted.stop > len(prompts):
                 writer.write(null[0].tobytes())
             writer.close()
@@ -208,7 +233,7 @@ def _check_key(folder: epath.Path, made_from: Mapping[str, str], now: Mapping[st
 
 
 def _check_room(folder: epath.Path, needed: int) -> None:
-    if storage.is_remote(folder):
+    if files.is_remote(folder):
         return
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if (free := shutil.disk_usage(os.fspath(there)).free) < needed:

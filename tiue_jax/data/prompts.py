@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from tiue_jax.data import storage
+from tiue_jax import files
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 DATASET_INFO = "dataset_info.json"  # by which a folder of tensorflow-datasets is known
@@ -84,7 +84,7 @@ class PromptReader:
     def __init__(self, paths: Sequence[PathLike], field: str | None = None, split: str = "train"):
         if not paths:
             raise ValueError("expected at least one file of prompts, got none")
-        self._paths = [storage.at(path) for path in paths]
+        self._paths = [files.at(path) for path in paths]
         self._field, self._split = field, split
         self._dropped: Counter[str] = Counter()
         self._hash = hashlib.blake2b(digest_size=16)

@@ -1,8 +1,8 @@
-"""Flax modules as pure functions: a graph definition and a pure dict of parameters (architecture.md, "Flax")."""
+"""Flax modules as pure functions: a graph definition and a pure dict of parameters ."""
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ class _Rngs:
 def bind(graphdef: nnx.GraphDef, params: Params) -> Any:
     """The module with these parameters, to call methods on. Cheap enough to do inside every traced function."""
     return nnx.merge(graphdef, params)
+
+
+class Component(NamedTuple):
+    """A model of the pipeline: configuration, graph, parameters."""
+
+    cfg: Any
+    graphdef: nnx.GraphDef
+    params: Params
+
+    def bind(self, params: Params) -> Any:
+        """The module with these parameters, the traced ones inside a compiled function."""
+        return bind(self.graphdef, params)
 
 
 def init(shapes: Params, seed: int) -> Params:

@@ -2,14 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from tiue_jax import hub
-from tiue_jax.components import check_widths, load_schedule, read_config
 from tiue_jax.models.clip import CLIPConfig, CLIPTextConfig
 from tiue_jax.models.presets import PRESETS, Preset
 from tiue_jax.models.tiny_vae import TinyVAEConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
-from tiue_jax.settings import Settings
+from tiue_jax.training.settings import Settings
+from tiue_jax.weights import hub
+from tiue_jax.weights.pipeline_folder import check_widths, load_schedule, read_config
 
 # The published models that L_clip is computed with: their configurations are the classes' defaults.
 _PUBLISHED = {CLIPConfig: "clip-vit-base-patch32", TinyVAEConfig: "taesd"}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tiue_jax import flops
+from tiue_jax.plan import flops
 from tiue_jax.plan.programs import Program
 
 MODES = ("quick", "full")

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiue_jax import components, distill, placement, program, sharding, train_program
-from tiue_jax.export.run import student_config, student_sampling
+from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPModel, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny
@@ -16,7 +15,10 @@ from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.plan import chips
 from tiue_jax.plan.architecture import Architecture
-from tiue_jax.settings import Settings
+from tiue_jax.sampling import text_to_image
+from tiue_jax.training import compiled_step, distill, memory_table
+from tiue_jax.training.settings import Settings, student_config, student_sampling
+from tiue_jax.weights import pipeline_folder
 
 
 class Program(NamedTuple):
@@ -51,7 +53,7 @@ def train(settings: Settings, models: Architecture, topology: str) -> Program:
         clip_features = distill.make_clip_features(vae, clip, size, normalize=normalize)
         batch["clip_input_ids"] = jax.ShapeDtypeStruct((rows, cfg.text_config.max_position_embeddings), jnp.int32)
     shapes = distill.Frozen(**{name: _cast(part, dtype) for name, part in frozen.items()})
-    made = train_program.make(settings, mesh, unet, schedule, shapes, encode_text, clip_features)
+    made = compiled_step.make(settings, mesh, unet, schedule, shapes, encode_text, clip_features)
     key = jax.eval_shape(lambda: jax.random.key(0))
     traced = made.trace(_placed(batch, sharding.batch_sharding(mesh)), _placed(key, sharding.replicated(mesh)))
     return Program(traced, _bytes_by_part(made.state, made.frozen))
@@ -67,15 +69,15 @@ def sampler(settings: Settings, models: Architecture, topology: str) -> Program:
     unet, vae, text, schedule = models.pipeline
     unet = student_config(settings, unet)
     of = {"text_encoder": (CLIPTextModel, text), "unet": (UNet, unet), "vae": (AutoencoderKL, vae)}
-    parts = {name: components.Component(cfg, *functional.abstract(cls, cfg)) for name, (cls, cfg) in of.items()}
-    sample = program.make(parts, schedule, program.Key.of(student_sampling(settings).resolve(schedule)))
+    parts = {name: functional.Component(cfg, *functional.abstract(cls, cfg)) for name, (cls, cfg) in of.items()}
+    sample = text_to_image.make(parts, schedule, text_to_image.Key.of(student_sampling(settings).resolve(schedule)))
     replicated, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     dtype = jnp.dtype(settings.distill.compute_dtype)
     params = {name: _placed(_cast(part.params, dtype), replicated) for name, part in parts.items()}
-    height, width = (side // vae.factor for side in components.image_size(unet, vae))
+    height, width = (side // vae.factor for side in pipeline_folder.image_size(unet, vae))
     on_all = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
     by_row = lambda *shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
-    batch = program.Batch(
+    batch = text_to_image.Batch(
         ids=by_row(text.max_position_embeddings, dtype=jnp.int32),
         null_ids=on_all(1, text.max_position_embeddings, dtype=jnp.int32),
         prompt_ids=by_row(dtype=jnp.uint32),
@@ -98,7 +100,7 @@ def with_choice(settings: Settings, rows: int, fsdp: int, count: int, remat: Any
 
 
 def _bytes_by_part(*trees: Any) -> dict[str, int]:
-    return {part.name: part.bytes_per_device for part in placement.parts(placement.arrays(*trees))}
+    return {part.name: part.bytes_per_device for part in memory_table.parts(memory_table.arrays(*trees))}
 
 
 def _cast(shapes: Any, dtype: Any) -> Any:

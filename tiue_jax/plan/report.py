@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tiue_jax.plan.chips import Chip
 from tiue_jax.plan.measure import Measured
-from tiue_jax.settings import Settings
+from tiue_jax.training.settings import Settings
 
 
 class Cost(NamedTuple):

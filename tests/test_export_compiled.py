@@ -1,0 +1,197 @@
+"""The compiled sampler: the pipeline's pictures, from a folder that runs without this package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import tiny
+from tiue_jax.cli import convert as convert_main
+from tiue_jax.convert import export_compiled
+from tiue_jax.convert.compiled_sampler import Sampler
+from tiue_jax.pipeline import Pipeline
+
+PROMPTS = ["red apple", "pear", "red apple"]
+
+# Samples with the folder's own sampler.py, in a process where neither this package nor flax can be imported.
+ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tiue_jax", "flax", "transformers", "torch"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from sampler import Sampler
+
+np.save(sys.argv[2], Sampler()(["red apple", "pear", "red apple"], seed=5))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    student = {"sampler": "tiue", "num_inference_steps": 2, "timestep_spacing": "trailing"}
+    return Pipeline.from_pretrained(tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "student", student))
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compiled") / "any"
+    export_compiled.export_compiled(pipe, out)
+    return out
+
+
+def test_without_this_package_it_gives_the_pipelines_pictures_bit_for_bit(pipe, folder, tmp_path):
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"compiled.json", "sampler.py", "tokenizer.json", "weights.safetensors"} | {
+        f"sampler.{name}.jax_export" for name in ("cpu", "cuda", "tpu")
+    }
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "compiled.json").stat().st_mode}
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    subprocess.run([sys.executable, "-c", ALONE, elsewhere, tmp_path / "pictures.npy"], check=True)
+    got = np.load(tmp_path / "pictures.npy")
+    np.testing.assert_array_equal(got, pipe(PROMPTS, seed=5))
+    assert len(np.unique(got.reshape(3, -1), axis=0)) == 3
+
+
+def program(folder, platform):
+    return jax.export.deserialize(bytearray((folder / f"sampler.{platform}.jax_export").read_bytes()))
+
+
+def test_it_is_lowered_for_every_platform(folder):
+    assert [program(folder, name).platforms for name in ("cpu", "cuda", "tpu")] == [("cpu",), ("cuda",), ("tpu",)]
+    manifest = json.loads((folder / "compiled.json").read_text())
+    assert manifest["platforms"] == ["cpu", "cuda", "tpu"] and manifest["batch_size"] is None
+    assert manifest["sampling"] == {"sampler": "tiue", "num_inference_steps": 2, "timestep_spacing": "trailing"}
+    names = set(load_file(folder / "weights.safetensors"))
+    assert "vae/decoder/conv_in/kernel" in names and not any(name.startswith("vae/encoder") for name in names)
+
+
+def test_large_pictures_keep_the_attention_kernel_of_tpus(pipe, tmp_path):
+    export_compiled.export_compiled(
+        pipe, tmp_path / "out", height=64, width=64, platforms=["tpu"]
+    )  # 1,024 tokens, any batch
+    assert "tpu_custom_call" in program(tmp_path / "out", "tpu").mlir_module()
+
+
+def test_bfloat16_weights_and_a_tiny_autoencoder(pipe, tmp_path):
+    vae = tiny.write_tiny_vae(tmp_path / "vae")
+    half = Pipeline.from_pretrained(pipe.name, "bfloat16", vae=vae)
+    with jax.numpy_dtype_promotion("standard"):
+        export_compiled.export_compiled(half, tmp_path / "out", batch_size=1, platforms=["cpu"])
+        sampler = Sampler(tmp_path / "out")
+        np.testing.assert_array_equal(sampler(["red"]), half(["red"]))
+    assert set(sampler.manifest["dtype"].values()) == {"bfloat16"}
+    assert {x.dtype.name for x in sampler._weights.values()} == {"bfloat16"}
+
+
+def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe, tmp_path):
+    how = {"sampler": "ddim", "num_inference_steps": 2, "guidance_scale": 3.0}
+    export_compiled.export_compiled(pipe, tmp_path / "two", batch_size=2, height=12, width=20, platforms=["cpu"], **how)
+    sampler = Sampler(tmp_path / "two")
+    size = {"height": 12, "width": 20, "batch_size": 2}
+    np.testing.assert_array_equal(sampler(PROMPTS), pipe(PROMPTS, **how, **size))
+    latents = np.random.default_rng(0).standard_normal((2, 6, 10, 4), np.float32)
+    given = {"latents": latents, "num_images_per_prompt": 2, "guidance_scale": 5.0}
+    np.testing.assert_array_equal(sampler(["red"], **given), pipe(["red"], **{**how, **size, **given}))
+    assert sampler._sample._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompts": []}, r"at least one text, got \[\]"),
+        ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
+        ({"guidance_scale": 2.0}, "compiled without guidance, got 2.0"),
+        (
+            {"latents": np.zeros((1, 4, 8, 8), np.float32)},
+            r"latents must be float32 \[1, 8, 8, 4\], got .*\[1, 4, 8, 8\]",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(folder, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(folder)(**{"prompts": ["red"], **kwargs})
+
+
+def test_a_long_prompt_is_cut_as_the_pipeline_cuts_it(pipe, folder):
+    sampler = Sampler(folder)
+    for prompt in ("red apple pear red", "", "red"):
+        np.testing.assert_array_equal(sampler._tokenize(prompt), pipe.tokenize([prompt])[0])
+
+
+def test_broken_folders_are_named(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    manifest = json.loads((broken / "compiled.json").read_text())
+    (broken / "compiled.json").write_text(json.dumps(manifest | {"platforms": ["tpu"]}))
+    with pytest.raises(ValueError, match="broken: compiled for tpu, got cpu"):
+        Sampler(broken)
+    (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(ValueError, match="compiled.json: format must be 2, got 3"):
+        Sampler(broken)
+    (broken / "compiled.json").write_text(json.dumps(manifest))
+    (broken / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="weights.safetensors: no such file"):
+        Sampler(broken)
+
+
+def test_bad_arguments_of_the_export_write_nothing(pipe, folder, tmp_path):
+    for kwargs, message in (
+        ({"platforms": ["cpu", "metal"]}, r"platforms must be among \['cpu', 'cuda', 'tpu'\], got \['cpu', 'metal'\]"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"height": 15}, "height must be a positive multiple of the VAE's factor 2, got 15"),
+        ({"sampler": "euler"}, "sampler must be among"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_compiled.export_compiled(pipe, tmp_path / "new", **kwargs)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileExistsError, match="any: exists, expected a new folder"):
+        export_compiled.export_compiled(pipe, folder)
+
+
+def test_command_line(pipe, tmp_path, monkeypatch, capsys):
+    run = lambda *args: convert_main.main(["convert", "export-compiled", *map(str, args)])
+    assert run("--model", pipe.name) == 2
+    assert capsys.readouterr().err == "error: --out is missing, see --help\n"
+    out = tmp_path / "out"
+    assert run("--model", pipe.name, "--out", out, "--batch_size", 1, "--platforms", "cpu") == 0
+    assert capsys.readouterr().out.startswith(f"{out}: {pipe.name} for cpu")
+    script, prompts = [sys.executable, str(out / "sampler.py")], ["--prompt", "red", "--prompt", "pear"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    call = lambda *more: subprocess.run([*script, *more], env=env, capture_output=True, text=True)
+    done = call(*prompts, "--out", str(tmp_path / "a.png"), "--no_compile_cache")
+    assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / f"a-{i}.png") for i in (0, 1)]
+    assert not (tmp_path / "caches").exists()
+    assert call(*prompts, "--out", str(tmp_path / "b.png")).returncode == 0
+    assert list((tmp_path / "caches" / "tiue_jax" / "xla").glob("*-cache"))
+    for wrong, message in (
+        (("--seed", "-1"), "seed must be"),
+        (("--out", "picture"), "out must end in .png, got 'picture'"),
+        (("--out", "nowhere/a.png"), "nowhere/a.png: no folder nowhere"),
+    ):
+        failed = call("--prompt", "red", *wrong)
+        assert failed.returncode == 2 and failed.stderr.startswith(f"error: {message}")
+        assert failed.stderr.count("\n") == 1
+
+
+def test_the_command_line_exports_what_the_pipeline_can_do(pipe, tmp_path):
+    out = tmp_path / "out"
+    call = ["convert", "export-compiled", "--model", str(pipe.name), "--out", str(out), "--platforms", "cpu"]
+    how = {"sampler": "faster_diffusion", "num_inference_steps": 3, "timestep_spacing": "trailing"}
+    flags = [f"--{name}={value}" for name, value in how.items()]
+    with jax.numpy_dtype_promotion("standard"):
+        assert convert_main.main([*call, *flags, "--key_steps=0,2", "--vae_dtype=bfloat16", "--vae_tiling"]) == 0
+    manifest = json.loads((out / "compiled.json").read_text())
+    assert manifest["sampling"] == {**how, "guidance_scale": 7.5, "key_steps": [0, 2]}
+    assert manifest["dtype"] == {"text_encoder": "float32", "unet": "float32", "vae": "bfloat16"}

@@ -1,0 +1,65 @@
+"""A command line with `--config RECIPE` and `--config.section.name=value`, read into Settings."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from tiue_jax import recipes
+from tiue_jax.cli.command_line import require
+from tiue_jax.training.settings import Settings
+
+RECIPES = Path(recipes.__file__).parent
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package, which `--config` takes by name."""
+    return sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]) -> Settings:
+    """Parses a command line into `values`, in which the command has defined its flags.
+
+    A config file is Python code, and it is run.
+
+    Args:
+        argv: the command and its arguments.
+        values: gets the flag `config` as well.
+        required: names of flags that must be given.
+
+    Raises:
+        ValueError, OSError: one line on what is wrong with the command line, the config file or a setting.
+    """
+    argv = [_with_recipe_path(argument, before) for before, argument in zip(["", *argv], argv, strict=False)]
+    described = f"a recipe, by name ({', '.join(recipe_names())}) or as a file; it is Python code that is run"
+    config_flags.DEFINE_config_file("config", None, described, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)[1:]
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"config file: {error}") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # all that ml_collections says of one
+        if unknown and isinstance(error, AttributeError | KeyError):
+            raise ValueError(f"command line: no setting {unknown[1]!r} in the config") from error
+        raise ValueError(f"command line: {error}") from error
+    if rest:
+        raise ValueError(f"command line: expected only flags, got {rest}")
+    require(values, *required)
+    file = config_flags.get_config_filename(values["config"])
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no config file at {file}; recipes with a name: {', '.join(recipe_names())}")
+    return Settings.from_config(values.config.to_dict())
+
+
+def _with_recipe_path(argument: str, before: str) -> str:
+    """The argument, with the path of a recipe in place of its name if it is the value of --config."""
+    flag, _, value = argument.rpartition("=")
+    if flag not in ("--config", "-config") and before not in ("--config", "-config"):
+        return argument
+    name, colon, given = (value if flag else argument).partition(":")
+    if name not in recipe_names():
+        return argument
+    path = f"{RECIPES / name}.py{colon}{given}"
+    return f"{flag}={path}" if flag else path

@@ -1,0 +1,42 @@
+"""Makes a prompt corpus, which training reads in random order without holding it in memory.
+
+    tiue data prepare --prompts train_anno.jsonl --field Task2.Caption --out data/journeydb
+    tiue data prepare --prompts coco_captions/2014/1.1.0 --field captions.text --out gs://bucket/coco
+
+Prompts are made unique and NFC-normalised, and empty ones are dropped. The counts of dropped prompts are printed and
+stored in the folder's metadata.json. Then train with --config.data.prompts=data/journeydb.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.data import corpus
+from tiue_jax.data.prompts import describe
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. SystemExit after --help (0) and on a wrong argument (2)."""
+    parser = argparse.ArgumentParser(
+        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = "text with a prompt a line; JSON lines; a folder that tensorflow-datasets prepared"
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
+    parser.add_argument("--field", help="path to the prompt, with dots, for the latter two: Task2.Caption")
+    parser.add_argument("--split", default="train", help="of a tensorflow-datasets folder (default: %(default)s)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder, on this disk or gs://")
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 0, 2 after one line on stderr about what was wrong, 130 after Ctrl-C."""
+    args = parse(argv)
+    try:
+        made = corpus.write(args.prompts, args.out, args.field, args.split)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        print_error(error)
+        return BAD_INPUT
+    print(f"{args.out}: {len(made):,} prompts{describe(made.dropped)}")
+    return 0

@@ -1,0 +1,1 @@
+"""Samplers: their registry, their settings, and the one compiled function from token ids to images."""

@@ -1,0 +1,106 @@
+"""The folder that a run works in: on a disk that all its hosts share, or in a bucket (gs://)."""
+
+import fcntl
+import os
+import secrets
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import jax
+
+from tiue_jax import files
+from tiue_jax.training import distributed
+from tiue_jax.weights.pipeline_folder import MODEL_INDEX
+
+SEEN_WITHIN_SECONDS = 60  # for so long a network file system may remember that a folder was not there
+
+
+class Workdir:
+    """A run's folder; a context manager that publishes what is left at the end.
+
+    Attributes:
+        path: the folder. All processes write checkpoints there.
+        local: where process 0 writes everything else: the folder itself, or for a bucket a temporary one, of which
+            `publish` copies to the bucket what is new.
+
+    Raises:
+        ValueError: a bucket, and the package that reads it is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = files.at(path)
+        self._aside = tempfile.TemporaryDirectory(prefix="tiue-jax-run-") if files.is_remote(self.path) else None
+        self.local = Path(self._aside.name) if self._aside else Path(self.path)
+        self._locked: int | None = None
+        self._published: dict[Path, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.publish()
+        if self._aside:
+            self._aside.cleanup()
+        if self._locked is not None:
+            os.close(self._locked)
+
+    def claim(self) -> None:
+        """All processes of this run share the folder, and no other run takes it until this one ends.
+
+        Another run would clear away what is being saved. Buckets have no locks against that. All processes must call
+        it.
+
+        Raises:
+            OSError: another run works in it, or it cannot be written.
+            DisagreementError: it is not the folder of process 0; on all processes.
+        """
+        if jax.process_index() == 0 and self._aside is None:
+            self._lock()
+        if jax.process_count() > 1:
+            self._check_shared()
+
+    def _lock(self) -> None:
+        self.local.mkdir(parents=True, exist_ok=True)
+        self._locked = os.open(self.local / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another run works in this folder", str(self.local)) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _check_shared(self) -> None:
+        mark = f".shared-{secrets.token_hex(8)}"
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / mark).write_text("All processes of a run look for this file.")
+        try:
+            mark = distributed.gather(mark)[0]
+            until = time.monotonic() + SEEN_WITHIN_SECONDS
+            while not (seen := (self.path / mark).exists()) and time.monotonic() < until:
+                time.sleep(1)
+            looked = distributed.gather([str(self.path if self._aside else self.local.absolute()), seen])
+        finally:
+            if jax.process_index() == 0:
+                (self.path / mark).unlink()
+        if apart := [f"process {i} in {folder}" for i, (folder, seen) in enumerate(looked) if not seen]:
+            raise distributed.DisagreementError(
+                f"expected a run's folder that all processes share, got {mark} written by process 0 in {looked[0][0]} "
+                f"and not found by {', '.join(apart)}"
+            )
+
+    def publish(self) -> None:
+        """Copies new and changed files to the bucket; of a model's folder its index, which makes it one, last."""
+        if self._aside is None or jax.process_index() > 0:
+            return
+        found = [file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(".tmp")]
+        for file in sorted(found, key=lambda file: file.name == MODEL_INDEX):
+            about = file.stat()
+            version = about.st_mtime_ns, about.st_size
+            if self._published.get(file) != version:
+                target = self.path / file.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.copy(file, target)
+                self._published[file] = version

