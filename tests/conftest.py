@@ -1,14 +1,21 @@
-"""Settings of every test: CPU, no implicit promotion of dtypes or ranks, and parity tests only where torch is."""
+"""Settings of every test: CPU, no implicit promotion of dtypes or ranks, and parity tests only if torch is installed."""
 
 import importlib.util
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the command-line tests' subprocesses as well
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or the command lines would fill the user's
-# the tests compile much and compute little, so code that is cheap to compile is the quicker
+# The tests compile much and compute little: prefer code that is cheap to compile.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
+# All processes of one run of the tests share compiled programs, in a folder that is removed at the end.
+COMPILED = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="tiue-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 
@@ -23,3 +30,8 @@ def pytest_terminal_summary(terminalreporter):
     if NO_TORCH:
         message = "tests/parity was left out: torch is not installed (requirements-test.txt has it for Python 3.11)"
         terminalreporter.write_line(message, yellow=True)
+
+
+def pytest_unconfigure():
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
