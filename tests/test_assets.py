@@ -43,7 +43,7 @@ def test_the_student_has_its_own_unet_and_its_teachers_other_parts():
 
 def test_the_tiny_clip_reads_the_same_text_as_the_pipelines():
     folder = hub.ASSETS / "emoji-clip"
-    cfg = CLIPConfig.from_dict(model_folder.read_config(folder))
+    cfg = CLIPConfig.from_dict(model_folder.read_config_dict(folder))
     graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
     clip = functional.bind(graphdef, model_folder.load(folder, shapes))
     pipeline = Pipeline.from_pretrained("emoji")

@@ -22,9 +22,9 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights import hub
-from tiue_jax.weights.pipeline_folder import PARTS
+from tiue_jax.weights.layout import PARTS
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_everything_in_an_exported_folder(workdir, tmp_path):
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
 def test_half_precision_is_rounded_once(workdir, tmp_path, dtype, numpy_dtype):
     assert command("--checkpoint", workdir, "--out", tmp_path / "student", "--dtype", dtype) == 0
-    stored = load_file(tmp_path / "student" / WEIGHTS)
+    stored = load_file(tmp_path / "student" / UNET_FILE)
     assert {x.dtype for x in stored.values()} == {np.dtype(numpy_dtype)}
     expected = weights("ema", 2)["conv_in"]["kernel"].astype(numpy_dtype)
     np.testing.assert_array_equal(stored["conv_in.weight"].transpose(2, 3, 1, 0), expected)
@@ -118,13 +118,13 @@ def test_the_model_card(workdir, teacher, tmp_path):
     ],
 )
 def test_the_cards_base_model_is_a_repository_of_the_hub(name, repository, licence):
-    text = card.card(export._base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
+    text = card.card(card.find_base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
     meta = ModelCard(text).data.to_dict()
     assert (meta.get("base_model"), meta["license"]) == (repository, licence)
 
 
 def test_the_licences_of_the_known_models_have_their_identifiers():
-    assert {model.licence for model in hub.MODELS.values()} == set(card._LICENCES)
+    assert {model.licence for model in hub.MODELS.values()} == set(card.HUB_LICENCES)
 
 
 def test_a_shipped_students_links_become_files(tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_a_shipped_students_links_become_files(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'copy'}: the pipeline emoji-tiue in float16\n"
     assert not [path for path in (tmp_path / "copy").rglob("*") if path.is_symlink()]
     shipped, copied = files(hub.ASSETS / "emoji-tiue"), files(tmp_path / "copy")
-    for name in (WEIGHTS, "tiue_config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"):
+    for name in (UNET_FILE, "tiue_config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"):
         path = hub.ASSETS / "emoji-tiue" / name
         assert copied[name] == path.read_bytes()
     assert set(shipped) <= set(copied) and "pipeline.py" in copied
@@ -170,7 +170,7 @@ def test_an_existing_folder_is_overwritten_only_when_told(workdir, tmp_path, cap
     assert command(*argv, "--overwrite") == 0
     after = files(out)
     assert after.keys() == before.keys() - {"lora_teacher/stale"}
-    assert after["picture.png"] == b"mine" and after[".git/HEAD"] == b"ref" and after[WEIGHTS] != before[WEIGHTS]
+    assert after["picture.png"] == b"mine" and after[".git/HEAD"] == b"ref" and after[UNET_FILE] != before[UNET_FILE]
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
@@ -234,8 +234,14 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tm
         (["export", "--checkpoint", "{run}", "--out", "x", "--foo"], "foo"),
         (["export", "--checkpoint", "./nowhere", "--out", "x"], "unknown model './nowhere'"),
         (["export", "--checkpoint", "{run}/checkpoints", "--out", "x"], "expected a pipeline or a run's folder"),
-        (["export", "--checkpoint", "emoji", "--out", "x", "--step", "1"], "--step is for a run of train.py"),
-        (["export", "--checkpoint", "emoji", "--out", "x", "--lora"], "--lora is for a run of train.py"),
+        (
+            ["export", "--checkpoint", "emoji", "--out", "x", "--step", "1"],
+            "--step is for the folder of a training run, got --checkpoint=emoji",
+        ),
+        (
+            ["export", "--checkpoint", "emoji", "--out", "x", "--lora"],
+            "--lora is for the folder of a training run, got --checkpoint=emoji",
+        ),
     ],
 )
 def test_bad_command_lines(workdir, tmp_path, monkeypatch, capsys, argv, message):
@@ -274,7 +280,7 @@ def test_verify_without_pytorch_says_what_to_install_before_any_work(workdir, tm
 
 def test_help(capsys):
     assert main(["convert", "--help"]) == 0
-    assert "export: a run's student" in capsys.readouterr().out
+    assert "write a student or a pipeline as a folder for diffusers" in capsys.readouterr().out
     assert main(["convert", "export", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--checkpoint" in text and "EMA weights by default" in text
+    assert "--checkpoint" in text and "by default with the EMA weights" in text and "(default: ema)" in text

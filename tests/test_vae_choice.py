@@ -15,7 +15,7 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import samplers
 from tiue_jax.weights import model_folder
-from tiue_jax.weights.pipeline_folder import SD_SCALING_FACTOR
+from tiue_jax.weights.vae_choice import SD_SCALING_FACTOR
 
 STUDENT = {"sampler": "tiue", "num_inference_steps": 1}
 
