@@ -26,15 +26,23 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], descr
     """
     values = flags.FlagValues()
     define(values)
-    names = list(values)  # without absl's own flags, which parsing adds
+    described = describe_flags(values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     rest = values(list(argv))[1:]
     if values.help:
-        print("\n".join([description.rstrip(), "", "Flags:", *(_describe(values[name]) for name in names)]))
+        print(f"{description.rstrip()}\n\n{described}")
         return None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: write flags as --name=value, texts with spaces in quotes")
     return values
+
+
+def describe_flags(values: flags.FlagValues) -> str:
+    """Help on the flags of a command, in the order of their definition: values, help text and default.
+
+    Call it before the command line is parsed, since parsing adds flags of absl.
+    """
+    return "\n".join(["Flags:", *(_describe(values[name]) for name in values)])
 
 
 def _describe(flag: flags.Flag) -> str:
