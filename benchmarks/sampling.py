@@ -74,7 +74,7 @@ class Shape(NamedTuple):
 def shape(name: str) -> Shape:
     if name == "emoji":
         folder = resolve("emoji-tiue")
-        read = lambda part: model_folder.read_config(folder / part)
+        read = lambda part: model_folder.read_config_dict(folder / part)
         return Shape(UNetConfig.from_dict(read("unet")), VAEConfig.from_dict(read("vae")))
     if name == "reduced":
         unet = dataclasses.replace(

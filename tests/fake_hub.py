@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, as much of it as downloads need: repositories are dicts of files."""
+"""A Hugging Face hub on this machine, with the parts that downloads need. Repositories are dicts of files."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,14 @@ _CONSTANTS = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB
 
 
 class FakeHub:
-    """`repositories` maps owner/name to its files; `gated` ones show their files and give none; `served` lists the
-    files that were given; `corrupt` are given with other bytes than their hash says."""
+    """The content of the hub, and the files that were downloaded.
+
+    Attributes:
+        repositories: the files of each repository, by owner/name.
+        gated: repositories that list their files but refuse to serve them.
+        corrupt: files that are served with bytes that do not fit their hash.
+        served: the files that were served, in order.
+    """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
         self.repositories = repositories
@@ -27,6 +33,7 @@ class FakeHub:
         self.served: list[str] = []
 
     def listing(self, repository: str) -> dict:
+        """The description of a repository, with all files and their hashes."""
         siblings = []
         for name, content in self.repositories[repository].items():
             entry = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
@@ -38,7 +45,7 @@ class FakeHub:
         return {"id": repository, "sha": COMMIT, "siblings": siblings, "cardData": card, "tags": [], "private": False}
 
     def tree(self, repository: str) -> list[dict]:
-        """The same as the newer interface tells it."""
+        """The listing in the form of the hub's newer interface."""
         entries = []
         for file in self.listing(repository)["siblings"]:
             entry = {"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]}
@@ -48,6 +55,7 @@ class FakeHub:
         return entries
 
     def content(self, repository: str, name: str) -> bytes:
+        """The bytes of a file as they are served."""
         content = self.repositories[repository][name]
         return content[::-1] if name in self.corrupt else content
 
@@ -101,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(cache: Path, repositories: dict[str, dict[str, bytes]]) -> Iterator[FakeHub]:
-    """huggingface_hub talks to this hub, and keeps what it downloads in `cache`."""
+    """Runs the hub. huggingface_hub talks to it, and downloads to `cache`."""
     hub = FakeHub(repositories)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

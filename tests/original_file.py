@@ -13,7 +13,7 @@ UNET_MODULES, VAE_MODULES = original_names.unet_modules(tiny.UNET), original_nam
 
 
 def renamed(tensors: dict[str, np.ndarray], modules: dict[str, str], prefix: str) -> dict[str, np.ndarray]:
-    """Tensors in diffusers' names under the original ones. The parity tests show that diffusers reads those too."""
+    """Translates diffusers' names to the original names. The parity tests show that diffusers reads the result."""
     found = {}
     for name, tensor in tensors.items():
         module = max((m for m in modules if name.startswith(f"{m}.")), key=len)
@@ -22,27 +22,26 @@ def renamed(tensors: dict[str, np.ndarray], modules: dict[str, str], prefix: str
 
 
 def open_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    """A text encoder as OpenCLIP has it: fused projections, a layer more, and what its loss uses."""
-    at = lambda name: tensors[f"text_model.{name}"]
-    embeddings = "embeddings.{}_embedding.weight"
+    """A text encoder in OpenCLIP's layout: fused projections, one more layer, and the tensors of the loss."""
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     found = {
-        "positional_embedding": at(embeddings.format("position")),
-        "token_embedding.weight": at(embeddings.format("token")),
+        "positional_embedding": tensors["embeddings.position_embedding.weight"],
+        "token_embedding.weight": tensors["embeddings.token_embedding.weight"],
     }
     for kind in ("weight", "bias"):
-        found[f"ln_final.{kind}"] = at(f"final_layer_norm.{kind}")
+        found[f"ln_final.{kind}"] = tensors[f"final_layer_norm.{kind}"]
         for i in range(layers):
             ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
-            fused = [at(f"{ours}.self_attn.{which}_proj.{kind}") for which in "qkv"]
+            fused = [tensors[f"{ours}.self_attn.{which}_proj.{kind}"] for which in "qkv"]
             found[f"{theirs}.attn.in_proj_{kind}"] = np.concatenate(fused)
-            found[f"{theirs}.attn.out_proj.{kind}"] = at(f"{ours}.self_attn.out_proj.{kind}")
+            found[f"{theirs}.attn.out_proj.{kind}"] = tensors[f"{ours}.self_attn.out_proj.{kind}"]
             for a, b in (
                 ("ln_1", "layer_norm1"),
                 ("ln_2", "layer_norm2"),
                 ("mlp.c_fc", "mlp.fc1"),
                 ("mlp.c_proj", "mlp.fc2"),
             ):
-                found[f"{theirs}.{a}.{kind}"] = at(f"{ours}.{b}.{kind}")
+                found[f"{theirs}.{a}.{kind}"] = tensors[f"{ours}.{b}.{kind}"]
     last = f"resblocks.{layers - 1}."
     found |= {name.replace(last, f"resblocks.{layers}."): x + 1 for name, x in found.items() if last in name}
     width = found["ln_final.bias"].shape[0]
@@ -51,7 +50,7 @@ def open_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarr
 
 
 def tensors_of(folder: Path, sd2: bool = False) -> dict[str, np.ndarray]:
-    """All tensors of the file: SD 1.x's layout, or SD 2.x's."""
+    """All tensors of the file of a pipeline folder: SD 1.x's layout, or SD 2.x's."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = load_file(folder / "text_encoder" / "model.safetensors")
     single = renamed(unet, UNET_MODULES, original_names.UNET)
@@ -70,5 +69,6 @@ def tensors_of(folder: Path, sd2: bool = False) -> dict[str, np.ndarray]:
 
 
 def write(folder: Path, path: Path, sd2: bool = False) -> Path:
+    """Writes the file of a pipeline folder: SD 1.x's layout, or SD 2.x's."""
     save_file(tensors_of(folder, sd2), path)
     return path

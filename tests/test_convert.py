@@ -10,13 +10,14 @@ from safetensors.numpy import load_file, save_file
 
 from tiue_jax.models import functional, layers
 from tiue_jax.weights import model_folder
+from tiue_jax.weights.names import insert, leaves
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
 
 class Everything(nnx.Module):
-    """One of each kind of leaf that the models have, in lists and out of them."""
+    """One leaf of each kind that the models have, inside and outside of lists."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.conv = layers.conv2d(3, 4, rngs=rngs)
@@ -35,12 +36,10 @@ def shapes():
 
 def random_like(tree, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    fill = lambda node: (
-        {key: fill(value) for key, value in node.items()}
-        if isinstance(node, dict)
-        else np.asarray(rng.standard_normal(node.shape)).astype(dtype)
-    )
-    return fill(tree)
+    params = {}
+    for path, leaf in leaves(tree):
+        insert(params, path, np.asarray(rng.standard_normal(leaf.shape)).astype(dtype))
+    return params
 
 
 def assert_same(a, b):
@@ -85,7 +84,7 @@ def test_import_export_import_is_bit_exact(tmp_path, shapes, dtype, prefix):
 def test_names_layouts_and_metadata_are_torchs(tmp_path, shapes):
     params = random_like(shapes)
     model_folder.save(tmp_path, params, {"width": 8}, filename=TRANSFORMERS_WEIGHTS, prefix="p.")
-    assert model_folder.read_config(tmp_path) == {"width": 8}
+    assert model_folder.read_config_dict(tmp_path) == {"width": 8}
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
     tensors = load_file(tmp_path / "model.safetensors")
@@ -181,7 +180,7 @@ def test_a_1x1_convolution_is_no_linear_layer(folder, shapes):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_named(folder, shapes, value):
-    rewrite(folder, lambda x: x["norm.bias"].__setitem__(0, value))
+    rewrite(folder, lambda x: x.update({"norm.bias": np.full(8, value, np.float32)}))
     with pytest.raises(ValueError, match="1 with values not finite in float32: norm.bias$"):
         model_folder.load(folder, shapes)
 
@@ -258,11 +257,11 @@ def test_missing_folder_weights_and_config_are_named(tmp_path, shapes):
     with pytest.raises(FileNotFoundError, match="pickles are not read"):
         model_folder.load(tmp_path, shapes)
     with pytest.raises(FileNotFoundError, match="config.json: no such file"):
-        model_folder.read_config(tmp_path)
+        model_folder.read_config_dict(tmp_path)
     for content in ("{", "[]", b"\xff{}"):
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match="config.json: "):
-            model_folder.read_config(tmp_path)
+            model_folder.read_config_dict(tmp_path)
 
 
 def test_failed_save_leaves_the_old_files(folder, shapes, monkeypatch):

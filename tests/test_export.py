@@ -1,4 +1,4 @@
-"""Exports without PyTorch: what a folder holds, that it appears whole or not at all, and the command line."""
+"""Exports without PyTorch: the content of a folder, which appears whole or not at all, and the command line."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights import hub
-from tiue_jax.weights.pipeline_folder import PARTS
+from tiue_jax.weights.layout import PARTS
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,14 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def workdir(teacher, tmp_path_factory):
     return finished_run.write(tmp_path_factory.mktemp("runs") / "x", teacher)
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    """The first checkpoint of the run, exported. Tests copy it before they change it."""
+    out = tmp_path_factory.mktemp("exported") / "student"
+    export.export_run(workdir, out, step=1, weights="params", lora_teacher=True)
+    return out
 
 
 def command(*argv: object) -> int:
@@ -61,34 +69,32 @@ def test_a_runs_student_is_exported_bit_for_bit(workdir, teacher, tmp_path, caps
     assert sorted(path.name for path in out.parent.iterdir()) == ["student"]
 
 
-def test_everything_in_an_exported_folder(workdir, tmp_path):
-    export.export_run(workdir, tmp_path / "student", lora_teacher=True)
+def test_everything_in_an_exported_folder(exported):
     names = {*PARTS, "model_index.json", "tiue_config.json", "README.md", "pipeline.py", "lora_teacher"}
-    assert {path.name for path in (tmp_path / "student").iterdir()} == names
+    assert {path.name for path in exported.iterdir()} == names
     sampler = Path(export.__file__).with_name("torch_pipeline.py")
-    assert (tmp_path / "student" / "pipeline.py").read_bytes() == sampler.read_bytes()
-    scheduler = json.loads((tmp_path / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert (exported / "pipeline.py").read_bytes() == sampler.read_bytes()
+    scheduler = json.loads((exported / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["_tiue"] == {"num_inference_steps": 3, "timestep_spacing": "trailing"}
     assert Schedule.from_dict(scheduler) == Schedule()
-    adapters = lora.load(tmp_path / "student" / "lora_teacher", weights("lora", 2))
-    jax.tree.map(np.testing.assert_array_equal, adapters, weights("lora", 2))
+    adapters = lora.load(exported / "lora_teacher", weights("lora", 1))
+    jax.tree.map(np.testing.assert_array_equal, adapters, weights("lora", 1))
 
 
 @pytest.mark.parametrize(("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
 def test_half_precision_is_rounded_once(workdir, tmp_path, dtype, numpy_dtype):
     assert command("--checkpoint", workdir, "--out", tmp_path / "student", "--dtype", dtype) == 0
-    stored = load_file(tmp_path / "student" / WEIGHTS)
+    stored = load_file(tmp_path / "student" / UNET_FILE)
     assert {x.dtype for x in stored.values()} == {np.dtype(numpy_dtype)}
     expected = weights("ema", 2)["conv_in"]["kernel"].astype(numpy_dtype)
     np.testing.assert_array_equal(stored["conv_in.weight"].transpose(2, 3, 1, 0), expected)
 
 
-def test_the_model_card(workdir, teacher, tmp_path):
-    export.export_run(workdir, tmp_path / "student", step=1, weights="params", lora_teacher=True)
-    text = (tmp_path / "student" / "README.md").read_text()
+def test_the_model_card(workdir, teacher, exported):
+    text = (exported / "README.md").read_text()
     meta = ModelCard(text).data.to_dict()
     assert (meta["library_name"], meta["pipeline_tag"], meta["license"]) == ("diffusers", "text-to-image", "other")
-    assert "base_model" not in meta  # the teacher is on this disk, and the hub takes only its own names
+    assert "base_model" not in meta  # the teacher is a folder, and the hub accepts only names of its repositories
     for line in (
         f"| teacher | `{teacher}` |",
         "| decoder passes, K | 3 |",
@@ -118,13 +124,13 @@ def test_the_model_card(workdir, teacher, tmp_path):
     ],
 )
 def test_the_cards_base_model_is_a_repository_of_the_hub(name, repository, licence):
-    text = card.card(export._base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
+    text = card.card(card.find_base(name), Schedule(), Sampling("tiue"), (512, 512), "float16")
     meta = ModelCard(text).data.to_dict()
     assert (meta.get("base_model"), meta["license"]) == (repository, licence)
 
 
 def test_the_licences_of_the_known_models_have_their_identifiers():
-    assert {model.licence for model in hub.MODELS.values()} == set(card._LICENCES)
+    assert {model.licence for model in hub.MODELS.values()} == set(card.HUB_LICENCES)
 
 
 def test_a_shipped_students_links_become_files(tmp_path, capsys):
@@ -132,7 +138,7 @@ def test_a_shipped_students_links_become_files(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'copy'}: the pipeline emoji-tiue in float16\n"
     assert not [path for path in (tmp_path / "copy").rglob("*") if path.is_symlink()]
     shipped, copied = files(hub.ASSETS / "emoji-tiue"), files(tmp_path / "copy")
-    for name in (WEIGHTS, "tiue_config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"):
+    for name in (UNET_FILE, "tiue_config.json", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"):
         path = hub.ASSETS / "emoji-tiue" / name
         assert copied[name] == path.read_bytes()
     assert set(shipped) <= set(copied) and "pipeline.py" in copied
@@ -155,33 +161,30 @@ def test_weights_are_readable_by_whom_the_umask_lets(workdir, tmp_path):
     assert modes == {0o640} and (tmp_path / "student").stat().st_mode & 0o777 == 0o750
 
 
-def test_an_existing_folder_is_overwritten_only_when_told(workdir, tmp_path, capsys):
-    out = tmp_path / "student"
+def test_an_existing_folder_is_overwritten_only_with_the_flag(workdir, exported, tmp_path, capsys):
+    out = shutil.copytree(exported, tmp_path / "student")
     argv = "--checkpoint", workdir, "--out", out
-    assert command(*argv, "--step", 1) == 0
-    (out / "picture.png").write_text("mine")
+    (out / "image.png").write_text("mine")
     (out / ".git").mkdir()
     (out / ".git" / "HEAD").write_text("ref")
-    (out / "lora_teacher").mkdir()
-    (out / "lora_teacher" / "stale").touch()
     before = files(out)
     assert command(*argv) == 2
     assert "exists, expected a new folder" in capsys.readouterr().err and files(out) == before
     assert command(*argv, "--overwrite") == 0
     after = files(out)
-    assert after.keys() == before.keys() - {"lora_teacher/stale"}
-    assert after["picture.png"] == b"mine" and after[".git/HEAD"] == b"ref" and after[WEIGHTS] != before[WEIGHTS]
+    assert after.keys() == before.keys() - {"lora_teacher/pytorch_lora_weights.safetensors"}
+    assert after["image.png"] == b"mine" and after[".git/HEAD"] == b"ref" and after[UNET_FILE] != before[UNET_FILE]
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
-def test_a_link_to_a_folder_stays_a_link(workdir, tmp_path):
-    export.export_run(workdir, tmp_path / "real", step=1)
+def test_a_link_to_a_folder_stays_a_link(workdir, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     export.export_run(workdir, tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink() and "| training steps | 2 |" in (tmp_path / "real/README.md").read_text()
 
 
-def test_what_is_no_pipeline_is_never_overwritten(workdir, tmp_path, capsys):
+def test_a_folder_that_is_no_pipeline_is_never_overwritten(workdir, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.png").touch()
     (tmp_path / "file").touch()
@@ -191,9 +194,8 @@ def test_what_is_no_pipeline_is_never_overwritten(workdir, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.png"]
 
 
-def test_an_export_that_fails_leaves_nothing_new(workdir, teacher, tmp_path, capsys):
-    good, out = tmp_path / "good", tmp_path / "out"
-    export.export_run(workdir, good, step=1)
+def test_an_export_that_fails_leaves_nothing_new(exported, teacher, tmp_path, capsys):
+    good, out = shutil.copytree(exported, tmp_path / "good"), tmp_path / "out"
     before = files(good)
     broken = shutil.copytree(teacher, tmp_path / "broken")
     vae = broken / "vae" / "diffusion_pytorch_model.safetensors"
@@ -205,8 +207,8 @@ def test_an_export_that_fails_leaves_nothing_new(workdir, teacher, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "good"]
 
 
-def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tmp_path, monkeypatch):
-    export.export_run(workdir, tmp_path / "student", step=1)
+def test_the_old_folder_comes_back_if_the_new_one_cannot_be_moved(workdir, exported, tmp_path, monkeypatch):
+    shutil.copytree(exported, tmp_path / "student")
     before, rename = files(tmp_path / "student"), Path.rename
 
     def fail_for_the_new(self, target):
@@ -234,8 +236,14 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(workdir, tm
         (["export", "--checkpoint", "{run}", "--out", "x", "--foo"], "foo"),
         (["export", "--checkpoint", "./nowhere", "--out", "x"], "unknown model './nowhere'"),
         (["export", "--checkpoint", "{run}/checkpoints", "--out", "x"], "expected a pipeline or a run's folder"),
-        (["export", "--checkpoint", "emoji", "--out", "x", "--step", "1"], "--step is for a run of train.py"),
-        (["export", "--checkpoint", "emoji", "--out", "x", "--lora"], "--lora is for a run of train.py"),
+        (
+            ["export", "--checkpoint", "emoji", "--out", "x", "--step", "1"],
+            "--step is for the folder of a training run, got --checkpoint=emoji",
+        ),
+        (
+            ["export", "--checkpoint", "emoji", "--out", "x", "--lora"],
+            "--lora is for the folder of a training run, got --checkpoint=emoji",
+        ),
     ],
 )
 def test_bad_command_lines(workdir, tmp_path, monkeypatch, capsys, argv, message):
@@ -274,7 +282,7 @@ def test_verify_without_pytorch_says_what_to_install_before_any_work(workdir, tm
 
 def test_help(capsys):
     assert main(["convert", "--help"]) == 0
-    assert "export: a run's student" in capsys.readouterr().out
+    assert "write a student or a pipeline as a folder for diffusers" in capsys.readouterr().out
     assert main(["convert", "export", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--checkpoint" in text and "EMA weights by default" in text
+    assert "--checkpoint" in text and "by default with the EMA weights" in text and "(default: ema)" in text

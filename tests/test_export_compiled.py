@@ -1,6 +1,8 @@
-"""The compiled sampler: the pipeline's pictures, from a folder that runs without this package."""
+"""The compiled sampler makes the images of the pipeline, from a folder that runs without this package."""
 
+import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,30 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests import tiny
+from tests import devices, tiny
+from tests.programs.run_compiled_sampler import PROMPTS, SEED
 from tiue_jax.cli import convert as convert_main
 from tiue_jax.convert import export_compiled
 from tiue_jax.convert.compiled_sampler import Sampler
 from tiue_jax.pipeline import Pipeline
-
-PROMPTS = ["red apple", "pear", "red apple"]
-
-# Samples with the folder's own sampler.py, in a process where neither this package nor flax can be imported.
-ALONE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tiue_jax", "flax", "transformers", "torch"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from sampler import Sampler
-
-np.save(sys.argv[2], Sampler()(["red apple", "pear", "red apple"], seed=5))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +34,17 @@ def folder(pipe, tmp_path_factory):
     return out
 
 
-def test_without_this_package_it_gives_the_pipelines_pictures_bit_for_bit(pipe, folder, tmp_path):
+def test_without_this_package_it_gives_the_pipelines_images_bit_for_bit(pipe, folder, tmp_path):
     files = {path.name for path in folder.iterdir()}
     assert files == {"compiled.json", "sampler.py", "tokenizer.json", "weights.safetensors"} | {
         f"sampler.{name}.jax_export" for name in ("cpu", "cuda", "tpu")
     }
     assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "compiled.json").stat().st_mode}
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
-    subprocess.run([sys.executable, "-c", ALONE, elsewhere, tmp_path / "pictures.npy"], check=True)
-    got = np.load(tmp_path / "pictures.npy")
-    np.testing.assert_array_equal(got, pipe(PROMPTS, seed=5))
+    program = [sys.executable, "-m", "tests.programs.run_compiled_sampler", elsewhere, tmp_path / "images.npy"]
+    subprocess.run(program, check=True, cwd=devices.ROOT)
+    got = np.load(tmp_path / "images.npy")
+    np.testing.assert_array_equal(got, pipe(PROMPTS, seed=SEED))
     assert len(np.unique(got.reshape(3, -1), axis=0)) == 3
 
 
@@ -76,10 +61,9 @@ def test_it_is_lowered_for_every_platform(folder):
     assert "vae/decoder/conv_in/kernel" in names and not any(name.startswith("vae/encoder") for name in names)
 
 
-def test_large_pictures_keep_the_attention_kernel_of_tpus(pipe, tmp_path):
-    export_compiled.export_compiled(
-        pipe, tmp_path / "out", height=64, width=64, platforms=["tpu"]
-    )  # 1,024 tokens, any batch
+def test_large_images_keep_the_attention_kernel_of_tpus(pipe, tmp_path):
+    # 1,024 tokens, any batch
+    export_compiled.export_compiled(pipe, tmp_path / "out", height=64, width=64, platforms=["tpu"])
     assert "tpu_custom_call" in program(tmp_path / "out", "tpu").mlir_module()
 
 
@@ -91,19 +75,25 @@ def test_bfloat16_weights_and_a_tiny_autoencoder(pipe, tmp_path):
         sampler = Sampler(tmp_path / "out")
         np.testing.assert_array_equal(sampler(["red"]), half(["red"]))
     assert set(sampler.manifest["dtype"].values()) == {"bfloat16"}
-    assert {x.dtype.name for x in sampler._weights.values()} == {"bfloat16"}
+    assert {x.dtype.name for x in load_file(tmp_path / "out" / "weights.safetensors").values()} == {"bfloat16"}
 
 
-def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe, tmp_path):
+def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe, tmp_path, caplog):
     how = {"sampler": "ddim", "num_inference_steps": 2, "guidance_scale": 3.0}
     export_compiled.export_compiled(pipe, tmp_path / "two", batch_size=2, height=12, width=20, platforms=["cpu"], **how)
     sampler = Sampler(tmp_path / "two")
     size = {"height": 12, "width": 20, "batch_size": 2}
-    np.testing.assert_array_equal(sampler(PROMPTS), pipe(PROMPTS, **how, **size))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        got = sampler(PROMPTS)
+    assert "Compiling" in caplog.text
+    np.testing.assert_array_equal(got, pipe(PROMPTS, **how, **size))
     latents = np.random.default_rng(0).standard_normal((2, 6, 10, 4), np.float32)
     given = {"latents": latents, "num_images_per_prompt": 2, "guidance_scale": 5.0}
-    np.testing.assert_array_equal(sampler(["red"], **given), pipe(["red"], **{**how, **size, **given}))
-    assert sampler._sample._cache_size() == 1
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        got = sampler(["red"], **given)
+    assert "Compiling" not in caplog.text
+    np.testing.assert_array_equal(got, pipe(["red"], **{**how, **size, **given}))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +117,7 @@ def test_wrong_arguments_are_named(folder, kwargs, message):
 def test_a_long_prompt_is_cut_as_the_pipeline_cuts_it(pipe, folder):
     sampler = Sampler(folder)
     for prompt in ("red apple pear red", "", "red"):
-        np.testing.assert_array_equal(sampler._tokenize(prompt), pipe.tokenize([prompt])[0])
+        np.testing.assert_array_equal(sampler.tokenize(prompt), pipe.tokenize([prompt])[0])
 
 
 def test_broken_folders_are_named(folder, tmp_path):
@@ -159,30 +149,41 @@ def test_bad_arguments_of_the_export_write_nothing(pipe, folder, tmp_path):
         export_compiled.export_compiled(pipe, folder)
 
 
-def test_command_line(pipe, tmp_path, monkeypatch, capsys):
-    run = lambda *args: convert_main.main(["convert", "export-compiled", *map(str, args)])
-    assert run("--model", pipe.name) == 2
+def test_command_line(pipe, tmp_path, capsys):
+    command, out = ["convert", "export-compiled", "--model", pipe.name], tmp_path / "out"
+    assert convert_main.main(command) == 2
     assert capsys.readouterr().err == "error: --out is missing, see --help\n"
-    out = tmp_path / "out"
-    assert run("--model", pipe.name, "--out", out, "--batch_size", 1, "--platforms", "cpu") == 0
+    assert convert_main.main([*command, "--out", str(out), "--batch_size", "1", "--platforms", "cpu"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: {pipe.name} for cpu")
     script, prompts = [sys.executable, str(out / "sampler.py")], ["--prompt", "red", "--prompt", "pear"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    call = lambda *more: subprocess.run([*script, *more], env=env, capture_output=True, text=True)
+
+    def call(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*script, *more], env=env, capture_output=True, text=True)
+
     done = call(*prompts, "--out", str(tmp_path / "a.png"), "--no_compile_cache")
     assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / f"a-{i}.png") for i in (0, 1)]
     assert not (tmp_path / "caches").exists()
     assert call(*prompts, "--out", str(tmp_path / "b.png")).returncode == 0
     assert list((tmp_path / "caches" / "tiue_jax" / "xla").glob("*-cache"))
-    for wrong, message in (
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         (("--seed", "-1"), "seed must be"),
-        (("--out", "picture"), "out must end in .png, got 'picture'"),
+        (("--out", "image"), "out must end in .png, got 'image'"),
         (("--out", "nowhere/a.png"), "nowhere/a.png: no folder nowhere"),
-    ):
-        failed = call("--prompt", "red", *wrong)
-        assert failed.returncode == 2 and failed.stderr.startswith(f"error: {message}")
-        assert failed.stderr.count("\n") == 1
+    ],
+)
+def test_bad_command_lines_of_the_sampler(folder, capsys, wrong, message):
+    spec = importlib.util.spec_from_file_location("sampler", folder / "sampler.py")
+    sampler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sampler)
+    assert sampler.main(["sampler.py", "--prompt", "red", "--no_compile_cache", *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
 def test_the_command_line_exports_what_the_pipeline_can_do(pipe, tmp_path):

@@ -7,6 +7,7 @@ from huggingface_hub import constants
 from tests import fake_hub
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.weights import download, hub
+from tiue_jax.weights.layout import PARTS
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SETTINGS = "model_index.json scheduler/scheduler_config.json tokenizer/vocab.json tokenizer/merges.txt".split()
@@ -212,7 +213,7 @@ def test_a_student_that_is_a_unet_alone_gets_the_rest_from_its_base(serve, unet)
     assert PLAIN[0] not in running.served[len(student) :]  # the base's UNet
     assert (folder / PLAIN[0]).read_bytes() == f"the content of {student[1]}".encode()
     assert (folder / PLAIN[1]).read_bytes() == f"the content of {PLAIN[1]}".encode()
-    assert {path.name for path in folder.iterdir()} == {*download.PARTS, "model_index.json", "tiue_config.json"}
+    assert {path.name for path in folder.iterdir()} == {*PARTS, "model_index.json", "tiue_config.json"}
     assert Sampling.from_file(folder / "tiue_config.json") == Sampling("tiue", 4)
     assert hub.resolve("loopfree-sd15") == folder
 

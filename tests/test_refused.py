@@ -1,4 +1,4 @@
-"""Models of other architectures, and damaged ones, are refused by name before gigabytes are read."""
+"""Models of other architectures and damaged models are refused before their weights are read."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tiue_jax.models.tiny_vae import TinyVAEConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.weights import model_folder
+from tiue_jax.weights import model_folder, pipeline_folder
 from tiue_jax.weights.tensor_files import WEIGHTS
 
 UNET = f"unet/{WEIGHTS}"
@@ -70,11 +70,11 @@ def test_another_architecture_is_refused_by_its_field(folder, monkeypatch, file,
     assert "\n" not in str(error.value)
 
 
-def test_what_makes_no_difference_to_a_picture_is_let_be(folder):
+def test_parts_without_influence_on_an_image_are_ignored(folder):
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     change_json(folder / "model_index.json", safety_checker=checker, feature_extractor=["transformers", "X"])
     (folder / "pipeline.py").write_text("raise SystemExit('code from a model folder was run')")
-    model_folder.check_pipeline(folder)
+    pipeline_folder.check_pipeline(folder)
     assert Pipeline.from_pretrained(folder).unet.cfg == tiny.UNET
 
 

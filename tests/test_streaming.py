@@ -1,4 +1,4 @@
-"""Weights are read a few tensors at a time, straight to where they belong."""
+"""Weights are read a few tensors at a time, and placed on their devices at once."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_placed_tensors_are_the_same(folder):
 
 
 class OneHostOfTwo:
-    """A sharding over two hosts, of which this one holds some rows of the file (the last axis here)."""
+    """A sharding over two hosts. This host holds some rows of the file, which are the last axis of the kernel."""
 
     def __init__(self, *parts: slice):
         self.parts = parts
@@ -98,31 +98,18 @@ def test_a_host_reads_only_the_rows_that_its_devices_hold(folder, monkeypatch):
         "make_array_from_callback",
         lambda shape, s, part: [part(index) for index in s.addressable_devices_indices_map(shape).values()],
     )
-    first, second = tree._read(tensors["conv.weight"], ("conv", "kernel"), (2, 2, 3, 8), np.float32, here)[0]
+    only_conv = {"conv.weight": tensors["conv.weight"]}
+    params = tree.from_torch_names(only_conv, {"conv": SHAPES["conv"]}, shardings=here)
+    first, second = params["conv"]["kernel"]
     whole = ARRAYS["conv.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(first, whole[..., 4:6])
     np.testing.assert_array_equal(second, whole[..., 6:8])
     assert read == [slice(4, 8)]
 
 
-EIGHT = """
-import sys; import jax, numpy as np
-from tests.test_streaming import SHAPES
-from tiue_jax import convert, sharding
-assert jax.device_count() == 8
-placed = sharding.shardings(SHAPES, sharding.make_mesh(data=1, fsdp=8), replicate_below=2)
-placed["logit_scale"] = sharding.replicated(sharding.make_mesh(data=1, fsdp=8))
-want, got = convert.load(sys.argv[1], SHAPES), convert.load(sys.argv[1], SHAPES, shardings=placed)
-assert got["linear"]["kernel"].addressable_shards[0].data.shape == (4, 2)
-for a, b, s in zip(*map(jax.tree.leaves, (got, want, placed)), strict=True):
-    assert a.sharding == s
-    np.testing.assert_array_equal(np.asarray(a), b)
-"""
-
-
 def test_eight_devices(folder):
-    env = devices.environment(8)
-    subprocess.run([sys.executable, "-c", EIGHT, str(folder)], check=True, env=env)
+    program = [sys.executable, "-m", "tests.programs.load_on_eight_devices", str(folder)]
+    subprocess.run(program, check=True, env=devices.environment(8))
 
 
 def test_beside_the_result_a_few_tensors_are_held_at_a_time(tmp_path):

@@ -1,4 +1,4 @@
-"""Another autoencoder than the model's own: the tiny one, other dtypes, tiles."""
+"""Another autoencoder than the model's: the tiny one, other dtypes, tiles."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import samplers
 from tiue_jax.weights import model_folder
-from tiue_jax.weights.pipeline_folder import SD_SCALING_FACTOR
+from tiue_jax.weights.vae_choice import SD_SCALING_FACTOR
 
 STUDENT = {"sampler": "tiue", "num_inference_steps": 1}
 
@@ -27,8 +27,13 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def pipe(model):
+    return Pipeline.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
 def taesd(tmp_path_factory):
-    """A folder for $TIUE_MODELS in which the alias taesd is a small one of our own."""
+    """A folder for $TIUE_MODELS in which the alias taesd is a tiny autoencoder with random weights."""
     root = tmp_path_factory.mktemp("models")
     tiny.write_tiny_vae(root / "taesd")
     return root
@@ -56,7 +61,7 @@ def test_a_folder_of_either_kind(model, taesd, tmp_path):
     other = dataclasses.replace(tiny.VAE, sample_size=tiny.VAE.sample_size * 2)
     model_folder.save(tmp_path / "kl", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
     pipe = Pipeline.from_pretrained(model, vae=tmp_path / "kl")
-    assert pipe.vae.cfg == other and pipe(["red"]).shape == (1, 16, 16, 3)
+    assert pipe.vae.cfg == other and pipe.size == (16, 16)
     assert Pipeline.from_pretrained(model, vae=model).vae.cfg == pipe.vae.cfg.from_dict(tiny.VAE.to_dict())
     other = dataclasses.replace(tiny.VAE, scaling_factor=0.5)
     model_folder.save(tmp_path / "scaled", tiny.random_params(AutoencoderKL, other, 5), other.to_dict())
@@ -101,24 +106,27 @@ def test_other_bad_autoencoders(model, tmp_path):
         Pipeline.from_pretrained(model, vae_dtype="int8")
 
 
-def test_the_autoencoder_has_a_dtype_of_its_own(model):
-    pipe = Pipeline.from_pretrained(model, vae_dtype="bfloat16")
-    dtypes = lambda part: {x.dtype.name for x in jax.tree.leaves(part.params)}
-    assert (dtypes(pipe.vae), dtypes(pipe.unet), dtypes(pipe.text_encoder)) == ({"bfloat16"}, {"float32"}, {"float32"})
+def test_the_autoencoder_may_have_another_dtype(model, pipe):
+    half = Pipeline.from_pretrained(model, vae_dtype="bfloat16")
+    for part, dtype in ((half.vae, "bfloat16"), (half.unet, "float32"), (half.text_encoder, "float32")):
+        assert {x.dtype.name for x in jax.tree.leaves(part.params)} == {dtype}
     with jax.numpy_dtype_promotion("standard"):
-        half = pipe(["red"]).astype(int)
-    assert np.abs(half - Pipeline.from_pretrained(model)(["red"])).mean() < 8
+        image = half(["red"]).astype(int)
+    assert np.abs(image - pipe(["red"])).mean() < 8
 
 
 def test_command_line(model, taesd, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = lambda *args: sample.main(["sample.py", "--model", str(model), "--prompt", "red", *map(str, args)])
+
+    def run(*args: object) -> int:
+        return sample.main(["sample.py", "--model", str(model), "--prompt", "red", *map(str, args)])
+
     tiles = ("--vae_tiling", "--tile_sample_min_size", 16, "--tile_overlap_factor", 0.5)
     assert run("--vae", taesd / "taesd", *tiles, "--height", 32, "--width", 24, "--out", "a.png") == 0
-    picture, about = images.read_png("a.png")
-    assert picture.shape == (32, 24, 3) and about["vae"] == str(taesd / "taesd")
+    image, about = images.read_png("a.png")
+    assert image.shape == (32, 24, 3) and about["vae"] == str(taesd / "taesd")
     pipe = Pipeline.from_pretrained(model, vae=taesd / "taesd", vae_tiling=Tiling(16, 0.5))
-    np.testing.assert_array_equal(picture, pipe(["red"], height=32, width=24)[0])
+    np.testing.assert_array_equal(image, pipe(["red"], height=32, width=24)[0])
     capsys.readouterr()
     assert run("--vae_dtype", "int8") == 2
     assert "vae_dtype" in capsys.readouterr().err

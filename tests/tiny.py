@@ -12,6 +12,7 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights import model_folder
+from tiue_jax.weights.names import insert, leaves
 from tiue_jax.weights.pipeline_folder import save_pipeline
 
 CONTEXT = 8  # tokens, with start and end
@@ -64,12 +65,11 @@ def write_tokenizer(folder: Path) -> Path:
 def random_params(cls, cfg, seed: int):
     """Parameters away from their initial values, norms and biases too."""
     rng = np.random.default_rng(seed)
-    spread = lambda node: (
-        {key: spread(value) for key, value in node.items()}
-        if isinstance(node, dict)
-        else (node + 0.1 * rng.standard_normal(node.shape)).astype(np.float32)
-    )
-    return spread(functional.init(functional.abstract(cls, cfg)[1], seed))
+    _, shapes = functional.abstract(cls, cfg)
+    params = functional.init(shapes, seed)
+    for path, leaf in leaves(params):
+        insert(params, path, (leaf + 0.1 * rng.standard_normal(leaf.shape)).astype(np.float32))
+    return params
 
 
 def write_tiny_vae(folder: Path, cfg: TinyVAEConfig = TINY_VAE) -> Path:

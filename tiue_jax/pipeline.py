@@ -16,18 +16,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiue_jax import sharding, student
-from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.functional import Component
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.models.unet import UNet, UNetConfig
+from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling import text_to_image
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import hub, model_folder, pipeline_folder
+from tiue_jax.weights import hub, pipeline_folder
 from tiue_jax.weights.pipeline_folder import DTYPES, save_pipeline
+from tiue_jax.weights.vae_choice import Autoencoder, find_vae
 
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
@@ -94,23 +95,20 @@ class Pipeline:
                 raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
         folder = hub.resolve(name, dtype)
-        model_folder.check_pipeline(folder)
+        pipeline_folder.check_pipeline(folder)
         # all that can be wrong with the small files is found before gigabytes are read
-        unet = pipeline_folder.read_config(folder / "unet", UNetConfig)
-        own = pipeline_folder.read_config(folder / "vae", VAEConfig)
-        text_encoder = pipeline_folder.read_config(folder / "text_encoder", CLIPTextConfig)
-        pipeline_folder.check_widths(str(name), unet, own, text_encoder)
-        vae_source: tuple[Path, Any, Any] = folder / "vae", AutoencoderKL, VAEConfig
+        configs = pipeline_folder.read_configs(folder)
+        autoencoder = Autoencoder(folder / "vae", AutoencoderKL, configs.vae)
         if vae is not None:
-            vae_source = pipeline_folder.find_vae(vae, own)
+            autoencoder = find_vae(vae, configs.vae)
         return cls(
             name=str(name),
             tokenizer_dir=folder / "tokenizer",
-            schedule=pipeline_folder.load_schedule(folder / "scheduler"),
-            sampling=pipeline_folder.own_sampling(folder, unet),
-            unet=pipeline_folder.load(folder / "unet", UNet, UNetConfig, dtype),
-            vae=pipeline_folder.load(*vae_source, vae_dtype),
-            text_encoder=pipeline_folder.load_text_encoder(folder, dtype),
+            schedule=configs.schedule,
+            sampling=pipeline_folder.load_sampling(folder, configs.unet),
+            unet=pipeline_folder.load(folder / "unet", UNet, configs.unet, dtype),
+            vae=pipeline_folder.load(autoencoder.folder, autoencoder.cls, autoencoder.cfg, vae_dtype),
+            text_encoder=pipeline_folder.load(folder / "text_encoder", CLIPTextModel, configs.text_encoder, dtype),
             vae_tiling=vae_tiling,
             mesh_step=mesh_step,
         )

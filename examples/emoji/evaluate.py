@@ -47,7 +47,7 @@ class Judge:
     """The tiny CLIP on a fixed list of names."""
 
     def __init__(self, folder: Path, names: list[str]):
-        cfg = CLIPConfig.from_dict(model_folder.read_config(folder))
+        cfg = CLIPConfig.from_dict(model_folder.read_config_dict(folder))
         graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
         self._clip = functional.bind(graphdef, model_folder.load(folder, shapes))
         self._image_features = jax.jit(lambda x: self._clip.image_features(normalise(x)))

@@ -31,7 +31,7 @@ SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
 
 def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:
     """Configuration and parameters of a model folder."""
-    cfg = config.from_dict(model_folder.read_config(folder))
+    cfg = config.from_dict(model_folder.read_config_dict(folder))
     parts = (cfg.text_config, cfg.vision_config, cfg.projection_dim) if cls is CLIPModel else (cfg,)
     return cfg, model_folder.load(folder, functional.abstract(cls, *parts)[1])
 

@@ -48,7 +48,7 @@ SHOWN = ("red apple", "dog face", "rocket", "slice of pizza", "grinning face", "
 
 def encode_pictures(run: Path) -> np.ndarray:
     """Scaled latents of all pictures in all variants: float32 [variants 2n h w c], the unchanged pictures first."""
-    cfg = VAEConfig.from_dict(model_folder.read_config(run / "vae"))
+    cfg = VAEConfig.from_dict(model_folder.read_config_dict(run / "vae"))
     graphdef, shapes = functional.abstract(AutoencoderKL, cfg)
     params = model_folder.load(run / "vae", shapes)
     encode = jax.jit(lambda x: functional.bind(graphdef, params).encode(x).mean * cfg.scaling_factor)
@@ -136,7 +136,7 @@ def main() -> None:
         text = [empty if rng.random() < EMPTY else pick(states[i // 2], rng) for i in chosen]
         return latents[variant, chosen], np.stack(text)
 
-    vae_config = VAEConfig.from_dict(model_folder.read_config(args.out / "vae"))
+    vae_config = VAEConfig.from_dict(model_folder.read_config_dict(args.out / "vae"))
     vae, vae_shapes = functional.abstract(AutoencoderKL, vae_config)
     vae_params = model_folder.load(args.out / "vae", vae_shapes)
     prompts = [p for p in SHOWN for _ in range(6)]

@@ -1,4 +1,4 @@
-"""The shipped teacher in PyTorch's StableDiffusionPipeline draws the pictures that ours does."""
+"""The shipped teacher makes the same images in PyTorch's StableDiffusionPipeline."""
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ def test_teacher_loads_in_torch_and_draws_the_same():
         return vae.decode(z / ours.vae.cfg.scaling_factor)
 
     params = ours.unet.params, ours.vae.params
-    pictures = draw(params, ours.encode_prompts(PROMPTS), ours.encode_prompts(["", ""]))
+    images = draw(params, ours.encode_prompts(PROMPTS), ours.encode_prompts(["", ""]))
     latents = torch.tensor(noise).permute(0, 3, 1, 2)
     expected = theirs(PROMPTS, latents=latents, output_type="np", **settings).images
-    mse = np.mean((np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1) - expected) ** 2)
+    mse = np.mean((np.clip(np.asarray(images) / 2 + 0.5, 0, 1) - expected) ** 2)
     psnr = -10 * np.log10(mse)
     print(f"teacher against PyTorch: PSNR {psnr:.1f} dB")
     assert psnr > 50

@@ -97,7 +97,7 @@ def test_projected_features(cfg):
 def test_transformers_folder_loads_exactly(cfg, tmp_path):
     theirs = torch_model(cfg)
     theirs.save_pretrained(tmp_path)
-    assert CLIPConfig.from_dict(model_folder.read_config(tmp_path)) == cfg
+    assert CLIPConfig.from_dict(model_folder.read_config_dict(tmp_path)) == cfg
     _, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
     params, expected = model_folder.load(tmp_path, shapes), from_torch(theirs.state_dict(), shapes)
     jax.tree.map(np.testing.assert_array_equal, params, expected)

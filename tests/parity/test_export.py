@@ -1,4 +1,4 @@
-"""Exported folders in PyTorch: the same pictures from the same noise, and what the one-pass pipeline takes."""
+"""Exported folders in PyTorch: the same images from the same noise, and the arguments of the one-pass pipeline."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ STUDENT = {"sampler": "tiue", "num_inference_steps": 3, "timestep_spacing": "tra
 
 @pytest.fixture(scope="module", autouse=True)
 def modules_cache(tmp_path_factory):
-    """Where diffusers copies a custom pipeline's code before it runs it: not the user's own cache."""
+    """A folder, instead of the user's cache, into which diffusers copies a custom pipeline's code before it runs it."""
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("modules"))
         patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", folder)
@@ -70,17 +70,21 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def nchw(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
 
 
 def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Of uint8 images beside images in [0, 1], dB; rounding to uint8 alone gives 58.9."""
+    """PSNR in dB between uint8 images and images in [0, 1]. Rounding to uint8 alone gives 58.9."""
     assert ours.shape == theirs.shape and theirs.std() > 0.02
     return -10 * np.log10(np.mean((ours / 255 - theirs) ** 2))
 
 
-def assert_same_pictures(name, ours, theirs, prompts, latents, **size):
+def assert_same_images(name, ours, theirs, prompts, latents, **size):
     got = ours(prompts, num_images_per_prompt=2, latents=latents, **size)
     want = theirs(prompts, num_images_per_prompt=2, latents=nchw(latents), output_type="np", **size).images
     ratio = psnr(got, want)
@@ -91,14 +95,14 @@ def assert_same_pictures(name, ours, theirs, prompts, latents, **size):
 def test_the_shipped_student_draws_the_same(tmp_path):
     export.export_pipeline("emoji-tiue", tmp_path / "emoji")
     ours = Pipeline.from_pretrained("emoji-tiue")
-    assert_same_pictures("emoji-tiue", ours, load(tmp_path / "emoji"), ["a red apple", "a dog face"], noise(4, 8, 8, 4))
+    assert_same_images("emoji-tiue", ours, load(tmp_path / "emoji"), ["a red apple", "a dog face"], noise(4, 8, 8, 4))
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_students_like_sd21_draw_the_same_at_every_size(students, kind):
     ours, theirs = Pipeline.from_pretrained(students[kind]), load(students[kind])
-    assert_same_pictures(kind, ours, theirs, ["red apple", ""], noise(4, 8, 8, 4))
-    assert_same_pictures(kind, ours, theirs, ["red"], noise(2, 5, 7, 4), height=10, width=14)
+    assert_same_images(kind, ours, theirs, ["red apple", ""], noise(4, 8, 8, 4))
+    assert_same_images(kind, ours, theirs, ["red"], noise(2, 5, 7, 4), height=10, width=14)
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -130,10 +134,12 @@ def test_a_stock_pipeline_loads_the_folder_without_a_complaint(student):
 
 def test_what_the_pipeline_returns(pipe):
     latents = nchw(noise(2, 8, 8, 4))
-    pictures = pipe("red", num_images_per_prompt=2, latents=latents).images
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2 and pictures[0].mode == "RGB"
+    images = pipe("red", num_images_per_prompt=2, latents=latents).images
+    assert [image.size for image in images] == [(16, 16)] * 2 and images[0].mode == "RGB"
     (array,) = pipe(["red", "red"], latents=latents, output_type="np", return_dict=False)
-    np.testing.assert_array_equal(np.round(255 * array).astype(np.uint8), np.stack([np.array(p) for p in pictures]))
+    np.testing.assert_array_equal(
+        np.round(255 * array).astype(np.uint8), np.stack([np.array(image) for image in images])
+    )
     z = pipe("red", num_images_per_prompt=2, latents=latents, output_type="latent").images
     assert z.shape == (2, 4, 8, 8) and z.dtype == torch.float32
     tensor = pipe("red", num_images_per_prompt=2, latents=latents, output_type="pt").images
@@ -141,11 +147,12 @@ def test_what_the_pipeline_returns(pipe):
 
 
 def test_generators(pipe):
-    seeded = lambda seed: torch.Generator().manual_seed(seed)
-    draw = lambda generator, n=1: pipe("red", num_images_per_prompt=n, generator=generator, output_type="latent").images
-    both = draw([seeded(0), seeded(1)], 2)
+    def sample(generator, n=1):
+        return pipe("red", num_images_per_prompt=n, generator=generator, output_type="latent").images
+
+    both = sample([seeded(0), seeded(1)], 2)
     for i, seed in enumerate((0, 1)):
-        torch.testing.assert_close(both[i : i + 1], draw(seeded(seed)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(both[i : i + 1], sample(seeded(seed)), rtol=0, atol=1e-5)
     assert (both[0] - both[1]).abs().max() > 0.1
     other = pipe("red", height=10, width=14, generator=seeded(0), output_type="latent").images
     assert other.shape == (1, 4, 5, 7)
@@ -155,9 +162,8 @@ def test_generators(pipe):
 def test_half_precision_starts_and_ends_in_float32(student, pipe, dtype):
     half = load(student, torch_dtype=dtype)
     assert half.unet.dtype == half.text_encoder.dtype == dtype
-    seeded = lambda: torch.Generator().manual_seed(0)
-    got = half(["red", "apple"], generator=seeded(), output_type="latent").images
-    want = pipe(["red", "apple"], generator=seeded(), output_type="latent").images
+    got = half(["red", "apple"], generator=seeded(0), output_type="latent").images
+    want = pipe(["red", "apple"], generator=seeded(0), output_type="latent").images
     assert got.dtype == torch.float32
     error = relative_error(got.numpy(), want)
     print(f"{dtype}: latents differ by {error:.1e} of the largest")
@@ -181,7 +187,7 @@ def test_settings_given_in_a_call_and_those_that_a_saved_copy_keeps(pipe, studen
 
 
 def test_a_module_that_waits_to_be_moved_is_moved(pipe, monkeypatch):
-    """enable_model_cpu_offload moves a module when its forward is called, which is not what one pass calls."""
+    """enable_model_cpu_offload moves a module when its forward is called. One pass does not call forward."""
     moved = []
     hook = type("Hook", (), {"pre_forward": lambda self, module: moved.append(module)})()
     monkeypatch.setattr(pipe.unet, "_hf_hook", hook, raising=False)

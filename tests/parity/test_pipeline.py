@@ -64,13 +64,15 @@ def test_what_pytorch_writes_is_read_back_bit_exact(folder, tmp_path, part, thei
     if shards == "3KB":
         assert list(tmp_path.glob("*.safetensors.index.json"))
     _, shapes = functional.abstract(cls, cfg)
-    assert type(cfg).from_dict(model_folder.read_config(tmp_path)) == cfg
+    assert type(cfg).from_dict(model_folder.read_config_dict(tmp_path)) == cfg
     ours, back = model_folder.load(folder / part, shapes), model_folder.load(tmp_path, shapes)
     jax.tree.map(np.testing.assert_array_equal, back, ours)
 
 
 def test_the_scheduler_survives(folder, theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    assert Schedule.from_dict(model_folder.read_config(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
+    assert (
+        Schedule.from_dict(model_folder.read_config_dict(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
+    )
     again = Pipeline.from_pretrained(tmp_path)
     assert again.tokenize(["red apple"]).tolist() == Pipeline.from_pretrained(folder).tokenize(["red apple"]).tolist()

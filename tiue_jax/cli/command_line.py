@@ -1,11 +1,15 @@
 """Parts that the subcommands share: exit statuses, flags with help, and errors as one line."""
 
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 
 from absl import flags
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; a shell gives 130 to what Ctrl-C ended
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is a shell's status of a program that Ctrl-C stopped
+
+_HELP_WIDTH = 100
+_VALUES = {"int": "INTEGER", "float": "NUMBER", "comma separated list of strings": "A,B,..."}  # by absl's flag_type()
 
 
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], description: str) -> flags.FlagValues | None:
@@ -22,18 +26,45 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], descr
     """
     values = flags.FlagValues()
     define(values)
+    described = describe_flags(values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
     rest = values(list(argv))[1:]
     if values.help:
-        print(f"{description}\n{values.get_help()}")
+        print(f"{description.rstrip()}\n\n{described}")
         return None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: write flags as --name=value, texts with spaces in quotes")
     return values
 
 
+def describe_flags(values: flags.FlagValues) -> str:
+    """Help on the flags of a command, in the order of their definition: values, help text and default.
+
+    Call it before the command line is parsed, since parsing adds flags of absl.
+    """
+    return "\n".join(["Flags:", *(_describe(values[name]) for name in values)])
+
+
+def _describe(flag: flags.Flag) -> str:
+    """The entry of a flag in the help: its name, its values, its help text and its default."""
+    text, name = flag.help, f"--{flag.name}"
+    if flag.boolean:
+        name = f"--[no]{flag.name}"
+    elif isinstance(flag, flags.EnumFlag):
+        choices = "|".join(flag.parser.enum_values)
+        text, name = text.removeprefix(f"<{choices}>: "), f"{name}={choices}"
+    else:
+        name += f"={_VALUES.get(flag.flag_type(), 'TEXT')}"
+    if flag.default not in (None, []) and flag.default_as_str:
+        default = flag.default_as_str.strip("'")
+        text += f" (default: {default})"
+    indent = " " * 6
+    text = textwrap.fill(" ".join(text.split()), _HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return f"  {name}\n{text}"
+
+
 def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises ValueError for a flag that is missing or empty, as a shell's variable that was not set would leave it."""
+    """Raises ValueError for a flag that is missing or empty. An unset variable of a shell leaves an empty flag."""
     for name in names:
         if not getattr(values, name):
             raise ValueError(f"--{name} is missing, see --help")

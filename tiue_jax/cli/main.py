@@ -1,11 +1,11 @@
-"""TiUE-JAX: distil Stable Diffusion into a loop-free student, and sample it.
+"""Distils Stable Diffusion into a loop-free student, and samples it.
 
     tiue demo
     tiue sample --model emoji-tiue --prompt "a red apple" --out apple.png
     tiue train --config emoji_tiue --workdir runs/emoji
 
-`tiue COMMAND --help` describes a command. In a clone of the repository, `python train.py` is `tiue train` and
-`python sample.py` is `tiue sample`.
+`tiue COMMAND --help` describes a command, and `tiue --version` prints the version. In a clone of the repository,
+`python train.py` is `tiue train`, and `python sample.py` is `tiue sample`.
 """
 
 import importlib
@@ -17,28 +17,38 @@ from tiue_jax.cli.command_line import BAD_INPUT
 
 COMMANDS = {
     "train": "distil a teacher into a loop-free student",
-    "sample": "draw images of prompts with a student, a teacher or another model",
-    "convert": "export students, import checkpoints, merge LoRAs",
-    "plan": "say what a training run needs on a TPU pod, before it is rented",
-    "data": "prepare prompts and text embeddings",
-    "demo": "sample the shipped models, then distil one for a few minutes",
+    "sample": "sample images of prompts with a student, a teacher or another model",
+    "convert": "export students, import checkpoints, merge LoRAs into a model",
+    "plan": "estimate memory and speed of a training run on a TPU pod, on any machine",
+    "data": "prepare prompts and text embeddings for training",
+    "demo": "sample the shipped models, then distil one of them for a few minutes",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand that `argv` names; returns its exit status, or 2 if there is no such command."""
+    """Runs the command that `argv` names. Returns its exit status, or 2 if there is no such command."""
     argv = sys.argv if argv is None else argv
     name, rest = (argv[1], argv[2:]) if len(argv) > 1 else ("--help", [])
     if name in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        commands = "\n".join(f"    {command:<{width}}  {what}" for command, what in COMMANDS.items())
+        commands = "\n".join(f"    {command:<{width}}  {summary}" for command, summary in COMMANDS.items())
         print(f"{__doc__}\nCommands:\n{commands}")
         return 0
     if name == "--version":
-        print(f"tiue-jax {importlib.metadata.version('tiue-jax')}")
+        print(f"tiue-jax {_version()}")
         return 0
     if name not in COMMANDS:
         print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}; see --help", file=sys.stderr)
         return BAD_INPUT
-    command = importlib.import_module(f"tiue_jax.cli.{name}")  # one command imports no other: starting takes seconds
+    command = importlib.import_module(
+        f"tiue_jax.cli.{name}"
+    )  # only one command is imported, since imports take seconds
     return command.main([f"tiue {name}", *rest])
+
+
+def _version() -> str:
+    """The version of the installed package. A clone that was never installed has none."""
+    try:
+        return importlib.metadata.version("tiue-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed with pip)"

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: import, merge, export, and the proof that PyTorch computes the same."""
+"""Converts checkpoints: imports them, merges LoRAs, exports students, and checks that PyTorch computes the same."""

@@ -1,24 +1,27 @@
-"""The model card, README.md with the front matter that the Hugging Face hub reads, of an exported folder."""
+"""Writes the model card of an exported folder: README.md, with the front matter that the Hugging Face hub reads."""
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
+from tiue_jax.weights import hub
 
 PAPER = "https://arxiv.org/abs/2505.21960"
 
 _STUDENT = """\
 A **loop-free student**{of}, distilled with TiUE-JAX by the method of [TiUE]({paper})
-("One-Way Ticket", CVPR 2025). The UNet's encoder runs once, on noise; its decoder runs at {k} timesteps side by side;
-the image is decoded from a weighted sum of the noise and of what the decoder says. No sampling loop, no guidance.
+("One-Way Ticket", CVPR 2025). The UNet's encoder runs once, on noise. The UNet's decoder runs at {k} timesteps in
+parallel. The latents of the image are a weighted sum of the noise and the decoder's outputs. There is no sampling loop
+and no guidance.
 
 | | |
 |---|---|
 {rows}
 
-The latents are `z_0 = S * noise + sum_t E_t * output_t`, which is DDIM (eta = 0) unrolled over the noise schedule in
+The latents are `z_0 = S * noise + sum_t E_t * output_t`. This is DDIM (eta = 0), unrolled over the noise schedule in
 `scheduler/scheduler_config.json`:
 
 | timestep t | E_t |
@@ -38,9 +41,9 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
 ```
 
-`pipeline.py`, which this runs, is the one-pass sampler: read it first, as `trust_remote_code` asks you to. A stock
-`StableDiffusionPipeline` loads the folder as well, but runs the encoder anew at every step, which is not what these
-weights were trained for.
+This runs `pipeline.py`, the one-pass sampler. Read it first, since `trust_remote_code` runs any code. A stock
+`StableDiffusionPipeline` also loads the folder, but it runs the encoder at every step. These weights were not trained
+for that.
 """
 
 _PIPELINE = """\
@@ -69,14 +72,15 @@ from tiue_jax.pipeline import Pipeline
 images = Pipeline.from_pretrained(".")(["{prompt}"], seed=0)  # uint8 [1 h w 3]
 ```
 
-`tiue_config.json` says how it is sampled where nobody asks for something else.
+`tiue_config.json` holds the default sampling settings.
 """
 
 _LORA = """
 ## LoRA teacher
 
 `lora_teacher/pytorch_lora_weights.safetensors` holds the adapters of the LoRA copy of the teacher that followed the
-student during the distillation, as peft and diffusers read them. They belong on the teacher's UNet, not on this one.
+student during the distillation. peft and diffusers read it. The adapters belong to the teacher's UNet, not to the
+student's.
 """
 
 _LICENCE = """
@@ -89,14 +93,14 @@ The code of TiUE-JAX, `pipeline.py` included, is under the Apache License 2.0.
 _RECIPE = """
 ## Recipe
 
-The settings of the run, of which this is step {step}:
+The settings of the training run. These are the weights of step {step}:
 
 ```json
 {recipe}
 ```
 """
 
-_LICENCES = {  # the hub's identifiers
+HUB_LICENCES = {  # the hub's identifier of each licence in hub.MODELS
     "CreativeML Open RAIL-M": "creativeml-openrail-m",
     "CreativeML Open RAIL++-M": "openrail++",
     "CC BY-NC 4.0: not for commercial use": "cc-by-nc-4.0",
@@ -109,9 +113,9 @@ class Base(NamedTuple):
     """The model that a folder was made from.
 
     Attributes:
-        name: as it was given.
-        repository: on the hub, where it is from there.
-        licence: its name, where it is known.
+        name: as the user gave it.
+        repository: on the hub; None for a model that is not on the hub.
+        licence: the name of the licence; None if it is not known.
     """
 
     name: str
@@ -119,8 +123,23 @@ class Base(NamedTuple):
     licence: str | None = None
 
 
+def find_base(name: str) -> Base:
+    """The repository and the licence of a model by its name, as far as they are known."""
+    if model := hub.known(name):
+        repository, _ = model.sources[0]
+        return Base(name, repository, model.licence)
+    is_repository = name not in hub.SHIPPED and not Path(name).exists() and hub.is_repository_name(name)
+    return Base(name, name if is_repository else None)
+
+
 class Training(NamedTuple):
-    """How a student was made: the run's settings, the updates done, and which weights these are ("ema" or "params")."""
+    """The training run that made a student.
+
+    Attributes:
+        settings: of the run.
+        step: the number of updates.
+        weights: "ema" for the moving average, "params" for the last weights.
+    """
 
     settings: Mapping[str, Any]
     step: int
@@ -136,16 +155,16 @@ def card(
     training: Training | None = None,
     has_lora_teacher: bool = False,
 ) -> str:
-    """The text of README.md.
+    """Writes the text of README.md.
 
     Args:
-        base: the teacher of a student, or the pipeline that was written anew.
+        base: the teacher of a student, or the pipeline that was copied.
         schedule: the noise schedule.
-        sampling: how the folder is sampled; a student's where the sampler is "tiue".
-        size: height and width of its images, in pixels.
-        dtype: name of the weights' dtype.
-        training: where the folder is a run's student.
-        has_lora_teacher: whether the LoRA teacher is beside it.
+        sampling: the default sampling settings. The sampler "tiue" marks a student.
+        size: height and width of the images, in pixels.
+        dtype: name of the dtype of the weights on disk.
+        training: the run that made the student; None for a copied pipeline.
+        has_lora_teacher: True if the folder also holds the LoRA teacher.
     """
     sampling = sampling.resolve(schedule)
     is_student = sampling.sampler == "tiue"
@@ -190,12 +209,12 @@ def card(
 
 
 def _front_matter(base: Base, is_student: bool) -> str:
-    """YAML as the hub's model cards have it; `base_model` must be a repository there, or it refuses the card."""
+    """The YAML header of the card. The hub refuses a card whose `base_model` is not a repository on the hub."""
     tags = ["stable-diffusion", "tiue-jax", *(["tiue", "distillation"] if is_student else [])]
     lines = [
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"license: {_LICENCES.get(base.licence or '', 'other')}",
+        f"license: {HUB_LICENCES.get(base.licence or '', 'other')}",
         *([f"base_model: {base.repository}"] if base.repository else []),
         "tags:",
         *(f"- {tag}" for tag in tags),
@@ -204,6 +223,7 @@ def _front_matter(base: Base, is_student: bool) -> str:
 
 
 def _licence_note(base: Base) -> str:
+    """The sentence on the licence of the base model."""
     model = f"[{base.repository}](https://huggingface.co/{base.repository})" if base.repository else f"`{base.name}`"
     known = f" ({base.licence})" if base.licence else ""
     return f"These weights derive from {model}: its licence{known} and its terms apply to them."

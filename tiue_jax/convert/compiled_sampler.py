@@ -1,14 +1,14 @@
-"""Prompts in, pictures out, from the compiled sampler in this folder: no model code, only the files beside this one.
+"""Samples images of prompts with the compiled sampler in this folder. It needs no model code.
 
     python sampler.py --prompt "a red apple" --seed 0 --out apple.png
 
-or, in Python with this folder on the path, `Sampler()(["a red apple"], seed=0)`. Needs jax, numpy, safetensors and
-tokenizers; PNG files need Pillow. `compiled.json` says what the sampler was made for. It gives the pictures that the
-pipeline it was exported from gives: an image depends on the seed, its prompt and its number among that prompt's
-images, not on the batch. It runs on the first device.
+In Python, with this folder on the path: `Sampler()(["a red apple"], seed=0)`. It needs jax, numpy, safetensors and
+tokenizers, and Pillow for PNG files. `compiled.json` holds the settings of the export. The images are those of the
+exported pipeline: an image depends on the seed, on its prompt, and on its number among the images of that prompt. It
+does not depend on the batch. The sampler runs on the first device.
 
-What XLA makes of it for this machine is kept in `$XDG_CACHE_HOME/tiue_jax/xla` (~/.cache/tiue_jax/xla), or where
-JAX_COMPILATION_CACHE_DIR says, for the next run of the command; `--no_compile_cache` keeps nothing.
+The command keeps the compiled program for the next run in JAX_COMPILATION_CACHE_DIR, or in
+`$XDG_CACHE_HOME/tiue_jax/xla` (~/.cache/tiue_jax/xla). `--no_compile_cache` keeps nothing.
 """
 
 import argparse
@@ -31,16 +31,19 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 MANIFEST, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
-PROGRAM = "sampler.{}.jax_export"  # of each platform
+PROGRAM = "sampler.{}.jax_export"  # one for each platform
 FORMAT = 2
-BATCH_SIZE = 8  # where the program takes any
+BATCH_SIZE = 8  # the largest batch of a program that takes any batch
 
 
 class Sampler:
-    """The compiled sampler in a folder, that of this file by default.
+    """The compiled sampler in a folder. The default is the folder of this file.
+
+    Attributes:
+        manifest: the content of `compiled.json`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder lacks a file, is of another format or for other platforms.
+        FileNotFoundError, ValueError: the folder lacks a file, has another format or is for other platforms.
     """
 
     def __init__(self, folder: str | Path | None = None):
@@ -65,63 +68,70 @@ class Sampler:
         guidance_scale: float | None = None,
         latents: np.ndarray | None = None,
     ) -> np.ndarray:
-        """All images of all prompts, uint8 [n h w 3], the images of one prompt together.
+        """Samples images, uint8 [n h w 3]. The images of one prompt follow each other.
 
         Args:
-            prompts: at least one; "" is the unconditional image. One given twice counts its images on.
+            prompts: at least one; "" is the unconditional image. A prompt that comes twice gets different images.
             seed: 0 ... 2^32 - 1.
             num_images_per_prompt: at least 1.
-            guidance_scale: what `compiled.json` says by default; for samplers that take one.
-            latents: float32 [n h w c], standard normal noise for each image in place of the seed's.
+            guidance_scale: for samplers with guidance. The default is in `compiled.json`.
+            latents: float32 [n h w c], the initial standard normal noise of each image, instead of the seed's.
 
         Raises:
-            ValueError: naming the argument, its value and what was expected.
-            FloatingPointError: naming an image that came out as NaN or infinite.
+            ValueError: names the argument, its value and what was expected.
+            FloatingPointError: names an image with NaN or infinite values.
         """
-        made = self.manifest
+        manifest = self.manifest
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
-        if guidance_scale is not None and not made["guided"]:
+        if guidance_scale is not None and not manifest["guided"]:
             raise ValueError(f"guidance_scale is not for this sampler, compiled without guidance, got {guidance_scale}")
         total = len(prompts) * num_images_per_prompt
-        shape = (total, *made["latents"])
+        shape = (total, *manifest["latents"])
         if latents is not None and (latents.shape != shape or latents.dtype != np.float32):
             raise ValueError(f"latents must be float32 {list(shape)}, got {latents.dtype} {list(latents.shape)}")
 
         seen: Counter[str] = Counter()
-        ids, prompt_ids, numbers = [], [], []
+        tokens, prompt_hashes, image_numbers = [], [], []
         for prompt in prompts:
-            tokens = self._tokenize(prompt)
+            ids = self.tokenize(prompt)
             for _ in range(num_images_per_prompt):
-                ids.append(tokens)
-                prompt_ids.append(zlib.crc32(prompt.encode()))
-                numbers.append(seen[prompt])
+                tokens.append(ids)
+                prompt_hashes.append(zlib.crc32(prompt.encode()))
+                image_numbers.append(seen[prompt])
                 seen[prompt] += 1
-        scale = made["guidance_scale"] if guidance_scale is None else guidance_scale
+        all_ids, null_ids = np.stack(tokens), self.tokenize("")[None]
+        prompt_ids, numbers = np.array(prompt_hashes, np.uint32), np.array(image_numbers, np.uint32)
         noise = np.zeros(shape, np.float32) if latents is None else latents
-        rows = (np.stack(ids), np.array(prompt_ids, np.uint32), np.array(numbers, np.uint32), noise)
-        batch = made["batch_size"] or min(BATCH_SIZE, 1 << (total - 1).bit_length())  # few sizes are ever compiled
-        null_ids = self._tokenize("")[None]
-        pictures = []
+        scale = manifest["guidance_scale"] if guidance_scale is None else guidance_scale
+        # powers of two, so that few sizes are ever compiled
+        batch = manifest["batch_size"] or min(BATCH_SIZE, 1 << (total - 1).bit_length())
+        images = []
         for start in range(0, total, batch):
-            parts = [part[start : start + batch] for part in rows]
-            padding = batch - len(parts[0])
-            ids_, prompt_ids_, numbers_, noise_ = (np.concatenate([x, np.repeat(x[-1:], padding, 0)]) for x in parts)
-            given = np.bool_(latents is not None)
-            seeded = np.uint32(seed), np.float32(scale)
-            made_now = self._sample(self._weights, ids_, null_ids, prompt_ids_, numbers_, *seeded, noise_, given)
-            some, finite = (np.asarray(array)[: len(parts[0])] for array in made_now)
+            batch_images, batch_finite = self._sample(
+                self._weights,
+                _rows(all_ids, start, batch),
+                null_ids,
+                _rows(prompt_ids, start, batch),
+                _rows(numbers, start, batch),
+                np.uint32(seed),
+                np.float32(scale),
+                _rows(noise, start, batch),
+                np.bool_(latents is not None),
+            )
+            count = min(batch, total - start)
+            finite = np.asarray(batch_finite)[:count]
             if not finite.all():
                 raise FloatingPointError(f"image {start + int(np.argmin(finite))} is not finite")
-            pictures.append(some)
-        return np.concatenate(pictures)
+            images.append(np.asarray(batch_images)[:count])
+        return np.concatenate(images)
 
-    def _tokenize(self, prompt: str) -> np.ndarray:
-        """Token ids int32 [l], padded; logs a warning where it cuts."""
+    def tokenize(self, prompt: str) -> np.ndarray:
+        """Token ids int32 [l], padded to the context. Logs a warning for a prompt that is too long, and cuts it."""
         length = self.manifest["context"]
         ids = self._tokenizer.encode(prompt).ids
         if len(ids) > length:  # the last token kept is the end of text
@@ -130,15 +140,21 @@ class Sampler:
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
 
 
+def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
+    """`count` rows from `start` on. Copies of the last row follow the end of the array."""
+    rows = x[start : start + count]
+    return np.concatenate([rows, np.repeat(x[-1:], count - len(rows), axis=0)])
+
+
 def _existing(path: Path) -> Path:
-    """The path of a file; FileNotFoundError where there is none."""
+    """The path of a file. FileNotFoundError if there is no such file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a folder of export-compiled")
     return path
 
 
 def _keep_compiled(keep: bool) -> None:
-    """Switches jax's cache of compiled programs on, in the user's folder where jax was not told another, or off."""
+    """Switches jax's cache of compiled programs on or off. The default folder is in the user's cache."""
     if not keep:
         jax.config.update("jax_enable_compilation_cache", False)
     elif not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
@@ -147,7 +163,7 @@ def _keep_compiled(keep: bool) -> None:
 
 
 def _check_output(out: Path) -> None:
-    """Raises ValueError or OSError where no picture can be written there."""
+    """Raises ValueError or OSError if no image can be written to `out`."""
     if out.suffix != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
     if not out.parent.is_dir():
@@ -157,25 +173,31 @@ def _check_output(out: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, or 2 after one line on stderr about what was wrong."""
+    """Runs the command. Returns the exit status: 0, or 2 after an error, which is one line on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("sample.png"), help="a .png file; of several NAME-0.png ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_images_per_prompt", type=int, default=1)
-    parser.add_argument("--guidance_scale", type=float)
-    parser.add_argument("--no_compile_cache", action="store_true", help="compile anew, and keep nothing")
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="text of an image; may be repeated")
+    out_help = "a .png file; several images become NAME-0.png, NAME-1.png ... (default: %(default)s)"
+    add("--out", type=Path, default=Path("sample.png"), help=out_help)
+    add("--seed", type=int, default=0, help="0 to 2^32 - 1 (default: %(default)s)")
+    add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
+    add("--guidance_scale", type=float, help="for samplers with guidance (default: in compiled.json)")
+    add("--no_compile_cache", action="store_true", help="compile again, and keep nothing for the next run")
     args = parser.parse_args(argv[1:])
     try:
-        from PIL import Image  # the one thing that only this function needs
+        from PIL import Image  # only the command needs Pillow
 
         _check_output(args.out)
         _keep_compiled(not args.no_compile_cache)
-        how = {name: getattr(args, name) for name in ("seed", "num_images_per_prompt", "guidance_scale")}
-        pictures = Sampler()(args.prompt, **how)
-        for i, picture in enumerate(pictures):
-            out = args.out if len(pictures) == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
-            Image.fromarray(picture).save(out)
+        images = Sampler()(
+            args.prompt,
+            seed=args.seed,
+            num_images_per_prompt=args.num_images_per_prompt,
+            guidance_scale=args.guidance_scale,
+        )
+        for i, image in enumerate(images):
+            out = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{i}")
+            Image.fromarray(image).save(out)
             print(out)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

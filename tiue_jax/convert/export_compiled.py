@@ -1,8 +1,8 @@
-"""The whole sampler as one jax.export artifact: token ids and a seed in, pictures out, without model code to run it.
+"""Exports the whole sampler as a program (jax.export): token ids and a seed in, images out, without model code.
 
-A folder holds a program for each platform (StableHLO), the weights, the tokenizer, `compiled.json` and `sampler.py`, a
-copy of compiled_sampler.py, which runs them. There is one program a platform since jax 0.10 cannot lower TPU kernels,
-such as attention's, as a part of one program for several.
+The folder holds a program for each platform (StableHLO), the weights, the tokenizer, `compiled.json`, and `sampler.py`,
+which runs them: a copy of compiled_sampler.py. Each platform gets its own program, since jax 0.10 cannot lower TPU
+kernels, such as attention's, in a program for several platforms.
 """
 
 import shutil
@@ -24,9 +24,10 @@ from tiue_jax.sampling import text_to_image
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _LOADER = Path(__file__).with_name("compiled_sampler.py")
-_OWN = (MANIFEST, TOKENIZER, WEIGHTS, "sampler.py", *map(PROGRAM.format, PLATFORMS))
-_CUDNN = "__cudnn$fmhaSoftmax"  # attention, where a GPU is at hand while exporting; a later jax may not know it
-_ONLY_ENCODE = ("vae/encoder/", "vae/quant_conv/")  # where the autoencoder here only decodes
+_WRITTEN = (MANIFEST, TOKENIZER, WEIGHTS, "sampler.py", *map(PROGRAM.format, PLATFORMS))
+# cuDNN's attention, which an export on a machine with a GPU uses. jax does not promise that later versions know it.
+_CUDNN = "__cudnn$fmhaSoftmax"
+_ONLY_ENCODE = ("vae/encoder/", "vae/quant_conv/")  # weights that decoding does not use
 
 
 def export_compiled(
@@ -43,16 +44,16 @@ def export_compiled(
     """Writes the compiled sampler of a pipeline as a folder, whole or not at all.
 
     Args:
-        pipe: what to compile, in the dtypes of its parameters.
-        out: a new folder; or, with `overwrite`, an older one of this kind.
+        pipe: the pipeline to compile. It computes in the dtypes of its parameters.
+        out: a new folder; or, with `overwrite`, the folder of an older compiled sampler.
         batch_size: of every call; None for any.
-        height, width: of the pictures, in pixels; the UNet's training size by default.
-        platforms: among PLATFORMS; none of them needs to be at hand.
+        height, width: of the images, in pixels; the UNet's training size by default.
+        platforms: among PLATFORMS. The machine that exports needs none of them.
         overwrite: replace an older compiled sampler.
-        sampling: as `Pipeline.settings`.
+        sampling: arguments of `Pipeline.settings`.
 
     Raises:
-        ValueError: naming the argument, its value and what was expected; before any work is done.
+        ValueError: names the argument, its value and what was expected. Raised before any work is done.
         FileExistsError: the folder may not be written.
     """
     if not platforms or set(platforms) - set(PLATFORMS):
@@ -84,7 +85,7 @@ def export_compiled(
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    with writing_folder_aside(out, MANIFEST, _OWN, overwrite) as new:
+    with writing_folder_aside(out, MANIFEST, _WRITTEN, overwrite) as new:
         for platform, exported in programs.items():
             (new / PROGRAM.format(platform)).write_bytes(exported.serialize())
         with writing_aside(new / WEIGHTS) as aside:
@@ -102,7 +103,7 @@ def _export(
     latents: tuple[int, int, int],
     platform: str,
 ) -> export.Exported:
-    """The sampler as a function of flat weights and the fields of program.Batch, lowered for a platform."""
+    """Lowers the sampler for a platform, as a function of weights by name and of the fields of text_to_image.Batch."""
     parts = {name: getattr(pipe, name) for name in text_to_image.PARTS}
     sample = text_to_image.make(parts, pipe.schedule, key, pipe.vae_tiling)
     whole = {name: part.params for name, part in parts.items()}
@@ -110,7 +111,9 @@ def _export(
     def flat(weights: dict[str, jax.Array], *fields: jax.Array) -> tuple[jax.Array, jax.Array]:
         return sample(_tree(whole, weights), text_to_image.Batch(*fields))
 
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+    def of(dtype: Any, *shape: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     fields = text_to_image.Batch(
         ids=of(jnp.int32, batch, pipe.tokenizer.length),
         null_ids=of(jnp.int32, 1, pipe.tokenizer.length),
@@ -127,12 +130,12 @@ def _export(
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path, as "vae/decoder/conv_in/kernel"."""
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    """The leaves of a tree by path, such as "vae/decoder/conv_in/kernel"."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _tree(shapes: Any, weights: dict[str, jax.Array]) -> Any:
-    """The tree of these shapes from weights by path; zeros, with which nothing is computed, where there are none."""
+    """Builds the tree from weights by path. A leaf without weights is zeros, and no computation uses it."""
     leaves = [weights.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in _named(shapes).items()]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)

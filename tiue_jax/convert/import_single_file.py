@@ -1,20 +1,19 @@
-"""Imports a checkpoint in one file, as the original repositories and the community share them, as a pipeline folder."""
+"""Imports a checkpoint in one file, the format of the original repositories and the community, as a pipeline folder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tiue_jax.convert.export import DTYPES
 from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from tiue_jax.models.presets import PRESETS, Preset
+from tiue_jax.models.clip import CLIPTextModel
+from tiue_jax.models.presets import PRESETS, Configs
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.models.unet import UNet, UNetConfig
-from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.schedule import PREDICTION_TYPES
 from tiue_jax.weights import hub, original_names
-from tiue_jax.weights.pipeline_folder import check_widths, check_writable, load_schedule, read_config, save_pipeline
+from tiue_jax.weights.pipeline_folder import STORED_DTYPES, check_writable, read_configs, save_pipeline
 from tiue_jax.weights.tensor_files import StoredTensor, open_file
 from tiue_jax.weights.tree import from_torch_names
 
@@ -30,20 +29,20 @@ def import_single_file(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> str:
-    """Writes the pipeline folder of a `.safetensors` file with `model.diffusion_model.*` and its companions.
+    """Writes a pipeline folder from a `.safetensors` file that holds UNet, autoencoder and text encoder.
 
     Args:
         path: the file.
-        out: see export.folder.save_pipeline, and `overwrite`.
-        base: a model of the same architecture, whose tokenizer, configurations and scheduler are taken: what
-            hub.resolve takes; or a folder with a CLIPTokenizer alone, for the configurations of the published models.
-            None is the published model that the file looks like.
-        prediction_type: "epsilon" or "v_prediction". None is that of `base`, "epsilon" without; for SD 2.x it must
-            be given.
-        dtype: one of export.run.DTYPES, on disk.
+        out: the folder to write, see pipeline_folder.save_pipeline.
+        base: the tokenizer, the configurations and the noise schedule come from this model of the same architecture,
+            named as for hub.resolve. A folder that holds only a CLIPTokenizer gives the tokenizer, and the published
+            model the rest. None is the published model that the file looks like.
+        prediction_type: "epsilon" or "v_prediction"; None takes the base's. Required for SD 2.x.
+        dtype: of the weights on disk, one of STORED_DTYPES.
+        overwrite: replace an older pipeline in `out`.
 
     Returns:
-        The published model that it looks like: a key of PRESETS.
+        The published model that the file looks like: a key of PRESETS.
 
     Raises:
         OSError, ValueError: one line naming the file, tensor or argument that is missing or wrong.
@@ -56,31 +55,46 @@ def import_single_file(
         raise FileNotFoundError(f"{path}: no such file")
     tensors = open_file(path)
     kind = recognise(path, tensors, prediction_type)
-    preset, tokenizer = _configurations(kind, base)
-    schedule = dataclasses.replace(preset.schedule, prediction_type=prediction_type or preset.schedule.prediction_type)
-    Tokenizer(tokenizer, preset.text_encoder.max_position_embeddings)  # raises where there is none
-    check_widths(str(path), preset.unet, preset.vae, preset.text_encoder)
+    configs, tokenizer = _configurations(kind, base)
+    prediction_type = prediction_type or configs.schedule.prediction_type
+    Tokenizer(tokenizer, configs.text_encoder.max_position_embeddings)  # raises if there is no tokenizer
 
-    def read(cls: type, cfg: Any, translate: Callable[..., Mapping[str, StoredTensor]]) -> functional.Params:
-        shapes = functional.abstract(cls, cfg)[1]
-        return from_torch_names(translate(tensors, cfg, shapes), shapes, source=str(path))
+    def reader(
+        cls: type, cfg: Any, translate: Callable[..., Mapping[str, StoredTensor]]
+    ) -> Callable[[], functional.Params]:
+        """A function that reads one part, so that only one is in memory at a time."""
 
-    unet, vae, text_encoder = preset[:3]
-    save_pipeline(  # one part at a time
+        def read() -> functional.Params:
+            _, shapes = functional.abstract(cls, cfg)
+            return from_torch_names(translate(tensors, cfg, shapes), shapes, source=str(path))
+
+        return read
+
+    text_reader = reader(CLIPTextModel, configs.text_encoder, original_names.text_tensors)
+    save_pipeline(
         out,
-        unet=(unet, lambda: read(UNet, unet, original_names.unet_tensors)),
-        vae=(vae, lambda: read(AutoencoderKL, vae, original_names.vae_tensors)),
-        text_encoder=(text_encoder, lambda: read(CLIPTextModel, text_encoder, original_names.text_tensors)),
+        unet=(configs.unet, reader(UNet, configs.unet, original_names.unet_tensors)),
+        vae=(configs.vae, reader(AutoencoderKL, configs.vae, original_names.vae_tensors)),
+        text_encoder=(configs.text_encoder, text_reader),
         tokenizer_dir=tokenizer,
-        schedule=schedule,
-        dtype=DTYPES[dtype],
+        schedule=dataclasses.replace(configs.schedule, prediction_type=prediction_type),
+        dtype=STORED_DTYPES[dtype],
         overwrite=overwrite,
     )
     return kind
 
 
 def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: str | None) -> str:
-    """Which published model a file is like: a key of PRESETS. ValueError naming what else it seems to be."""
+    """The published model that a file looks like: a key of PRESETS.
+
+    Args:
+        path: the file, for errors.
+        tensors: all tensors of the file by name.
+        prediction_type: "epsilon" or "v_prediction"; required for SD 2.x.
+
+    Raises:
+        ValueError: the file is no Stable Diffusion 1.x or 2.x checkpoint, or `prediction_type` is missing or wrong.
+    """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type must be among {list(PREDICTION_TYPES)}, got {prediction_type!r}")
     first = f"{original_names.UNET}input_blocks.0.0.weight"
@@ -106,16 +120,10 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
     return "sd21" if prediction_type == "v_prediction" else "sd21-base"
 
 
-def _configurations(kind: str, base: str | Path | None) -> tuple[Preset, Path]:
-    """The configurations to read with, and the tokenizer's folder."""
+def _configurations(kind: str, base: str | Path | None) -> tuple[Configs, Path]:
+    """The configurations of the pipeline, and the tokenizer's folder."""
     folder = hub.resolve(kind if base is None else base, weights=False)
     if not (folder / "unet" / "config.json").is_file():
         tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
         return PRESETS[kind], tokenizer
-    preset = Preset(
-        read_config(folder / "unet", UNetConfig),
-        read_config(folder / "vae", VAEConfig),
-        read_config(folder / "text_encoder", CLIPTextConfig),
-        load_schedule(folder / "scheduler"),
-    )
-    return preset, folder / "tokenizer"
+    return read_configs(folder), folder / "tokenizer"

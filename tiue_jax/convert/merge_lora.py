@@ -1,9 +1,10 @@
-"""LoRA files merged into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32.
+"""Merges a LoRA file into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32.
 
-Reads the names of peft and today's diffusers (`unet.….lora_A.weight`), of diffusers before (`….lora.down.weight`,
+Reads the names of peft and current diffusers (`unet.….lora_A.weight`), of older diffusers (`….lora.down.weight`,
 `….processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight`), and of kohya's scripts (`lora_unet_….lora_down`).
 """
 
+import functools
 import json
 import math
 import re
@@ -13,21 +14,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiue_jax.convert.export import DTYPES
 from tiue_jax.files import read_json
-from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.lora import FILENAME, METADATA_KEY
-from tiue_jax.models.unet import UNet, UNetConfig
-from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.weights import hub, model_folder
+from tiue_jax.weights import hub
+from tiue_jax.weights.layout import TIUE_CONFIG
 from tiue_jax.weights.names import LeafPath, Params, from_torch, insert, leaves, on_disk, torch_shape
-from tiue_jax.weights.pipeline_folder import TIUE_CONFIG, check_writable, load_schedule, read_model, save_pipeline
+from tiue_jax.weights.pipeline_folder import (
+    STORED_DTYPES,
+    check_pipeline,
+    check_writable,
+    load_part,
+    part_shapes,
+    read_configs,
+    save_pipeline,
+)
 from tiue_jax.weights.tensor_files import StoredTensor, open_file, read_metadata
 from tiue_jax.weights.tree import is_float
 
-PARTS = ("unet", "text_encoder")
+LORA_PARTS = ("unet", "text_encoder")  # the parts of a pipeline that a LoRA changes
 
-_LAYER = r"(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"  # the oldest files hold a UNet's layers without saying so
+_LAYER = r"(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"  # without a part in the oldest files: the UNet
 _NAMES = (
     re.compile(rf"{_LAYER}\.lora_(?P<side>A|B)\.(?:default\.)?weight"),
     re.compile(rf"{_LAYER}\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"),
@@ -40,14 +46,20 @@ _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_pr
 
 
 class Delta(NamedTuple):
-    """What is added to one weight: factor * up @ down, in torch's layout."""
+    """The change of one weight, factor * up @ down, in torch's layout.
+
+    Attributes:
+        up: B in the paper, [o r].
+        down: A in the paper, [r i].
+        factor: alpha / rank.
+    """
 
     up: StoredTensor
     down: StoredTensor
-    factor: float  # alpha / rank
+    factor: float
 
 
-Deltas = dict[LeafPath, Delta]  # by the kernel that they change
+Deltas = dict[LeafPath, Delta]  # by the path of the kernel that they change
 
 
 def merge_lora(
@@ -62,11 +74,12 @@ def merge_lora(
     """Writes a pipeline with a LoRA merged into its UNet and its text encoder.
 
     Args:
-        model: what hub.resolve takes.
+        model: a name for hub.resolve.
         lora: a safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
-        out: see export.folder.save_pipeline, and `overwrite`.
-        scale: 1 is the LoRA as it was trained, 0 the model without it.
-        dtype: one of export.run.DTYPES, on disk.
+        out: the folder to write, see pipeline_folder.save_pipeline.
+        scale: 1 is the LoRA as it was trained, 0 is the model without it.
+        dtype: of the weights on disk, one of STORED_DTYPES.
+        overwrite: replace an older pipeline in `out`.
 
     Returns:
         The number of weights changed.
@@ -78,46 +91,40 @@ def merge_lora(
     if not np.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
     folder = hub.resolve(model)
-    model_folder.check_pipeline(folder)
-    unet, vae, text_encoder = (
-        read_model(folder / part, cls, config)
-        for part, cls, config in (
-            ("unet", UNet, UNetConfig),
-            ("vae", AutoencoderKL, VAEConfig),
-            ("text_encoder", CLIPTextModel, CLIPTextConfig),
-        )
-    )
-    deltas = read_lora(lora, {"unet": unet[2], "text_encoder": text_encoder[2]})
-    config = folder / TIUE_CONFIG
+    check_pipeline(folder)
+    configs = read_configs(folder)
+    deltas = read_lora(lora, {part: part_shapes(folder, part, configs) for part in LORA_PARTS})
+    tiue_config = folder / TIUE_CONFIG
 
-    def read(part: str, shapes: Params) -> Params:
-        return apply(model_folder.load(folder / part, shapes), deltas.get(part, {}), scale)
+    def read(part: str) -> Params:
+        return apply(load_part(folder, part, configs), deltas.get(part, {}), scale)
 
     save_pipeline(
         out,
-        unet=(unet[0], lambda: read("unet", unet[2])),
-        vae=(vae[0], lambda: read("vae", vae[2])),
-        text_encoder=(text_encoder[0], lambda: read("text_encoder", text_encoder[2])),
+        unet=(configs.unet, functools.partial(read, "unet")),
+        vae=(configs.vae, functools.partial(read, "vae")),
+        text_encoder=(configs.text_encoder, functools.partial(read, "text_encoder")),
         tokenizer_dir=folder / "tokenizer",
-        schedule=load_schedule(folder / "scheduler"),
-        tiue_config=read_json(config) if config.is_file() else None,
-        dtype=DTYPES[dtype],
+        schedule=configs.schedule,
+        tiue_config=read_json(tiue_config) if tiue_config.is_file() else None,
+        dtype=STORED_DTYPES[dtype],
         overwrite=overwrite,
     )
     return sum(map(len, deltas.values()))
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Deltas]:
-    """What a LoRA file adds to which kernels, by part of the pipeline; its tensors unread.
+    """Finds the changes in a LoRA file, by part of the pipeline and by kernel. Reads no tensor yet.
 
     Args:
         path: a safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
-        shapes: the trees of the parts, "unet" and "text_encoder", with leaves that have a shape.
+        shapes: the parameter trees of "unet" and "text_encoder", whose leaves have a shape.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: once, naming the file and every tensor that belongs to no layer, lacks its other half, does not
-            fit its layer, or is not of a floating dtype; a variant of LoRA that is no product of two matrices.
+        FileNotFoundError: there is no such file.
+        ValueError: one error, which names the file and every tensor that belongs to no layer, lacks its other matrix,
+            does not fit its layer, or is not of a floating dtype; or the file is a variant of LoRA that is no product
+            of two matrices.
     """
     path = Path(path)
     path = path / FILENAME if path.is_dir() else path
@@ -128,24 +135,24 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     tensors = open_file(path)
     kernels = {
         (part, ".".join(map(str, leaf[:-1]))): (leaf, torch_shape(leaf, tuple(struct.shape)))
-        for part in PARTS
+        for part in LORA_PARTS
         for leaf, struct in leaves(shapes[part])
         if leaf[-1] == "kernel"
     }
     found, problems = _group(tensors, kernels)
-    kinds = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    problems += [f"{name} is {kind}" for name, kind in kinds.items() if not is_float(kind)]
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    problems += [f"{name} is {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
     alphas = _alphas(path, found)
     deltas: dict[str, Deltas] = {}
     for (part, module), sides in found.items():
         name = f"{part}.{module}"
         leaf, shape = kernels[part, module]
-        if lacking := sorted({"down", "up"} - set(sides)):
-            problems.append(f"{name} lacks {' and '.join(lacking)}")
+        if missing := sorted({"down", "up"} - set(sides)):
+            problems.append(f"{name} lacks {' and '.join(missing)}")
             continue
         up, down = sides["up"], sides["down"]
         rank = (up.shape[1:2] or (0,))[0]
-        # a 1x1 convolution's halves may be a linear layer's, and the other way round
+        # files may store the matrices of a 1x1 convolution as those of a linear layer, and the other way round
         if not rank or _flat(up.shape) != (shape[0], rank) or _flat(down.shape) != (rank, math.prod(shape[1:])):
             problems.append(f"{name} is {list(up.shape)} @ {list(down.shape)}, expected a product {list(shape)}")
             continue
@@ -158,7 +165,11 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
 
 
 def apply(params: Params, deltas: Deltas, scale: float) -> Params:
-    """The tree with `scale` times the LoRA added; leaves without one are those of `params`."""
+    """Adds `scale` times the LoRA to a parameter tree. Leaves without a change are those of `params`.
+
+    Raises:
+        ValueError: a change is not finite; the error names the file and the weight.
+    """
     merged: Params = {}
     for path, leaf in leaves(params):
         if delta := deltas.get(path):
@@ -175,41 +186,56 @@ def apply(params: Params, deltas: Deltas, scale: float) -> Params:
 def _group(
     tensors: Mapping[str, StoredTensor], kernels: Mapping[tuple[str, str], Any]
 ) -> tuple[dict[tuple[str, str], dict[str, StoredTensor]], list[str]]:
-    """The halves of each layer's LoRA, and the names that belong to no layer."""
+    """Sorts the tensors of a file by part and module.
+
+    Returns:
+        The tensors "down", "up" and "alpha" of each (part, module), and one problem for each tensor that belongs to no
+        layer or comes twice.
+    """
     flat = {(part, module.replace(".", "_")): module for part, module in kernels}
     found: dict[tuple[str, str], dict[str, StoredTensor]] = {}
-    unknown = []
+    problems = []
     for name, tensor in tensors.items():
-        target = next((t for t in _targets(name, flat) if t[:2] in kernels), None)
+        target = next((t for t in _targets(name, flat) if (t.part, t.module) in kernels), None)
         if target is None:
-            unknown.append(f"unused {name}")
-        elif target[2] in found.setdefault(target[:2], {}):
-            unknown.append(f"twice {name}")
+            problems.append(f"unused {name}")
+            continue
+        sides = found.setdefault((target.part, target.module), {})
+        if target.side in sides:
+            problems.append(f"twice {name}")
         else:
-            found[target[:2]][target[2]] = tensor
-    return found, unknown
+            sides[target.side] = tensor
+    return found, problems
 
 
-def _targets(name: str, flat: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, str, str]]:
-    """What a tensor may be: part, module, and "down", "up" or "alpha"."""
+class _Target(NamedTuple):
+    """The part, the module and the side ("down", "up" or "alpha") that a tensor's name may stand for."""
+
+    part: str
+    module: str
+    side: str
+
+
+def _targets(name: str, flat: Mapping[tuple[str, str], str]) -> Iterator[_Target]:
+    """Yields all readings of a tensor's name. `flat` maps kohya's names, with _ for each dot, to modules."""
     if match := _KOHYA.fullmatch(name):
         part = "unet" if match["part"] == "unet" else "text_encoder"
         if module := flat.get((part, match["module"])):
-            yield part, module, match["side"]
+            yield _Target(part, module, match["side"])
     if match := _PROCESSOR.fullmatch(name):
         part, module, which = match["part"] or "unet", match["module"].removesuffix(".processor"), match["which"]
         last = f"to_{which}" + (".0" if which == "out" else "") if part == "unet" else _TEXT_PROJECTIONS[which]
-        yield part, f"{module}.{last}", match["side"]
+        yield _Target(part, f"{module}.{last}", match["side"])
     for pattern in _NAMES:
         if match := pattern.fullmatch(name):
             part, module, side = match["part"] or "unet", match["module"], _SIDES[match["side"]]
-            yield part, module, side
-            if part == "text_encoder":  # as transformers 5 calls it
-                yield part, f"text_model.{module}", side
+            yield _Target(part, module, side)
+            if part == "text_encoder":  # transformers 5 omits the name of the root
+                yield _Target(part, f"text_model.{module}", side)
 
 
 def _alphas(path: Path, found: Mapping[tuple[str, str], dict[str, StoredTensor]]) -> dict[tuple[str, str], float]:
-    """The alpha of each layer that has one of its own, or one in the metadata that diffusers writes."""
+    """The alpha of each layer with an alpha tensor, or with an alpha in the metadata that diffusers writes."""
     written = read_metadata(path).get(METADATA_KEY, "{}")
     try:
         metadata = json.loads(written)
@@ -232,13 +258,14 @@ def _alphas(path: Path, found: Mapping[tuple[str, str], dict[str, StoredTensor]]
                     f"{path}: alpha of {part}.{module} is {tensor.dtype} {list(tensor.shape)}, not a number"
                 )
             given.append(np.asarray(tensor).item())
-        if given:  # the most special counts
-            alphas[part, module] = given[-1]
-            if not isinstance(given[-1], int | float) or not math.isfinite(given[-1]):
-                raise ValueError(f"{path}: alpha of {part}.{module} must be a finite number, got {given[-1]!r}")
+        if given:
+            alpha = given[-1]  # the most specific of them
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise ValueError(f"{path}: alpha of {part}.{module} must be a finite number, got {alpha!r}")
+            alphas[part, module] = alpha
     return alphas
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape as a matrix's: rows, and all else."""
+    """The shape as a matrix: the first axis, and all other axes as one."""
     return (shape[0] if shape else 0), math.prod(shape[1:])

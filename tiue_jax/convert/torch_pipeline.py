@@ -1,4 +1,4 @@
-"""One-pass sampling of a loop-free student (TiUE, arXiv 2505.21960) in PyTorch: a custom pipeline for diffusers.
+"""Samples a loop-free student (TiUE, arXiv 2505.21960) in one pass in PyTorch: a custom pipeline for diffusers.
 
     import torch
     from diffusers import DiffusionPipeline
@@ -6,11 +6,11 @@
     pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
     image = pipe("a red apple", generator=torch.Generator().manual_seed(0)).images[0]
 
-The UNet's encoder runs once, on noise; its decoder runs at all K timesteps in one batch; the latents are a weighted sum
-of the noise and of what the decoder says. No loop and no guidance. A stock StableDiffusionPipeline loads the same
-folder, but runs the encoder at every step, which is another function of the same weights.
+The UNet's encoder runs once, on noise. The UNet's decoder runs at all K timesteps in one batch. The latents are a
+weighted sum of the noise and the decoder's outputs. There is no loop and no guidance. A stock StableDiffusionPipeline
+loads the same folder, but it runs the encoder at every step, and therefore computes other images.
 
-This file is part of TiUE-JAX and needs nothing of it. SPDX-License-Identifier: Apache-2.0
+This file is part of TiUE-JAX, but it runs without it. SPDX-License-Identifier: Apache-2.0
 """
 
 from typing import NamedTuple
@@ -25,27 +25,33 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.get_logger(__name__)
 
-SETTINGS = "_tiue"  # the student's K and spacing in scheduler_config.json; diffusers keeps such fields and ignores them
+SETTINGS = "_tiue"  # the field of scheduler_config.json with the student's K and spacing; diffusers ignores it
 
 
 class ClosedForm(NamedTuple):
-    """The latents z_0 = scale * noise + sum_i weights[i] * outputs[i]: DDIM (eta = 0), unrolled."""
+    """DDIM (eta = 0), unrolled: z_0 = scale * noise + sum_i weights[i] * outputs[i].
 
-    timesteps: np.ndarray  # int64 [k], descending
+    Attributes:
+        timesteps: int64 [k], descending.
+        scale: of the noise.
+        weights: float64 [k], of the decoder's outputs.
+    """
+
+    timesteps: np.ndarray
     scale: float
-    weights: np.ndarray  # float64 [k]
+    weights: np.ndarray
 
 
 def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str) -> ClosedForm:
-    """Unrolls DDIM (arXiv 2010.02502, equation 12): each step is linear in the latents and in the network's output.
+    """Unrolls DDIM (arXiv 2010.02502, equation 12), whose steps are linear in the latents and the network's output.
 
     Args:
-        config: of the diffusers scheduler.
+        config: the configuration of the diffusers scheduler.
         num_inference_steps: K.
         timestep_spacing: "leading", "trailing" or "linspace".
 
     Raises:
-        ValueError: a number of steps or a field of the configuration that this does not cover, with its value.
+        ValueError: the number of steps or a field of the configuration is not supported; the error gives the value.
     """
     k, total, offset = num_inference_steps, config["num_train_timesteps"], config.get("steps_offset", 0)
     if not 1 <= k <= total:
@@ -86,8 +92,11 @@ def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str) -
 def encode(
     unet: UNet2DConditionModel, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """conv_in, down blocks and mid block: latents [b c h w], timesteps [b], text [b l d] -> mid feature and skips."""
-    if hasattr(unet, "_hf_hook"):  # of enable_model_cpu_offload, which would otherwise wait for unet's own forward
+    """Runs conv_in, the down blocks and the mid block.
+
+    latents [b c h w], timesteps [b], text [b l d] -> mid feature and skips, all [b c h w] of their level.
+    """
+    if hasattr(unet, "_hf_hook"):  # enable_model_cpu_offload moves the UNet in its forward, which is not called here
         unet._hf_hook.pre_forward(unet)
     latents, text = latents.to(unet.dtype), text.to(unet.dtype)
     temb = _embed_time(unet, timesteps)
@@ -106,34 +115,53 @@ def decode(
     timesteps: torch.Tensor,
     text: torch.Tensor,
 ) -> torch.Tensor:
-    """Up blocks and output convolution on what `encode` gave: timesteps [b], text [b l d] -> epsilon or v [b c h w]."""
+    """Runs the up blocks and the output convolution on the features of `encode`.
+
+    timesteps [b], text [b l d] -> epsilon or v [b c h w].
+    """
     text = text.to(unet.dtype)
     temb = _embed_time(unet, timesteps)
     h = mid
     for block in unet.up_blocks:
-        own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-        # the next skips' size, which is not twice this one where the latents' size is odd at some level
+        block_skips, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+        # the size of the next skips, which is not twice this size if the latents have an odd size at some level
         size = skips[-1].shape[2:] if skips else None
-        h = block(hidden_states=h, temb=temb, res_hidden_states_tuple=own, upsample_size=size, **_text_for(block, text))
+        h = block(
+            hidden_states=h,
+            temb=temb,
+            res_hidden_states_tuple=block_skips,
+            upsample_size=size,
+            **_text_for(block, text),
+        )
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
 
 def combine(noise: torch.Tensor, outputs: torch.Tensor, form: ClosedForm) -> torch.Tensor:
-    """The closed form: noise [b c h w], outputs [k b c h w] -> float32 latents z_0 [b c h w]."""
+    """Computes the closed form: noise [b c h w], outputs [k b c h w] -> float32 latents z_0 [b c h w]."""
     weights = torch.tensor(form.weights, dtype=torch.float32, device=outputs.device)
     return form.scale * noise.float() + (weights.view(-1, 1, 1, 1, 1) * outputs.float()).sum(0)
 
 
+def _repeat(x: torch.Tensor, k: int) -> torch.Tensor:
+    """k copies on the batch axis: [b ...] -> [k*b ...]."""
+    return x.repeat(k, *[1] * (x.ndim - 1))
+
+
 def _embed_time(unet: UNet2DConditionModel, timesteps: torch.Tensor) -> torch.Tensor:
+    """The UNet's time embedding: timesteps [b] -> [b d]."""
     return unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
 
 
 def _text_for(block: torch.nn.Module, text: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The keyword argument with the text embedding, for blocks with cross-attention only."""
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
 class TiUEPipeline(DiffusionPipeline):
-    """Text to image in one pass. Components as in StableDiffusionPipeline; SD 1.x and 2.x, epsilon or v_prediction."""
+    """Samples images of texts in one pass. Has the components of StableDiffusionPipeline.
+
+    For Stable Diffusion 1.x and 2.x with epsilon or v_prediction.
+    """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
@@ -157,14 +185,14 @@ class TiUEPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def closed_form(self, num_inference_steps: int | None = None, timestep_spacing: str | None = None) -> ClosedForm:
-        """Timesteps and weights: those the student was trained with, where not given."""
-        own = self.scheduler.config.get(SETTINGS) or {}
-        steps = own.get("num_inference_steps") if num_inference_steps is None else num_inference_steps
+        """The timesteps and weights. The defaults are those that the student was trained with."""
+        trained = self.scheduler.config.get(SETTINGS) or {}
+        steps = trained.get("num_inference_steps") if num_inference_steps is None else num_inference_steps
         if steps is None:
             raise ValueError(
                 f"num_inference_steps is needed: the scheduler's config has no {SETTINGS!r}, as a student's has"
             )
-        spacing = timestep_spacing or own.get("timestep_spacing") or self.scheduler.config.timestep_spacing
+        spacing = timestep_spacing or trained.get("timestep_spacing") or self.scheduler.config.timestep_spacing
         return closed_form(self.scheduler.config, steps, spacing)
 
     @torch.no_grad()
@@ -181,23 +209,23 @@ class TiUEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draws images; those of one prompt together.
+        """Samples images. The images of one prompt follow each other.
 
         Args:
-            prompt: one, or a list.
-            height, width: in pixels, multiples of the VAE's factor; of `latents`, or the UNet's training size, where
-                not given.
-            num_inference_steps: K, decoder passes; what the student was trained with where not given, and so below.
-            timestep_spacing: "leading", "trailing" or "linspace".
+            prompt: a text, or a list of texts.
+            height, width: in pixels, multiples of the VAE's factor. The default is the size of `latents`, or the
+                UNet's training size.
+            num_inference_steps: K, the number of decoder passes. The default is the student's, from its training.
+            timestep_spacing: "leading", "trailing" or "linspace". The default is the student's.
             num_images_per_prompt: at least 1.
-            generator: one, or a list with one for each image.
-            latents: initial standard normal noise [b c h w], one for each image, instead of `generator`'s.
+            generator: one generator, or a list with one for each image.
+            latents: the initial standard normal noise of each image [b c h w], instead of the generator's.
             output_type: "pil", "np" (float32 [b h w 3] in 0 ... 1), "pt", or "latent" (float32 z_0 [b c h w], in the
                 UNet's scaling: divide by the VAE's scaling_factor before decoding).
-            return_dict: False gives a tuple.
+            return_dict: False returns a tuple.
 
         Raises:
-            ValueError: naming the argument that is wrong and its value.
+            ValueError: names the argument and its value.
         """
         form = self.closed_form(num_inference_steps, timestep_spacing)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -214,8 +242,8 @@ class TiUEPipeline(DiffusionPipeline):
         k, batch = len(form.timesteps), len(noise)
         timesteps = torch.tensor(form.timesteps, device=device).repeat_interleave(batch)  # [k*b], the noisiest first
         mid, skips = encode(self.unet, noise, timesteps[:batch], text)
-        all_steps = lambda x: x.repeat(k, *[1] * (x.ndim - 1))  # noqa: E731 [b ...] -> [k*b ...]
-        outputs = decode(self.unet, all_steps(mid), tuple(map(all_steps, skips)), timesteps, all_steps(text))
+        skips = tuple(_repeat(skip, k) for skip in skips)
+        outputs = decode(self.unet, _repeat(mid, k), skips, timesteps, _repeat(text, k))
         z = combine(noise, outputs.unflatten(0, (k, batch)), form)
 
         images = z
@@ -226,7 +254,7 @@ class TiUEPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def encode_prompts(self, prompts: list[str], device: torch.device | str) -> torch.Tensor:
-        """Text embeddings [b l d]; logs a warning for each prompt that is longer than the text encoder's context."""
+        """Text embeddings [b l d]. Logs a warning for each prompt beyond the text encoder's context, and cuts it."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         for one, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
             if len(ids) > length:
@@ -244,7 +272,7 @@ class TiUEPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         device: torch.device | str,
     ) -> torch.Tensor:
-        """The initial latents, float32 [b c h w]; drawn in float32 so that every dtype starts from the same ones."""
+        """The initial latents, float32 [b c h w]. Drawn in float32, so that they are the same for every dtype."""
         factor, channels = self.vae_scale_factor, self.unet.config.in_channels
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < 1 or pixels % factor):

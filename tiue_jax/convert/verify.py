@@ -1,6 +1,6 @@
-"""Whether PyTorch computes from a folder what we do: both sides in float32, the same inputs, part by part.
+"""Compares a pipeline folder in JAX and in PyTorch: part by part, from the same inputs, in float32.
 
-Runs our own copy of the one-pass sampler, never code from the folder. Needs the `torch` extra.
+It runs this package's copy of the one-pass sampler, never code from the folder. It needs the `torch` extra.
 """
 
 import contextlib
@@ -21,47 +21,62 @@ import transformers
 from tiue_jax import student
 from tiue_jax.convert import torch_pipeline
 from tiue_jax.convert.torch_pipeline import TiUEPipeline
-from tiue_jax.models.functional import Component
+from tiue_jax.models.functional import Component, Params
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import ClosedForm
 
-TOLERANCE = 1e-4  # of a part's largest difference, relative to its largest value
+TOLERANCE = 1e-4  # largest difference in a part, relative to the largest value
 MIN_PSNR = 50.0  # dB, of the final images
 PROMPTS = ("a red apple", "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a part of the pipeline computed on both sides, from the same inputs: float arrays of one shape."""
+    """The difference between JAX and PyTorch in a part of the pipeline, from the same inputs.
+
+    Attributes:
+        name: of the part.
+        absolute: largest absolute difference.
+        relative: `absolute` over PyTorch's largest absolute value.
+    """
 
     name: str
-    absolute: float  # largest difference
-    relative: float  # the same over the largest value
+    absolute: float
+    relative: float
 
     @property
     def passed(self) -> bool:
-        return self.relative <= TOLERANCE  # false for NaN too
+        """True if the relative difference is at most TOLERANCE. False for NaN."""
+        return self.relative <= TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The parts, and the PSNR in dB of the images that the two pipelines draw from the same noise, each on its own."""
+    """The result of a comparison.
+
+    Attributes:
+        parts: the differences, part by part.
+        psnr: in dB, of the images that the whole pipelines sample from the same noise.
+    """
 
     parts: tuple[Part, ...]
     psnr: float
 
     @property
     def passed(self) -> bool:
+        """True if all parts and the images agree."""
         return all(part.passed for part in self.parts) and self.psnr >= MIN_PSNR
 
     def table(self) -> str:
-        """The report as text, a line for each part."""
+        """The report as text, with one line for each part."""
         width = max(len(part.name) for part in self.parts)
-        failed = lambda passed: "" if passed else "   FAILED"
         lines = [f"{'part':<{width}}  max |jax - torch|  relative"]
-        lines += [f"{p.name:<{width}}  {p.absolute:17.2e}  {p.relative:8.1e}{failed(p.passed)}" for p in self.parts]
-        lines += [f"{'images':<{width}}  PSNR {self.psnr:.1f} dB{failed(self.psnr >= MIN_PSNR)}"]
+        for part in self.parts:
+            mark = "" if part.passed else "   FAILED"
+            lines.append(f"{part.name:<{width}}  {part.absolute:17.2e}  {part.relative:8.1e}{mark}")
+        mark = "" if self.psnr >= MIN_PSNR else "   FAILED"
+        lines.append(f"{'images':<{width}}  PSNR {self.psnr:.1f} dB{mark}")
         verdict = "the same" if self.passed else "DIFFERENT"
         lines += [f"{verdict}: expected at most {TOLERANCE:.0e} relative and at least {MIN_PSNR:.0f} dB, in float32"]
         return "\n".join(lines)
@@ -70,15 +85,16 @@ class Report:
 def verify(folder: str | Path, prompts: Sequence[str] = PROMPTS, seed: int = 0) -> Report:
     """Compares a pipeline folder in JAX and in PyTorch.
 
-    Each part gets the same inputs on both sides, those of the JAX side. A folder that is no student is sampled as one.
+    Each part gets the same inputs on both sides: what the JAX parts before it computed. A teacher is sampled like a
+    student, without a loop.
 
     Args:
         folder: a pipeline folder.
-        prompts: what to draw.
+        prompts: one image is sampled for each.
         seed: of the initial latents.
 
     Raises:
-        OSError, ValueError: either side cannot read the folder.
+        OSError, ValueError: JAX or PyTorch cannot read the folder, or the two read different timesteps from it.
     """
     ours = Pipeline.from_pretrained(folder)
     settings = ours.settings(sampler="tiue")
@@ -87,7 +103,7 @@ def verify(folder: str | Path, prompts: Sequence[str] = PROMPTS, seed: int = 0) 
     with _without_progress_bars():
         theirs = TiUEPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     theirs.text_encoder.float()  # transformers follows the folder's dtype; diffusers loads in float32
-    k = None if ours.sampling.sampler == "tiue" else len(form.timesteps)  # a student's folder says it to PyTorch too
+    k = None if ours.sampling.sampler == "tiue" else len(form.timesteps)  # a student's folder tells PyTorch K
     their_form = theirs.closed_form(k)
     if their_form.timesteps.tolist() != form.timesteps.tolist():
         raise ValueError(
@@ -98,7 +114,10 @@ def verify(folder: str | Path, prompts: Sequence[str] = PROMPTS, seed: int = 0) 
     h, w = height // ours.vae.cfg.factor, width // ours.vae.cfg.factor
     shape = (len(prompts), h, w, ours.unet.cfg.in_channels)
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    with jax.default_matmul_precision("highest"), torch.no_grad():  # GPUs and TPUs would round float32 down
+    with (
+        jax.default_matmul_precision("highest"),
+        torch.no_grad(),
+    ):  # by default GPUs and TPUs multiply float32 in lower precision
         return _compare(ours, theirs, list(prompts), noise, form, their_form, k)
 
 
@@ -111,23 +130,26 @@ def _compare(
     their_form: torch_pipeline.ClosedForm,
     k: int | None,
 ) -> Report:
+    """Runs both pipelines part by part from `noise`, float32 [b h w c], and then as a whole."""
     timesteps = form.timesteps.tolist()
     text = ours.encode_prompts(prompts)
     features = _compiled(ours.unet, "encode")(noise, _repeat(timesteps[0], noise), text)
     decode = _compiled(ours.unet, "decode")
     steps = [decode(features, _repeat(t, noise), text) for t in timesteps]
     outputs = jnp.stack(steps, axis=1)  # [b k h w c]
-    z = jax.jit(lambda noise, outputs: student.combine(noise, outputs, form))(noise, outputs)
-    z = np.asarray(z)
+    z = np.asarray(jax.jit(functools.partial(student.combine, form=form))(noise, outputs))
     decoded = _compiled(ours.vae, "decode")(z / ours.vae.cfg.scaling_factor)
 
     text_in, noise_in = torch.tensor(np.asarray(text)), _nchw(noise)
-    at = lambda t: torch.full((len(noise),), t)
+
+    def at(t: int) -> torch.Tensor:
+        return torch.full((len(noise),), t)
+
     parts = [_part("text encoder", text, theirs.encode_prompts(prompts, "cpu"))]
     mid, skips = torch_pipeline.encode(theirs.unet, noise_in, at(timesteps[0]), text_in)
     parts.append(_part("UNet encode: mid", features.mid, _nhwc(mid)))
-    of_skips = [_part("", a, _nhwc(b)) for a, b in zip(features.skips, skips, strict=True)]
-    parts.append(max((dataclasses.replace(p, name="UNet encode: skips") for p in of_skips), key=lambda p: p.relative))
+    of_skips = [_part("UNet encode: skips", a, _nhwc(b)) for a, b in zip(features.skips, skips, strict=True)]
+    parts.append(max(of_skips, key=lambda part: part.relative))
     features_in = _nchw(features.mid), tuple(map(_nchw, features.skips))
     for t, output in zip(timesteps, steps, strict=True):
         got = torch_pipeline.decode(theirs.unet, *features_in, at(t), text_in)
@@ -137,15 +159,15 @@ def _compare(
     got = theirs.vae.decode(_nchw(z) / theirs.vae.config.scaling_factor, return_dict=False)[0]
     parts.append(_part("VAE decode", decoded, _nhwc(got)))
 
-    picture = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
+    image = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
     expected = theirs(prompts, num_inference_steps=k, latents=noise_in, output_type="np", return_dict=False)[0]
-    mse = float(np.mean((picture - expected) ** 2))
+    mse = float(np.mean((image - expected) ** 2))
     return Report(tuple(parts), -10 * math.log10(mse) if mse > 0 else math.inf)
 
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Silences the ones for loading a folder, of which each of the two libraries has its own."""
+    """Switches off the progress bars of diffusers and transformers for loading a folder."""
     switches = diffusers.utils.logging, transformers.utils.logging
     for switch in switches:
         switch.disable_progress_bar()
@@ -157,17 +179,22 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _compiled(part: Component, method: str) -> Callable[..., Any]:
-    """A method of a model."""
-    run = lambda params, *args: getattr(part.bind(params), method)(*args)
+    """A compiled method of a model, with the model's parameters."""
+
+    def run(params: Params, *args: Any) -> Any:
+        return getattr(part.bind(params), method)(*args)
+
     options = compiler_options(jax.default_backend())
     return functools.partial(jax.jit(run, compiler_options=options), part.params)
 
 
 def _repeat(t: int, noise: np.ndarray) -> np.ndarray:
+    """The timestep t for each image, int32 [b]."""
     return np.full((len(noise),), t, np.int32)
 
 
 def _part(name: str, ours: Any, theirs: torch.Tensor) -> Part:
+    """Compares two arrays. ValueError if their shapes differ."""
     a, b = np.asarray(ours, np.float64), theirs.double().numpy()
     if a.shape != b.shape:
         raise ValueError(f"{name}: JAX gives the shape {list(a.shape)}, PyTorch {list(b.shape)}")
@@ -176,8 +203,10 @@ def _part(name: str, ours: Any, theirs: torch.Tensor) -> Part:
 
 
 def _nchw(x: Any) -> torch.Tensor:
+    """[b h w c] -> float32 [b c h w]."""
     return torch.tensor(np.asarray(x, np.float32)).permute(0, 3, 1, 2)
 
 
 def _nhwc(x: torch.Tensor) -> torch.Tensor:
+    """[b c h w] -> [b h w c]."""
     return x.permute(0, 2, 3, 1)

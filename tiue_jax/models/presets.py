@@ -9,7 +9,7 @@ from tiue_jax.models.vae import VAEConfig
 from tiue_jax.schedule import Schedule
 
 
-class Preset(NamedTuple):
+class Configs(NamedTuple):
     """The configurations of a pipeline."""
 
     unet: UNetConfig
@@ -19,7 +19,7 @@ class Preset(NamedTuple):
 
 
 _VAE = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
-_SD15 = Preset(
+_SD15 = Configs(
     UNetConfig(),
     _VAE,
     CLIPTextConfig(  # OpenAI's ViT-L/14
@@ -33,7 +33,7 @@ _SD15 = Preset(
     ),
     Schedule(),
 )
-_SD21_BASE = Preset(
+_SD21_BASE = Configs(
     UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     _VAE,
     CLIPTextConfig(  # OpenCLIP's ViT-H/14, without the last of its 24 layers

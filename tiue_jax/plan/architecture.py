@@ -2,14 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from tiue_jax.models.clip import CLIPConfig, CLIPTextConfig
-from tiue_jax.models.presets import PRESETS, Preset
+from tiue_jax.models.clip import CLIPConfig
+from tiue_jax.models.presets import PRESETS, Configs
 from tiue_jax.models.tiny_vae import TinyVAEConfig
-from tiue_jax.models.unet import UNetConfig
-from tiue_jax.models.vae import VAEConfig
 from tiue_jax.training.settings import Settings
 from tiue_jax.weights import hub
-from tiue_jax.weights.pipeline_folder import check_widths, load_schedule, read_config
+from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
 # The published models that L_clip is computed with: their configurations are the classes' defaults.
 _PUBLISHED = {CLIPConfig: "clip-vit-base-patch32", TinyVAEConfig: "taesd"}
@@ -18,7 +16,7 @@ _PUBLISHED = {CLIPConfig: "clip-vit-base-patch32", TinyVAEConfig: "taesd"}
 class Architecture(NamedTuple):
     """The configurations of a run's models."""
 
-    pipeline: Preset
+    pipeline: Configs
     clip: CLIPConfig | None = None  # for L_clip, and the next
     tiny_vae: TinyVAEConfig | None = None
 
@@ -39,18 +37,10 @@ def read(settings: Settings) -> Architecture:
     )
 
 
-def _pipeline(name: str) -> Preset:
+def _pipeline(name: str) -> Configs:
     if (preset := PRESETS.get(hub.alias(name) or "")) is not None and not hub.on_disk(name):
         return preset
-    folder = hub.resolve(name, weights=False)
-    pipeline = Preset(
-        read_config(folder / "unet", UNetConfig),
-        read_config(folder / "vae", VAEConfig),
-        read_config(folder / "text_encoder", CLIPTextConfig),
-        load_schedule(folder / "scheduler"),
-    )
-    check_widths(name, pipeline.unet, pipeline.vae, pipeline.text_encoder)
-    return pipeline
+    return read_configs(hub.resolve(name, weights=False))
 
 
 def _published(settings: Settings, setting: str, config: Any) -> Any:

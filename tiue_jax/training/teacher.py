@@ -14,16 +14,15 @@ from flax import nnx
 
 from tiue_jax.data.loader import Tokenize
 from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNet, UNetConfig
-from tiue_jax.models.vae import VAEConfig
 from tiue_jax.schedule import Schedule
 from tiue_jax.training.distill import ClipFeatures, Frozen, make_clip_features
 from tiue_jax.training.settings import Settings
-from tiue_jax.weights import hub, model_folder
-from tiue_jax.weights.pipeline_folder import check_widths, load_schedule, read_config, read_model
+from tiue_jax.weights import hub, model_folder, pipeline_folder
+from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
 
 class Stored(NamedTuple):
@@ -79,12 +78,11 @@ def read_teacher(settings: Settings) -> Teacher:
     Raises:
         FileNotFoundError, ValueError: one line naming the file or config field that is missing or wrong.
     """
-    name = settings.model.pretrained_model_name_or_path
-    folder = hub.resolve(name)
-    model_folder.check_pipeline(folder)
-    unet_cfg, _, unet_shapes = read_model(folder / "unet", UNet, UNetConfig)
-    text_cfg, text_encoder, text_shapes = read_model(folder / "text_encoder", CLIPTextModel, CLIPTextConfig)
-    check_widths(name, unet_cfg, read_config(folder / "vae", VAEConfig), text_cfg)
+    folder = hub.resolve(settings.model.pretrained_model_name_or_path)
+    pipeline_folder.check_pipeline(folder)
+    configs = read_configs(folder)
+    _, unet_shapes = pipeline_folder.abstract(folder / "unet", UNet, configs.unet)
+    text_encoder, text_shapes = pipeline_folder.abstract(folder / "text_encoder", CLIPTextModel, configs.text_encoder)
     unet = Stored(folder / "unet", unet_shapes)
     frozen = {"unet": unet}
     if not settings.data.embeddings:
@@ -95,10 +93,10 @@ def read_teacher(settings: Settings) -> Teacher:
         frozen |= parts
     return Teacher(
         folder=folder,
-        unet_cfg=unet_cfg,
+        unet_cfg=configs.unet,
         unet=unet,
-        schedule=load_schedule(folder / "scheduler"),
-        tokenize=Tokenizer(folder / "tokenizer", text_cfg.max_position_embeddings),
+        schedule=configs.schedule,
+        tokenize=Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings),
         text_encoder=text_encoder,
         frozen=frozen,
         clip_features=clip_features,
@@ -118,7 +116,8 @@ def read_clip(settings: Settings) -> tuple[dict[str, Stored], ClipFeatures, Toke
     clip_cfg = read_config(clip_folder, CLIPConfig)
     text_cfg, vision_cfg = clip_cfg.text_config, clip_cfg.vision_config
     clip, clip_shapes = functional.abstract(CLIPModel, text_cfg, vision_cfg, clip_cfg.projection_dim)
-    _, vae, vae_shapes = read_model(vae_folder, AutoencoderTiny, TinyVAEConfig)
+    vae_cfg = read_config(vae_folder, TinyVAEConfig)
+    vae, vae_shapes = pipeline_folder.abstract(vae_folder, AutoencoderTiny, vae_cfg)
     parts = {"clip": Stored(clip_folder, clip_shapes), "tiny_vae": Stored(vae_folder, vae_shapes)}
     features = make_clip_features(vae, clip, vision_cfg.image_size, normalize=settings.distill.clip_normalize)
     return parts, features, Tokenizer(clip_folder, text_cfg.max_position_embeddings)

@@ -12,7 +12,7 @@ import jax
 
 from tiue_jax import files
 from tiue_jax.training import distributed
-from tiue_jax.weights.pipeline_folder import MODEL_INDEX
+from tiue_jax.weights.layout import MODEL_INDEX
 
 SEEN_WITHIN_SECONDS = 60  # for so long a network file system may remember that a folder was not there
 

@@ -1,1 +1,1 @@
-"""Model folders: where they are found, and how their tensors are read and written. safetensors only, no PyTorch."""
+"""Model folders: finds them, downloads them, and reads and writes their tensors. safetensors only, no PyTorch."""

@@ -1,4 +1,4 @@
-"""Fetches the files of a model that are needed from the Hugging Face hub: safetensors only, one variant of each."""
+"""Downloads the files of a model that are needed from the Hugging Face hub: safetensors, one variant of each."""
 
 import hashlib
 import re
@@ -6,49 +6,56 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-_MODELS = ("unet", "vae", "text_encoder")
-_SETTINGS = ("model_index.json", "tiue_config.json")
 _TOKENIZER = "vocab.json merges.txt tokenizer.json tokenizer_config.json special_tokens_map.json".split()
-_VARIANTS = {"float32": ("", ".fp16"), "bfloat16": (".fp16", "")}  # half the bytes where nothing more is kept of them
+# Variants of the weights by the dtype of the computation, the preferred one first. bfloat16 keeps fewer bits than fp16.
+_VARIANTS = {"float32": ("", ".fp16"), "bfloat16": (".fp16", "")}
 
 
 class Fetched(NamedTuple):
-    """Where a model's files are now, and what they are."""
+    """A model that was downloaded.
+
+    Attributes:
+        folder: of the files on this disk.
+        commit: of the repository.
+        licence: in the words of the repository's card.
+        notes: differences from the request, such as weights that exist in float16 only.
+    """
 
     folder: Path
     commit: str
-    licence: str | None  # as the repository's card says
-    notes: tuple[str, ...]  # what is not as it was asked for
+    licence: str | None
+    notes: tuple[str, ...]
 
 
 def fetch(
     repository: str, revision: str, dtype: str = "float32", parts: Sequence[str] = PARTS, weights: bool = True
 ) -> Fetched:
-    """Downloads what is needed of a repository, once; where the hub cannot be asked, takes what an earlier call left.
+    """Downloads the needed files of a repository that are not in the cache yet.
 
-    The repository holds a pipeline, or one model at its root. What is new is checked against the hub's SHA-256.
+    The repository holds a pipeline, or one model at its root. New files are checked against the hub's SHA-256. If the
+    hub cannot be reached, the files of an earlier download are used.
 
     Args:
         repository: owner/name.
         revision: a branch, a tag or a commit.
-        dtype: the weights will be used in: for "bfloat16" the fp16 variant is taken where there is one.
-        parts: of a pipeline.
-        weights: False for configurations and the tokenizer only.
+        dtype: of the computation. For "bfloat16" the fp16 variant is downloaded if there is one.
+        parts: the parts of a pipeline that are needed.
+        weights: False for the configurations and the tokenizer only.
 
     Raises:
-        OSError: the hub cannot be reached, or has no such repository or revision, or does not let us in.
-        ValueError: the repository holds something else, or no safetensors; a file with another hash than the hub says.
+        OSError: the hub cannot be reached and the cache lacks files, or the hub has no such repository or revision, or
+            it refuses access.
+        ValueError: the repository holds no model, or no safetensors; or a file has another hash than on the hub.
     """
-    # half a second that shipped and local models need not wait for
+    # imported here, since it takes half a second that shipped and local models do not need
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except Exception as error:  # the hub's own, its HTTP library's, or the operating system's
+    except Exception as error:  # of the hub, its HTTP library, or the operating system
         return _earlier(repository, revision, dtype, parts, weights, _reason(error))
     hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings or []}
     commit = info.sha or revision
@@ -66,10 +73,10 @@ def fetch(
 
 
 def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], weights: bool, reason: str) -> Fetched:
-    """What an earlier download left; OSError with the reason why there is no other where it is not enough."""
+    """The files of an earlier download. OSError with `reason`, why the hub gives nothing, if they are not all there."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("model_index.json", "config.json", "unet/config.json"):
+    for name in (MODEL_INDEX, "config.json", "unet/config.json"):
         cached = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(cached, str):
             folder = Path(cached.removesuffix(name))
@@ -89,17 +96,26 @@ def needed(
     weights: bool = True,
     cached: Collection[str] = (),
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Which files of a repository to fetch, and notes on what is not as it was asked for.
+    """Selects the files of a repository to download.
+
+    Args:
+        files: names of all files in the repository.
+        dtype, parts, weights: see `fetch`.
+        cached: names of the files that are on this disk already.
+
+    Returns:
+        The names of the files, and notes on differences from the request.
 
     Raises:
-        ValueError: neither a pipeline nor a model; a model without safetensors, or with a shard missing.
+        ValueError: the repository holds neither a pipeline nor a model, or a model without safetensors or without one
+            of its shards.
     """
-    names = [name for name in _SETTINGS if name in files]
-    if "model_index.json" in files or any(f"{part}/config.json" in files for part in _MODELS):
-        folders = [f"{part}/" for part in _MODELS if part in parts and f"{part}/config.json" in files]
+    names = [name for name in (MODEL_INDEX, TIUE_CONFIG) if name in files]
+    if MODEL_INDEX in files or any(f"{part}/config.json" in files for part in MODEL_PARTS):
+        folders = [f"{part}/" for part in MODEL_PARTS if part in parts and f"{part}/config.json" in files]
         tokenizer = "tokenizer/" if "tokenizer" in parts else None
         if "scheduler" in parts:
-            names += [name for name in ("scheduler/scheduler_config.json",) if name in files]
+            names += [name for name in (f"scheduler/{SCHEDULER_CONFIG}",) if name in files]
     elif "config.json" in files:
         folders, tokenizer = [""], ""
     else:
@@ -118,19 +134,19 @@ def needed(
 
 
 def _weights(files: Collection[str], folder: str, dtype: str, cached: Collection[str]) -> tuple[str, list[str]]:
-    """The variant to take of a model's weights, and its files."""
+    """The variant of a model's weights to download, and its files. ValueError if there is none."""
     found = {variant: names for variant in _VARIANTS[dtype] if (names := _variant(files, folder, variant))}
     if not found:
         others = sorted(name for name in files if re.fullmatch(rf"{folder}[^/]*\.(bin|ckpt|pt|msgpack|h5)", name))
         instead = f", only {', '.join(others)}, which are not read" if others else ""
         raise ValueError(f"{folder or 'the repository'} holds no safetensors weights{instead}")
-    # whole weights that are here already serve every dtype
+    # weights in full precision that are on this disk already serve every dtype
     variant = "" if "" in found and set(found[""]) <= set(cached) else next(iter(found))
     return variant, found[variant]
 
 
 def _variant(files: Collection[str], folder: str, variant: str) -> list[str]:
-    """The files that hold one variant of a model's weights, empty where it has none."""
+    """The files with one variant of a model's weights; empty if there are none. ValueError if a shard is missing."""
     for stem in (Path(WEIGHTS).stem, Path(TRANSFORMERS_WEIGHTS).stem):
         if (single := f"{folder}{stem}{variant}.safetensors") in files:
             return [single]
@@ -144,7 +160,7 @@ def _variant(files: Collection[str], folder: str, variant: str) -> list[str]:
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    """ValueError where the file's SHA-256 is another; the file is removed, so that the next run fetches it anew."""
+    """Raises ValueError if the file has another SHA-256, and removes it, so that the next run downloads it again."""
     with path.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != expected:
@@ -154,14 +170,16 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub gives nothing, in one line."""
+    """The reason for which the hub gives nothing, in one line."""
     from huggingface_hub import errors
 
-    known = {  # the more special first
+    known = {  # subclasses before their base class
         errors.GatedRepoError: "gated: accept its licence on huggingface.co, and set HF_TOKEN",
         errors.RepositoryNotFoundError: "no such repository, or a private one",
         errors.RevisionNotFoundError: "no such revision",
         errors.OfflineModeIsEnabled: "offline, since HF_HUB_OFFLINE is set",
     }
-    said = next((reason for kind, reason in known.items() if isinstance(error, kind)), None)
-    return said or " ".join(str(error).split()) or type(error).__name__
+    for kind, reason in known.items():
+        if isinstance(error, kind):
+            return reason
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,7 @@
-"""Where a model's folder is: shipped with the package, on this disk, or on the Hugging Face hub.
+"""Finds the folder of a model: in the package, on this disk, or on the Hugging Face hub.
 
-A model is named by an alias of the table below, a folder, or a hub repository (owner/name). Aliases and repositories
-are looked for in the folder `$TIUE_MODELS` first, as `<alias>`, `<owner>/<name>` or `<owner>--<name>`.
+The name of a model is an alias in the table below, a folder, or a hub repository (owner/name). The folder
+`$TIUE_MODELS` is searched before the hub, for `<alias>`, `<owner>/<name>` and `<owner>--<name>`.
 """
 
 import dataclasses
@@ -17,22 +17,23 @@ from typing import Any
 
 from tiue_jax.files import expand, user_cache, write_json
 from tiue_jax.weights import download
+from tiue_jax.weights.layout import MODEL_INDEX, PARTS, TIUE_CONFIG
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("emoji", "emoji-tiue")  # the teacher, and the student distilled from it
-SHIPPED_PROMPTS = {"emoji": ASSETS / "emoji" / "prompts.txt"}  # those that a shipped model was trained on
+SHIPPED_PROMPTS = {"emoji": ASSETS / "emoji" / "prompts.txt"}  # the prompts that a shipped model was trained on
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What an alias stands for.
+    """The model that an alias stands for.
 
     Attributes:
-        sources: hub repositories and their revisions, in the order in which they are tried.
+        sources: hub repositories and revisions, in the order in which they are tried.
         licence: of the weights.
-        formerly: repositories that are gone from the hub, under the names people know: they stand for this model too.
-        base: alias of the model that gives the parts which the sources lack, where they hold a UNet and no more.
-        sampling: what `tiue_config.json` says where the sources have none.
+        formerly: well-known repositories that are gone from the hub. Their names stand for this model too.
+        base: alias of the model that supplies missing parts, for sources that hold only a UNet.
+        sampling: content of `tiue_config.json` for sources without one.
     """
 
     sources: tuple[tuple[str, str], ...]
@@ -67,7 +68,7 @@ MODELS = {
         (("senmaonk/loopfree-sd2.1-base", "main"),), _NON_COMMERCIAL, base="sd21-base", sampling=_TIUE
     ),
     "taesd": Model((("madebyollin/taesd", "main"),), "MIT"),
-    # the safetensors of this one are in a pull request of the hub's own conversion bot
+    # the hub's conversion bot put the safetensors of this model into a pull request
     "clip-vit-base-patch32": Model(
         (("openai/clip-vit-base-patch32", "refs/pr/15"), ("openai/clip-vit-base-patch32", "main")), "MIT"
     ),
@@ -76,8 +77,13 @@ MODELS = {
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
+def is_repository_name(text: str) -> bool:
+    """True if a text has the form of a hub repository's name, owner/name."""
+    return _REPOSITORY.fullmatch(text) is not None
+
+
 def alias(name: str | Path) -> str | None:
-    """The alias that a name stands for: it is one itself, one of its sources, or what they were called formerly."""
+    """The alias of a model by any of its names: the alias, a source, or a former repository. None if there is none."""
     for short, model in MODELS.items():
         if str(name) in (short, *model.formerly, *(repository for repository, _ in model.sources)):
             return short
@@ -85,13 +91,13 @@ def alias(name: str | Path) -> str | None:
 
 
 def known(name: str | Path) -> Model | None:
-    """The row of MODELS that a name stands for, see `alias`."""
+    """The row of MODELS for a name, see `alias`."""
     short = alias(name)
     return None if short is None else MODELS[short]
 
 
 def on_disk(name: str | Path) -> bool:
-    """Whether `resolve` finds a model without the hub."""
+    """True if `resolve` finds the model without the hub."""
     text = str(name)
     if text in SHIPPED or (text not in MODELS and expand(name).is_dir()):
         return True
@@ -99,16 +105,16 @@ def on_disk(name: str | Path) -> bool:
 
 
 def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -> Path:
-    """The folder of a model. What was chosen where there is a choice, and its licence, are printed on stderr.
+    """Finds the folder of a model, after a download if necessary. Prints the source and the licence on stderr.
 
     Args:
         name: an alias, a folder, or a hub repository.
-        dtype: "float32" or "bfloat16", which the weights will be used in: it decides which variant is downloaded.
-        weights: False where the configurations and the tokenizer are enough.
+        dtype: "float32" or "bfloat16", of the computation. It selects the variant to download.
+        weights: False if the configurations and the tokenizer are enough.
 
     Raises:
-        FileNotFoundError: nothing of that name, saying all that was tried.
-        ValueError: what was found is not a model.
+        FileNotFoundError: there is no model of this name; the error lists all that was tried.
+        ValueError: the folder or repository holds no model.
     """
     text, local = str(name), expand(name)
     if text in SHIPPED:
@@ -116,23 +122,23 @@ def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -
             raise FileNotFoundError(f"shipped model {text!r} is not in this installation: no folder {ASSETS / text}")
         return ASSETS / text
     if text not in MODELS:
-        if text and local.is_dir():  # the path of an empty name would be the current folder
+        if text and local.is_dir():  # an empty name would be the current folder
             return local
         if local.is_file():
             raise FileNotFoundError(f"unknown model {text!r}: a file, expected a folder in diffusers' layout")
-        if isinstance(name, Path) or not _REPOSITORY.fullmatch(text) or text.startswith((".", "~")):
+        if isinstance(name, Path) or not is_repository_name(text) or text.startswith((".", "~")):
             aliases = ", ".join((*SHIPPED, *MODELS))
             raise FileNotFoundError(
                 f"unknown model {text!r}: not an alias ({aliases}), not a local folder, "
                 "not a hub repository's name (owner/name)"
             )
     model = known(text) or Model(((text, "main"),))
-    folder = _find(text, model, dtype, download.PARTS, weights)
+    folder = _find(text, model, dtype, PARTS, weights)
     return _complete(text, folder, model, dtype, weights) if model.base else folder
 
 
 def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bool) -> Path:
-    """The folder of a model on this disk, after a download where need be."""
+    """The folder of a model on this disk, after a download if necessary. FileNotFoundError lists all that was tried."""
     tried = []
     for folder in _local_folders(text, model):
         if folder.is_dir():
@@ -154,7 +160,7 @@ def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bo
 
 
 def _local_folders(text: str, model: Model) -> Iterator[Path]:
-    """Where a model may be below $TIUE_MODELS."""
+    """The folders below $TIUE_MODELS that may hold a model."""
     if not (root := os.environ.get("TIUE_MODELS")):
         return
     aliases = [alias for alias, row in MODELS.items() if row is model]
@@ -166,24 +172,24 @@ def _local_folders(text: str, model: Model) -> Iterator[Path]:
 
 
 def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) -> Path:
-    """The folder itself where it is a whole pipeline that says how it is sampled.
+    """Completes a student's folder with the parts of its base model.
 
-    Else a folder of links in the user's cache: the parts that there are, those that lack from the base model, and a
-    `tiue_config.json`.
+    Returns the folder if it is a whole pipeline with a `tiue_config.json`. Otherwise returns a folder of links in the
+    user's cache: to the parts in the folder, to the missing parts in the base model, and with a `tiue_config.json`.
     """
     assert model.base is not None
     if not (folder / "unet" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no unet/config.json and no config.json, expected a pipeline or a UNet")
-    links = {part: folder / part for part in download.PARTS if (folder / part).is_dir()}
-    links.setdefault("unet", folder)  # a UNet's own folder
-    links |= {name: folder / name for name in ("model_index.json", "tiue_config.json") if (folder / name).is_file()}
-    if lacking := [part for part in download.PARTS if part not in links]:
-        base = _find(model.base, MODELS[model.base], dtype, lacking, weights)
-        links |= {part: base / part for part in lacking} | {"model_index.json": base / "model_index.json"}
-    if "tiue_config.json" in links and not lacking:
+    links = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    links.setdefault("unet", folder)  # the folder is that of a UNet
+    links |= {name: folder / name for name in (MODEL_INDEX, TIUE_CONFIG) if (folder / name).is_file()}
+    if missing := [part for part in PARTS if part not in links]:
+        base = _find(model.base, MODELS[model.base], dtype, missing, weights)
+        links |= {part: base / part for part in missing} | {MODEL_INDEX: base / MODEL_INDEX}
+    if TIUE_CONFIG in links and not missing:
         return folder
     targets = {name: str(path.absolute()) for name, path in sorted(links.items())}
-    # what it holds is in its name: another download makes another folder, and none is ever changed
+    # the name contains a hash of the targets: another download makes another folder, and no folder ever changes
     digest = hashlib.sha256(json.dumps([targets, model.sampling]).encode()).hexdigest()[:12]
     cache = user_cache()
     whole = cache / f"{text.replace('/', '--')}-{digest}"
@@ -194,16 +200,16 @@ def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) 
             new.mkdir()
             for name, target in targets.items():
                 (new / name).symlink_to(target)
-            if "tiue_config.json" not in targets and model.sampling is not None:
-                write_json(new / "tiue_config.json", model.sampling)
+            if TIUE_CONFIG not in targets and model.sampling is not None:
+                write_json(new / TIUE_CONFIG, model.sampling)
             try:
                 new.rename(whole)
             except OSError:
-                if not whole.is_dir():  # else another process was faster
+                if not whole.is_dir():  # otherwise another process has made it
                     raise
     return whole
 
 
 def _say(text: str, facts: list[str]) -> None:
-    # printed, not logged: whoever runs a script is to see whose weights these are, and under which licence
+    """Prints facts on a model. They are not logged, since the user must always see the source and the licence."""
     print(f"model {text}: {'; '.join(facts)}", file=sys.stderr)

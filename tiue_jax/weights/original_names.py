@@ -1,8 +1,9 @@
-"""The tensors of the original Stable Diffusion repositories (CompVis, Stability AI) under diffusers' names.
+"""Translates tensor names of the original Stable Diffusion repositories (CompVis, Stability AI) to diffusers' names.
 
-One file holds all parts: the UNet, the autoencoder, and the text encoder, which is transformers' CLIP in SD 1.x and
-OpenCLIP in SD 2.x. Names are translated for any configuration of these architectures; what differs in layout is a view
-of what lies in the file: OpenCLIP's fused projections, and 1x1 convolutions that are linear layers elsewhere.
+One file holds the UNet, the autoencoder and the text encoder, which is transformers' CLIP in SD 1.x and OpenCLIP in
+SD 2.x. Names are translated for any configuration of these architectures. Two layouts differ, and are translated by
+views of the stored tensors: OpenCLIP fuses the projections of queries, keys and values, and some linear layers are
+stored as 1x1 convolutions.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from tiue_jax.models.vae import VAEConfig
 from tiue_jax.weights.names import Params, leaves, on_disk, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor
 
+# how the names of each part begin in the file
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
@@ -43,52 +45,58 @@ _OPEN_CLIP = {
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
-# what OpenCLIP's own loss uses, and the mask that it stores; a text encoder's output depends on none of them
+# OpenCLIP's loss uses the first two, and the mask is a constant: the output of a text encoder depends on none of them
 _OPEN_CLIP_UNUSED = ("text_projection", "logit_scale", "attn_mask")
 
 
 def unet_tensors(tensors: Mapping[str, StoredTensor], cfg: UNetConfig, shapes: Params) -> dict[str, StoredTensor]:
-    """The UNet's tensors under diffusers' names; those that it has no place for keep the file's.
+    """Returns the UNet's tensors under diffusers' names. A tensor that fits nowhere keeps its name in the file.
 
-    Its moving average (`model_ema.*`), which full training checkpoints hold too, is not looked at, as in diffusers.
+    Full training checkpoints also hold the moving average (`model_ema.*`). It is ignored, as in diffusers.
+
+    Args:
+        tensors: all tensors of the file by name.
+        cfg: the configuration of the UNet.
+        shapes: the parameter tree of the UNet.
     """
     return _translated(tensors, shapes, UNET, unet_modules(cfg))
 
 
 def vae_tensors(tensors: Mapping[str, StoredTensor], cfg: VAEConfig, shapes: Params) -> dict[str, StoredTensor]:
-    """The autoencoder's tensors under diffusers' names; those that it has no place for keep the file's."""
+    """Returns the autoencoder's tensors under diffusers' names. See `unet_tensors`."""
     return _translated(tensors, shapes, VAE, vae_modules(cfg))
 
 
 def text_tensors(tensors: Mapping[str, StoredTensor], cfg: CLIPTextConfig, shapes: Params) -> dict[str, StoredTensor]:
-    """The text encoder's tensors under transformers' names; those that it has no place for keep the file's."""
+    """Returns the text encoder's tensors under transformers' names. See `unet_tensors`."""
     if not is_open_clip(tensors):
         return {name.removeprefix(CLIP): tensor for name, tensor in tensors.items() if name.startswith(CLIP)}
-    mine = {name.removeprefix(OPEN_CLIP): tensor for name, tensor in tensors.items() if name.startswith(OPEN_CLIP)}
+    held = {name.removeprefix(OPEN_CLIP): tensor for name, tensor in tensors.items() if name.startswith(OPEN_CLIP)}
     found, used = {}, set(_OPEN_CLIP_UNUSED)
     for path, _ in leaves(shapes):
         name = on_disk(path)
-        theirs, row = _open_clip_name(name)
-        if theirs in mine:
-            tensor = mine[theirs]
-            if row is not None and tensor.shape and tensor.shape[0]:  # else its shape is reported as wrong
+        theirs, third = _open_clip_name(name)
+        if theirs in held:
+            tensor = held[theirs]
+            if third is not None and tensor.shape and tensor.shape[0]:  # otherwise its shape is reported as wrong
                 width = tensor.shape[0] // 3
-                tensor = tensor.rows(row * width, (row + 1) * width)
+                tensor = tensor.rows(third * width, (third + 1) * width)
             found[name] = tensor
             used.add(theirs)
-    # Stable Diffusion takes the output of the layer before the last, which its folders therefore lack
+    # Stable Diffusion uses the output of the layer before the last. The last layer is in the file, but in no folder of
+    # diffusers.
     beyond = re.compile(rf"transformer\.resblocks\.{cfg.num_hidden_layers}\..*")
-    unused = {name for name in mine if name not in used and not beyond.fullmatch(name)}
-    return found | {OPEN_CLIP + name: mine[name] for name in unused}
+    unused = {name for name in held if name not in used and not beyond.fullmatch(name)}
+    return found | {OPEN_CLIP + name: held[name] for name in unused}
 
 
 def is_open_clip(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether the text encoder in the file is OpenCLIP's, as in SD 2.x."""
+    """True if the text encoder in the file is OpenCLIP's, as in SD 2.x."""
     return any(name.startswith(OPEN_CLIP) for name in tensors)
 
 
 def unet_modules(cfg: UNetConfig) -> dict[str, str]:
-    """Modules of the UNet in diffusers' names, and in the original's, which numbers its blocks through."""
+    """Maps the UNet's modules in diffusers to the original modules, which number all blocks in one sequence."""
     depths = cfg.per_block("layers_per_block")
     names = {
         "conv_in": "input_blocks.0.0",
@@ -100,29 +108,31 @@ def unet_modules(cfg: UNetConfig) -> dict[str, str]:
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
     }
-    n = 1
+    block = 1  # input_blocks.0 is conv_in
     for i, depth in enumerate(depths):
         for j in range(depth):
-            names[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
-            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
-            n += 1
+            names[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{block}.0"
+            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{block}.1"
+            block += 1
         if i < len(depths) - 1:
-            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-            n += 1
-    n = 0
+            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            block += 1
+    block = 0
     for i, (depth, kind) in enumerate(zip(depths[::-1], cfg.up_block_types, strict=True)):
         for j in range(depth + 1):
-            names[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
-            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-            n += 1
+            names[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{block}.0"
+            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{block}.1"
+            block += 1
         after = 2 if kind == "CrossAttnUpBlock2D" else 1
-        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{after}.conv"
-    resnets = [name for name in names if ".resnets." in name]
-    return names | {f"{name}.{ours}": f"{names[name]}.{its}" for name in resnets for ours, its in _UNET_RESNET.items()}
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{after}.conv"
+    return names | _inside_resnets(names, _UNET_RESNET)
 
 
 def vae_modules(cfg: VAEConfig) -> dict[str, str]:
-    """Modules of the autoencoder in diffusers' names, and in the original's, which counts its levels from the top."""
+    """Maps the autoencoder's modules in diffusers to the original modules.
+
+    The original numbers the levels of the decoder from the highest resolution, diffusers from the lowest.
+    """
     names = {name: name for name in ("quant_conv", "post_quant_conv")}
     levels = len(cfg.block_out_channels)
     for side, blocks, level_name in (("encoder", "down_blocks", "down"), ("decoder", "up_blocks", "up")):
@@ -131,33 +141,42 @@ def vae_modules(cfg: VAEConfig) -> dict[str, str]:
         for j in range(2):
             names[f"{side}.mid_block.resnets.{j}"] = f"{side}.mid.block_{j + 1}"
         attention = f"{side}.mid_block.attentions.0"
-        names |= {f"{attention}.{ours}": f"{side}.mid.attn_1.{its}" for ours, its in _VAE_ATTENTION.items()}
+        names |= {f"{attention}.{ours}": f"{side}.mid.attn_1.{theirs}" for ours, theirs in _VAE_ATTENTION.items()}
         for i in range(levels):
             level = f"{side}.{level_name}.{i if side == 'encoder' else levels - 1 - i}"
             for j in range(cfg.layers_per_block + (side == "decoder")):
                 names[f"{side}.{blocks}.{i}.resnets.{j}"] = f"{level}.block.{j}"
             names[f"{side}.{blocks}.{i}.downsamplers.0.conv"] = f"{level}.downsample.conv"
             names[f"{side}.{blocks}.{i}.upsamplers.0.conv"] = f"{level}.upsample.conv"
-    resnets = [name for name in names if ".resnets." in name]
-    return names | {f"{name}.{ours}": f"{names[name]}.{its}" for name in resnets for ours, its in _VAE_RESNET.items()}
+    return names | _inside_resnets(names, _VAE_RESNET)
+
+
+def _inside_resnets(names: Mapping[str, str], layers: Mapping[str, str]) -> dict[str, str]:
+    """The names of `layers` in each ResNet block among `names`, in diffusers and in the original."""
+    found: dict[str, str] = {}
+    for name, theirs in names.items():
+        if ".resnets." in name:
+            found |= {f"{name}.{ours}": f"{theirs}.{layer}" for ours, layer in layers.items()}
+    return found
 
 
 def _translated(
     tensors: Mapping[str, StoredTensor], shapes: Params, prefix: str, modules: Mapping[str, str]
 ) -> dict[str, StoredTensor]:
-    mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    """The tensors of one part under diffusers' names, in the shapes of its parameter tree. See `unet_tensors`."""
+    held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     found, used = {}, set()
     for path, leaf in leaves(shapes):
         name = on_disk(path)
         theirs = _translate(name, modules)
-        if theirs in mine:
-            found[name] = _as_shape(mine[theirs], torch_shape(path, tuple(leaf.shape)))
+        if theirs in held:
+            found[name] = _as_shape(held[theirs], torch_shape(path, tuple(leaf.shape)))
             used.add(theirs)
-    return found | {prefix + name: tensor for name, tensor in mine.items() if name not in used}
+    return found | {prefix + name: tensor for name, tensor in held.items() if name not in used}
 
 
 def _translate(name: str, modules: Mapping[str, str]) -> str | None:
-    """A tensor's name through that of the innermost module that is listed, None where none is."""
+    """The original name of a tensor, by the innermost of its modules in `modules`; None if there is none."""
     module, rest = name, ""
     while "." in module:
         module, _, last = module.rpartition(".")
@@ -168,7 +187,7 @@ def _translate(name: str, modules: Mapping[str, str]) -> str | None:
 
 
 def _open_clip_name(name: str) -> tuple[str | None, int | None]:
-    """OpenCLIP's name of a tensor, and which third of its rows where it is a fused projection."""
+    """OpenCLIP's name of a tensor. For a fused projection also the third of its rows: 0 queries, 1 keys, 2 values."""
     if not (layer := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)):
         return _OPEN_CLIP.get(name), None
     number, module, kind = layer.groups()
@@ -179,6 +198,6 @@ def _open_clip_name(name: str) -> tuple[str | None, int | None]:
 
 
 def _as_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    """A 1x1 convolution as a linear layer or the other way round; any other tensor as it is."""
+    """Views a 1x1 convolution as a linear layer, or the other way round. Returns other tensors unchanged."""
     longer, shorter = sorted((tensor.shape, shape), key=len, reverse=True)
     return dataclasses.replace(tensor, shape=shape) if longer == (*shorter, 1, 1) else tensor

@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder: their configurations and weights, read and checked."""
+"""Reads, checks and writes a pipeline folder: models, tokenizer and noise schedule, as diffusers lays them out."""
 
 import shutil
 from collections.abc import Callable
@@ -11,38 +11,45 @@ import numpy as np
 from flax import nnx
 
 from tiue_jax import sharding
-from tiue_jax.files import check_new_folder, write_json, writing_folder_aside
+from tiue_jax.files import check_new_folder, read_json, write_json, writing_folder_aside
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.functional import Component, Params
-from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
-from tiue_jax.models.unet import UNetConfig
+from tiue_jax.models.presets import Configs
+from tiue_jax.models.tiny_vae import TinyVAEConfig
+from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import hub, model_folder
+from tiue_jax.weights import layout, model_folder
+from tiue_jax.weights.layout import MODEL_INDEX, SCHEDULER_CONFIG, TIUE_CONFIG
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-TINY_VAE = "taesd"  # what `vae="tiny"` stands for: an alias of hub.MODELS
-SD_SCALING_FACTOR = 0.18215  # of the latents of Stable Diffusion 1.x and 2.x, which TAESD was distilled on
-AUTOENCODERS: dict[str, tuple[Any, Any]] = {
-    "AutoencoderKL": (AutoencoderKL, VAEConfig),
-    "AutoencoderTiny": (AutoencoderTiny, TinyVAEConfig),
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # that models compute in
+STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}  # of weights on disk
+
+MODEL_CLASSES: dict[str, type[nnx.Module]] = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+Weights = Params | Callable[[], Params]  # a function reads the weights when they are written, so that one part is held
+
+# Parts that are read, with the class names that model_index.json may give them. The scheduler may be of any class,
+# since its fields are checked.
+_CLASS_NAMES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-
-
-MODEL_INDEX = "model_index.json"
-TIUE_CONFIG = "tiue_config.json"
-CARD = "README.md"
-TORCH_PIPELINE = "pipeline.py"  # the name under which diffusers looks for a custom pipeline
-LORA_TEACHER = "lora_teacher"
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-Weights = Params | Callable[[], Params]  # or a function that reads them, called when it is their turn to be written
-
-_OWN = (*PARTS, MODEL_INDEX, TIUE_CONFIG, CARD, TORCH_PIPELINE, LORA_TEACHER)
-_MODEL_INDEX = {
+_IGNORED_PARTS = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
+_WRITTEN = (
+    *layout.PARTS,
+    MODEL_INDEX,
+    TIUE_CONFIG,
+    layout.CARD,
+    layout.TORCH_PIPELINE,
+    layout.LORA_TEACHER,
+)  # all that an export may write; an older one of these names is replaced
+_MODEL_INDEX_CONTENT = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.42.1",
     "feature_extractor": [None, None],
@@ -55,105 +62,106 @@ _MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+# The field of scheduler_config.json with a student's K and spacing, for torch_pipeline.py. A diffusers scheduler keeps
+# a field that starts with an underscore, and ignores it.
+_STUDENT_FIELD = "_tiue"
 
 
-def read_config(folder: Path, config: Any) -> Any:
-    """The configuration of a model folder, of this class. FileNotFoundError or ValueError naming the file."""
-    cfg_dict = model_folder.read_config(folder)
+# ---- configurations -------------------------------------------------------------------------------------------------
+
+
+def check_pipeline(folder: str | Path) -> None:
+    """Checks that `model_index.json` names the parts of Stable Diffusion 1.x and 2.x, and no others.
+
+    Classes are compared by name: no code of the folder is run.
+
+    Raises:
+        FileNotFoundError: there is no `model_index.json`.
+        ValueError: an additional part (SDXL's second text encoder, a DiT's transformer), a part of another class, or a
+            missing part; the error names the file and the field.
+    """
+    path = Path(folder) / MODEL_INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no {MODEL_INDEX}, expected a folder in diffusers' pipeline layout")
+    index = read_json(path)
+    for name, value in index.items():
+        if isinstance(value, list) and any(value) and name not in (*_CLASS_NAMES, *_IGNORED_PARTS):
+            known = ", ".join(_CLASS_NAMES)
+            raise ValueError(f"{path}: field {name!r} is {value!r}: Stable Diffusion 1.x and 2.x have only {known}")
+    for name, classes in _CLASS_NAMES.items():
+        value = index.get(name)
+        if not (isinstance(value, list) and value and value[-1] in classes):
+            raise ValueError(f"{path}: field {name!r} is {value!r}, expected {' or '.join(classes)}")
+
+
+def read_configs(folder: str | Path) -> Configs:
+    """Reads the configurations of a pipeline folder, and checks that the models fit together.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming the file or the config field that is missing or wrong.
+    """
+    folder = Path(folder)
+    configs = Configs(
+        unet=read_config(folder / "unet", UNetConfig),
+        vae=read_config(folder / "vae", VAEConfig),
+        text_encoder=read_config(folder / "text_encoder", CLIPTextConfig),
+        schedule=load_schedule(folder / "scheduler"),
+    )
+    check_widths(str(folder), configs.unet, configs.vae, configs.text_encoder)
+    return configs
+
+
+def read_config(folder: Path, config_class: Any) -> Any:
+    """Reads the `config.json` of a model folder as a `config_class`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    config_dict = model_folder.read_config_dict(folder)
     try:
-        return config.from_dict(cfg_dict)
+        return config_class.from_dict(config_dict)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def read_model(folder: Path, cls: type[nnx.Module], config: Any) -> tuple[Any, nnx.GraphDef, functional.Params]:
-    """Configuration, graph and parameter shapes of a model folder. FileNotFoundError or ValueError naming the file."""
-    cfg = read_config(folder, config)
-    try:
-        return cfg, *functional.abstract(cls, cfg)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def load(folder: Path, cls: type[nnx.Module], config: Any, dtype: str) -> Component:
-    """A model on every local device: each tensor goes there as it is read. Errors as `Pipeline.from_pretrained`."""
-    cfg, graphdef, shapes = read_model(folder, cls, config)
-    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
-    return Component(cfg, graphdef, model_folder.load(folder, shapes, DTYPES[dtype], shardings=everywhere))
-
-
-def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
-    """The text encoder of a pipeline folder alone. Errors as `Pipeline.from_pretrained`."""
-    return load(Path(folder) / "text_encoder", CLIPTextModel, CLIPTextConfig, dtype)
 
 
 def load_schedule(folder: Path) -> Schedule:
-    """The noise schedule in a scheduler folder. FileNotFoundError or ValueError naming the file."""
-    filename = "scheduler_config.json"
-    config = model_folder.read_config(folder, filename)
-    try:
-        return Schedule.from_dict(config)
-    except ValueError as error:
-        raise ValueError(f"{folder / filename}: {error}") from error
-
-
-def own_sampling(folder: Path, unet: UNetConfig) -> Sampling:
-    """What a pipeline folder says of its sampling, or what is usual for its UNet.
-
-    Diffusers does not write `tiue_config.json` when it saves a student; what the scheduler says of K it keeps.
+    """Reads the noise schedule in a scheduler folder.
 
     Raises:
-        ValueError: naming the file that says something unknown.
+        FileNotFoundError, ValueError: naming the file.
     """
-    config, scheduler = folder / "tiue_config.json", folder / "scheduler" / "scheduler_config.json"
+    config_dict = model_folder.read_config_dict(folder, SCHEDULER_CONFIG)
+    try:
+        return Schedule.from_dict(config_dict)
+    except ValueError as error:
+        raise ValueError(f"{folder / SCHEDULER_CONFIG}: {error}") from error
+
+
+def load_sampling(folder: Path, unet: UNetConfig) -> Sampling:
+    """Reads how a pipeline folder is sampled. A folder that does not say it gets the usual sampler for its UNet.
+
+    diffusers drops `tiue_config.json` when it saves a student, but it keeps the student's field in the scheduler's
+    configuration.
+
+    Raises:
+        ValueError: a sampling setting is wrong; the error names the file.
+    """
+    config, scheduler = folder / TIUE_CONFIG, folder / "scheduler" / SCHEDULER_CONFIG
     if config.is_file():
         return Sampling.from_file(config)
-    student = model_folder.read_config(scheduler.parent, scheduler.name).get("_tiue")
+    student = model_folder.read_config_dict(scheduler.parent, scheduler.name).get(_STUDENT_FIELD)
     if student is None:
         return Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
     if not isinstance(student, dict):
-        raise ValueError(f"{scheduler}: _tiue must be an object, got {student!r}")
+        raise ValueError(f"{scheduler}: {_STUDENT_FIELD} must be an object, got {student!r}")
     try:
         return Sampling.from_dict({"sampler": "tiue", **student})
     except ValueError as error:
-        raise ValueError(f"{scheduler}: _tiue: {error}") from error
-
-
-def find_vae(name: str | Path, own: VAEConfig) -> tuple[Path, Any, Any]:
-    """The folder, model class and configuration class of an autoencoder that decodes in place of a pipeline's own.
-
-    Args:
-        name: "tiny" for TAESD, or what hub.resolve takes: an AutoencoderTiny, an AutoencoderKL, or a pipeline with one.
-        own: of the autoencoder that it stands in for.
-
-    Raises:
-        FileNotFoundError: nothing of that name.
-        ValueError: it is no autoencoder, or one of other latents.
-    """
-    alias = TINY_VAE if name == "tiny" else name
-    if alias == TINY_VAE and own.scaling_factor != SD_SCALING_FACTOR:
-        latents = f"a model of Stable Diffusion's latents, with scaling_factor {SD_SCALING_FACTOR}"
-        raise ValueError(f"vae {str(name)!r} decodes for {latents}, got a model with {own.scaling_factor}")
-    folder = hub.resolve(alias)
-    if (folder / "model_index.json").is_file():
-        folder = folder / "vae"
-    kind = model_folder.read_config(folder).get("_class_name")
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"{folder / 'config.json'}: _class_name must be among {list(AUTOENCODERS)}, got {kind!r}")
-    cls, config = AUTOENCODERS[kind]
-    cfg = read_config(folder, config)
-    for what, got, expected in (
-        ("latent_channels", cfg.latent_channels, own.latent_channels),
-        ("pixels per latent", cfg.factor, own.factor),
-        ("scaling_factor", cfg.scaling_factor if cls is AutoencoderKL else SD_SCALING_FACTOR, own.scaling_factor),
-    ):
-        if got != expected:
-            raise ValueError(f"vae {str(name)!r} must have the model's {what}, {expected}, got {got}")
-    return folder, cls, config
+        raise ValueError(f"{scheduler}: {_STUDENT_FIELD}: {error}") from error
 
 
 def check_widths(name: str, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: CLIPTextConfig) -> None:
-    """Raises ValueError, naming the model and the config field, where the parts of a pipeline do not fit together."""
+    """Raises ValueError if the models of a pipeline do not fit together; it names the model and the config field."""
     if set(widths := unet.per_block("cross_attention_dim")) != {text.hidden_size}:
         raise ValueError(
             f"{name}: unet cross_attention_dim must be the text encoder's hidden_size, {text.hidden_size}, "
@@ -167,13 +175,59 @@ def check_widths(name: str, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, te
 
 
 def image_size(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
-    """Height and width in pixels of the images that a UNet was trained on."""
+    """Height and width, in pixels, of the images that a UNet was trained on."""
     side = (unet.sample_size or vae.sample_size // vae.factor) * vae.factor
     return side, side
 
 
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def abstract(folder: Path, cls: type[nnx.Module], cfg: Any) -> tuple[nnx.GraphDef, Params]:
+    """Builds a model without memory: its graph, and the shapes of its parameters as ShapeDtypeStructs.
+
+    Raises:
+        ValueError: no model has this configuration; the error names the `config.json` in `folder`.
+    """
+    try:
+        return functional.abstract(cls, cfg)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def load(folder: Path, cls: type[nnx.Module], cfg: Any, dtype: str) -> Component:
+    """Reads a model in one of DTYPES, with a copy on each local device. Errors as `Pipeline.from_pretrained`."""
+    graphdef, shapes = abstract(folder, cls, cfg)
+    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
+    return Component(cfg, graphdef, model_folder.load(folder, shapes, DTYPES[dtype], shardings=everywhere))
+
+
+def part_shapes(folder: Path, part: str, configs: Configs) -> Params:
+    """The parameter tree of one of MODEL_CLASSES in a pipeline folder, as ShapeDtypeStructs. Errors as `abstract`."""
+    _, shapes = abstract(folder / part, MODEL_CLASSES[part], getattr(configs, part))
+    return shapes
+
+
+def load_part(folder: Path, part: str, configs: Configs) -> Params:
+    """Reads the weights of one of MODEL_CLASSES in a pipeline folder as float32 numpy arrays.
+
+    Raises:
+        FileNotFoundError, ValueError: as `model_folder.load`.
+    """
+    return model_folder.load(folder / part, part_shapes(folder, part, configs))
+
+
+def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
+    """Reads only the text encoder of a pipeline folder. Errors as `Pipeline.from_pretrained`."""
+    folder = Path(folder) / "text_encoder"
+    return load(folder, CLIPTextModel, read_config(folder, CLIPTextConfig), dtype)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
 def check_writable(folder: str | Path, overwrite: bool = False) -> None:
-    """Raises the FileExistsError that `save_pipeline` would, before anything is read."""
+    """Raises the FileExistsError that `save_pipeline` would raise. Call it before slow work."""
     check_new_folder(folder, MODEL_INDEX, overwrite)
 
 
@@ -194,19 +248,19 @@ def save_pipeline(
 
     Args:
         folder: does not exist or is empty; or, with `overwrite`, a pipeline folder to replace.
-        unet, vae, text_encoder: configuration and parameters of each.
-        tokenizer_dir: its files are copied.
+        unet, vae, text_encoder: configuration and parameters of each model.
+        tokenizer_dir: a folder whose files are copied.
         schedule: the noise schedule.
-        tiue_config: the fields of Sampling that the model is to be sampled with.
-        dtype: floating dtype of the weights on disk.
-        overwrite: replace an older pipeline; files in its folder that are no part of a pipeline stay.
-        also: writes more files into the new folder, before it is moved to its place.
+        tiue_config: the fields of Sampling: how the model is sampled by default.
+        dtype: floating dtype of the weights on disk, a value of STORED_DTYPES.
+        overwrite: replace an older pipeline. Files in its folder that are no part of a pipeline stay.
+        also: writes more files into the new folder, before the folder is moved to its place.
 
     Raises:
         FileExistsError: the folder may not be written.
         ValueError: weights that are not finite in `dtype`.
     """
-    with writing_folder_aside(folder, MODEL_INDEX, _OWN, overwrite) as new:
+    with writing_folder_aside(folder, MODEL_INDEX, _WRITTEN, overwrite) as new:
         for part, (cfg, weights), filename in (
             ("unet", unet, WEIGHTS),
             ("vae", vae, WEIGHTS),
@@ -220,11 +274,12 @@ def save_pipeline(
             sampling = Sampling.from_dict(tiue_config)
             write_json(new / TIUE_CONFIG, sampling.to_dict())
             if sampling.sampler == "tiue":
-                own = sampling.resolve(schedule).to_dict()
-                # for torch_pipeline.py: a diffusers scheduler keeps a field with an underscore, and ignores it
-                scheduler_config["_tiue"] = {name: own[name] for name in ("num_inference_steps", "timestep_spacing")}
+                resolved = sampling.resolve(schedule).to_dict()
+                scheduler_config[_STUDENT_FIELD] = {
+                    name: resolved[name] for name in ("num_inference_steps", "timestep_spacing")
+                }
         (new / "scheduler").mkdir()
-        write_json(new / "scheduler" / "scheduler_config.json", scheduler_config)
-        write_json(new / MODEL_INDEX, _MODEL_INDEX)
+        write_json(new / "scheduler" / SCHEDULER_CONFIG, scheduler_config)
+        write_json(new / MODEL_INDEX, _MODEL_INDEX_CONTENT)
         if also is not None:
             also(new)

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, unread: which files of a folder hold them, and what can be wrong with those."""
+"""Finds the tensors in safetensors files and describes them without reading them. Names the files that are damaged."""
 
 import dataclasses
 import json
@@ -20,18 +20,26 @@ _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file. `tensor[i:j]` reads those rows, and no others, into memory.
+    """A tensor in a safetensors file. `tensor[i:j]` reads these rows into memory, and no other rows.
 
-    Plain reads, since the pages of a memory-mapped file count as the process's own. Views are made by
-    `dataclasses.replace`: another shape of as many elements, or rows further on at another offset.
+    It uses plain reads, since the pages of a memory-mapped file count as memory of the process. `dataclasses.replace`
+    makes a view: another shape with as many elements, or other rows at another offset.
+
+    Attributes:
+        path: the file.
+        dtype: the name that safetensors gives the dtype, e.g. "BF16".
+        shape: in torch's layout.
+        offset: of the first byte in the file.
+        size: in bytes.
+        shard: the name of the file if the model has several.
     """
 
     path: Path
-    dtype: str  # safetensors' name for it
+    dtype: str
     shape: tuple[int, ...]
-    offset: int  # of the first byte in the file
-    size: int  # in bytes
-    shard: str | None = None  # the file's name, where the model has more than one
+    offset: int
+    size: int
+    shard: str | None = None
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, step = rows.indices(self.shape[0])
@@ -43,10 +51,14 @@ class StoredTensor:
         return self._read(self.shape, 0)
 
     def rows(self, start: int, stop: int) -> "StoredTensor":
-        """A view of some rows, unread."""
-        row, kept = self.size // self.shape[0], stop - start
-        shape = (kept, *self.shape[1:])
-        return dataclasses.replace(self, shape=shape, offset=self.offset + start * row, size=kept * row)
+        """A view of the rows `start` to `stop - 1`. Reads nothing."""
+        bytes_per_row = self.size // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * bytes_per_row,
+            size=(stop - start) * bytes_per_row,
+        )
 
     def _read(self, shape: tuple[int, ...], skip: int) -> np.ndarray:
         kind = np.dtype(_NUMPY[self.dtype])
@@ -55,11 +67,11 @@ class StoredTensor:
 
 
 def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
-    """Every tensor of a model folder by name, unread, and the file or index that names them.
+    """Finds every tensor of a model folder. Returns the weights file or the index, and the tensors by name, unread.
 
     Raises:
-        FileNotFoundError: no folder, no weights in it, or a shard that the index names is absent.
-        ValueError: a truncated or corrupt file, an index that does not fit.
+        FileNotFoundError: there is no folder, it holds no weights, or a shard in the index is absent.
+        ValueError: a file is truncated or corrupt, or the index does not fit the shards.
     """
     source = _find_weights(folder)
     if source.suffix != ".json":
@@ -74,10 +86,14 @@ def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file by name, unread. ValueError where the file is truncated or no such file."""
+    """The tensors of a safetensors file by name, unread.
+
+    Raises:
+        ValueError: the file is truncated, corrupt, missing or not a safetensors file.
+    """
     try:
         with safe_open(path, framework="np"):
-            pass  # it checks that names, shapes and offsets fit one another and fill the file
+            pass  # opening checks that names, shapes and offsets fit together and fill the file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({_diagnose(path, error)})") from error
     header, start = _header(path)
@@ -90,18 +106,19 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text metadata of a safetensors file that `open_file` has read."""
+    """The text metadata of a safetensors file. Call it after `open_file`, which checks the file."""
     return _header(path)[0].get("__metadata__", {})
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the offset at which its data start."""
+    """The header of a safetensors file, and the offset of its first tensor."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(length)), 8 + length
 
 
 def _diagnose(path: Path, error: Exception) -> str:
+    """The reason for which a file cannot be opened, in words that help."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
@@ -110,7 +127,7 @@ def _diagnose(path: Path, error: Exception) -> str:
 
 
 def _find_weights(folder: Path) -> Path:
-    """The safetensors file of a model folder, or the index of its shards."""
+    """The safetensors file of a model folder, or the index of its shards. FileNotFoundError if there is neither."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected a model folder with safetensors weights")
     tried = []
@@ -126,7 +143,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _shards(index: Path) -> dict[Path, list[str]]:
-    """The files that an index names, and which tensors to take from each."""
+    """The files in an index, and the names of the tensors to take from each."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a `weight_map` from tensor names to file names, got {weight_map!r}")

@@ -1,4 +1,4 @@
-"""Parameter trees from tensors under torch's names, and back: strict, a few tensors at a time."""
+"""Converts tensors under torch's names to parameter trees and back. Strict, and only a few tensors at a time."""
 
 import re
 from collections.abc import Mapping
@@ -12,20 +12,26 @@ from jax.sharding import Sharding
 
 from tiue_jax.weights.names import Params, from_torch, insert, leaves, modernise, on_disk, to_torch, torch_shape
 
-READERS = 4  # tensors that are read, transposed and placed at a time, each in a thread
+READERS = 4  # threads; each reads, transposes and places one tensor at a time
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # buffers that transformers < 4.31 stored beside the parameters: 0, 1, 2, ...
 _HARMLESS_EXTRA = re.compile(r"(text_model|vision_model)\.embeddings\.position_ids")
 
 
 def to_torch_names(params: Params, prefix: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
-    """The tree as contiguous arrays in torch's names and layouts, sorted by name; cast to `dtype` where given."""
+    """Converts a parameter tree to contiguous arrays under torch's names, in torch's layouts, sorted by name.
+
+    Args:
+        params: the parameter tree.
+        prefix: begins every name in the result.
+        dtype: of the result; None keeps the dtype of each leaf.
+    """
     tensors = {}
     for path, leaf in leaves(params):
         x = np.asarray(leaf)
         if path[-1] == "kernel":
             x = x.transpose(to_torch(x.ndim))
-        with np.errstate(over="ignore"):  # an overflow to infinity is `save`'s to report, with the tensor's name
+        with np.errstate(over="ignore"):  # `save` reports an overflow to infinity, with the tensor's name
             tensors[prefix + on_disk(path)] = np.array(x, dtype or x.dtype, order="C")
     return dict(sorted(tensors.items()))
 
@@ -38,21 +44,22 @@ def from_torch_names(
     source: str = "checkpoint",
     shardings: Any = None,
 ) -> Params:
-    """A tree like `shapes` from tensors under torch's names; names, shapes and dtypes are checked before any is read.
+    """Fills a parameter tree like `shapes` from tensors under torch's names.
+
+    All names, shapes and dtypes are checked before the first tensor is read.
 
     Args:
-        tensors: anything with a `shape`, a `dtype` (numpy's, or safetensors' name of it) and slices of rows: numpy
-            arrays, or `stored.StoredTensor`, which reads a slice from its file.
-        shapes: the tree to fill: leaves with a `shape`.
+        tensors: numpy arrays, or `tensor_files.StoredTensor`, which reads a slice of rows from its file.
+        shapes: the tree to fill, whose leaves have a `shape`.
         dtype: floating dtype of the result.
-        prefix: stands before every name in `tensors`.
-        source: what the error names.
-        shardings: None for numpy arrays; or one sharding, or a tree of them like `shapes`, for jax arrays. Each host
-            reads the rows that its own devices hold.
+        prefix: begins every name in `tensors`.
+        source: the file or folder that an error names.
+        shardings: None for numpy arrays. One sharding, or a tree of shardings like `shapes`, for jax arrays: each host
+            reads only the rows that its devices hold.
 
     Raises:
-        ValueError: once, naming `source` and all that is missing, unused, wrong-shaped, not of a floating dtype, or
-            not finite.
+        ValueError: one error, which names `source` and every tensor that is missing, unused, wrong-shaped, not of a
+            floating dtype, or not finite.
     """
     expected = {prefix + on_disk(path): (path, tuple(leaf.shape)) for path, leaf in leaves(shapes)}
     found = modernise(tensors, shapes, prefix)
@@ -61,29 +68,31 @@ def from_torch_names(
     unused = [name for name in found if name not in expected and not _HARMLESS_EXTRA.fullmatch(name)]
     problems = {
         "missing": sorted(set(expected) - set(found)),
-        "unused": sorted(_say(name, found[name]) for name in unused),
+        "unused": sorted(_name_with_shard(name, found[name]) for name in unused),
         "wrong-shaped": [
-            f"{_say(name, tensor)} is {list(tensor.shape)}, expected {list(torch_shape(path, shape))}"
+            f"{_name_with_shard(name, tensor)} is {list(tensor.shape)}, expected {list(torch_shape(path, shape))}"
             for name, tensor, path, shape in both
             if tuple(tensor.shape) != torch_shape(path, shape)
         ],
         "not of a floating dtype": [
-            f"{_say(name, tensor)} is {tensor.dtype}" for name, tensor, _, _ in both if not is_float(tensor.dtype)
+            f"{_name_with_shard(name, tensor)} is {tensor.dtype}"
+            for name, tensor, _, _ in both
+            if not is_float(tensor.dtype)
         ],
     }
     params: Params = {}
     if not any(problems.values()):
-        what = f"with values not finite in {np.dtype(dtype).name}"
-        problems[what] = []
+        not_finite = f"with values not finite in {np.dtype(dtype).name}"
+        problems[not_finite] = []
         with ThreadPoolExecutor(READERS) as pool:
             read = [pool.submit(_read, x, path, shape, dtype, placed.get(path)) for _, x, path, shape in both]
             for (name, tensor, path, _), future in zip(both, read, strict=True):
                 array, finite = future.result()
                 insert(params, path, array)
                 if not finite:
-                    problems[what].append(_say(name, tensor))
+                    problems[not_finite].append(_name_with_shard(name, tensor))
     if any(problems.values()):
-        listed = "; ".join(f"{len(which)} {what}: {', '.join(which)}" for what, which in problems.items() if which)
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"{source}: weights do not fit the model: {listed}")
     return params
 
@@ -91,38 +100,38 @@ def from_torch_names(
 def _read(
     tensor: Any, path: tuple[Any, ...], shape: tuple[int, ...], dtype: Any, sharding: Sharding | None
 ) -> tuple[Any, bool]:
-    """One leaf, and whether what was read of it is finite."""
+    """Reads one leaf. Returns the array, and True if all values that were read are finite."""
     is_kernel = path[-1] == "kernel"
 
     def rows(start: int, stop: int | None) -> np.ndarray:
         x = tensor[start:stop] if shape else np.asarray(tensor)
-        with np.errstate(over="ignore"):  # reported as not finite
+        with np.errstate(over="ignore"):  # the caller reports an overflow as not finite
             return np.array(x.transpose(from_torch(x.ndim)) if is_kernel else x, dtype, order="C")
 
     if sharding is None or not shape:
         x = rows(0, None)
         return (x if sharding is None else jax.device_put(x, sharding)), bool(np.isfinite(x).all())
-    axis = len(shape) - 1 if is_kernel else 0  # of ours, that lies as rows in the file
+    axis = len(shape) - 1 if is_kernel else 0  # the axis of our layout that is the rows of the file
     held = sharding.addressable_devices_indices_map(shape).values()
     spans = [index[axis].indices(shape[axis]) for index in held if index is not None]
     start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
     x = rows(start, stop)
 
-    def part(index: Any) -> np.ndarray:  # a slice of each axis
+    def part(index: Any) -> np.ndarray:  # `index` holds a slice for each axis
         first, last, _ = index[axis].indices(shape[axis])
         return x[(*index[:axis], slice(first - start, last - start), *index[axis + 1 :])]
 
     return jax.make_array_from_callback(shape, sharding, part), bool(np.isfinite(x).all())
 
 
-def _say(name: str, tensor: Any) -> str:
-    """A tensor's name, with the shard that holds it where there are several."""
+def _name_with_shard(name: str, tensor: Any) -> str:
+    """The name of a tensor, with the shard that holds it if there are several."""
     shard = getattr(tensor, "shard", None)
     return f"{name} ({shard})" if shard else name
 
 
 def is_float(dtype: Any) -> bool:
-    """Whether weights may have this dtype: numpy's, or safetensors' name of it."""
+    """True for a floating dtype, which weights may have. Takes a numpy dtype, or the name that safetensors gives it."""
     if isinstance(dtype, str):
         return dtype in _FLOATS
     return np.issubdtype(dtype, np.floating) or dtype == ml_dtypes.bfloat16
