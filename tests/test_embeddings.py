@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.bucket import in_place_of_gcs
-from tiue_jax import files
 from tiue_jax.cli import embed
 from tiue_jax.data import embeddings
 from tiue_jax.data.loader import PromptBatches
@@ -103,19 +101,6 @@ def test_a_shard_that_is_cut_short_is_made_anew(tmp_path, damage):
     made = write(tmp_path / "e", encode=lambda prompts: calls.append(prompts) or encode(prompts))
     assert calls == [[""] * 4, ["3", "4", "5", "5"]]
     np.testing.assert_array_equal(made.read(range(10))[:, 0, 0].astype(int), range(10))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("connection lost")])
-def test_an_interrupted_upload_leaves_no_shard(tmp_path, monkeypatch, error):
-    def upload_some(source, target, length):
-        target.write(source.read(50))
-        raise error
-
-    with in_place_of_gcs(tmp_path / "gcs") as bucket:
-        monkeypatch.setattr(shutil, "copyfileobj", upload_some)
-        with pytest.raises((KeyboardInterrupt, OSError)), files.writing_aside("gs://bucket/shard") as aside:
-            aside.write_bytes(b"x" * 99)
-        assert list(bucket.iterdir()) == []
 
 
 def test_a_stale_cache_is_refused_and_says_what_changed(tmp_path):
