@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         "text-00001-of-00004.array_record",
     ]
     assert not list((tmp_path / "e").glob(".*"))
-    with pytest.raises(FileNotFoundError, match="2 of 4 shards are there, text-00002-of-00004.array_record is not"):
+    with pytest.raises(FileNotFoundError, match="2 of 4 shards exist, text-00002-of-00004.array_record does not"):
         embeddings.Embeddings(tmp_path / "e", KEY)
 
     calls.clear()
@@ -121,7 +121,7 @@ def test_a_stale_cache_is_refused_and_says_what_changed(tmp_path):
         ),
         (lambda f: (f / embeddings.MANIFEST).unlink(), "no embeddings.json in it"),
         (lambda f: (f / embeddings.MANIFEST).write_text('{"key": []}'), "not a file that data.embed wrote"),
-        (lambda f: (f / embeddings.MANIFEST).write_text("{"), "not a file that data.embed wrote"),
+        (lambda f: (f / embeddings.MANIFEST).write_text("{"), "embeddings.json: not valid JSON"),
     ],
 )
 def test_a_damaged_cache_is_refused(tmp_path, damage, message):
@@ -245,4 +245,4 @@ def test_the_command_refuses_a_stale_cache(model, tmp_path, capsys):
     params = tiny.random_params(CLIPTextModel, other, 2)
     model_folder.save(copy / "text_encoder", params, other.to_dict(), filename="model.safetensors")
     assert embed.main(["embed", *arguments(copy, tmp_path / "e")]) == 2
-    assert "made from other prompts, text_encoder; make them anew" in capsys.readouterr().err
+    assert "made from other prompts, text_encoder; make them again" in capsys.readouterr().err
