@@ -104,13 +104,14 @@ def write(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     target = files.at(folder)
-    null = _encode(encode, [""], batch_size)
-    if (target / MANIFEST).exists():
+    begun = (target / MANIFEST).exists()
+    if begun:
         manifest = _read_manifest(target)
         _check_key(target, manifest["key"], key)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
-    else:
+    null = _encode(encode, [""], batch_size)
+    if not begun:
         manifest = {"key": dict(key), "count": len(prompts), "shape": list(null.shape[1:]), "per_shard": per_shard}
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)

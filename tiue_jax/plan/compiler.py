@@ -116,9 +116,9 @@ def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode:
     jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU of this machine
     with contextlib.suppress(BrokenPipeError):
         try:
-            traced, parts = build()
-            send.send((parts, flops.count(traced.jaxpr)))
-            compiled = traced.lower().compile(compiler_options={"xla_dump_to": str(folder)})
+            program = build()
+            send.send((program.parts, flops.count(program.traced.jaxpr)))
+            compiled = program.traced.lower().compile(compiler_options={"xla_dump_to": str(folder)})
             send.send(compiled.as_text())
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
