@@ -18,8 +18,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.+?) ([\w-]+)\(")
-_COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<shape>.+?) (?P<opcode>[\w-]+)\(")
+_COLLECTIVE = re.compile(
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?"
+)
 # {{0,1},{2,3}}; [groups,size]<=...; mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, or a part of an axis: {'axis_1':(1)4}
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
@@ -54,32 +56,27 @@ def read(text: str) -> Text:
     """
     computations, entry = _computations(text)
     advancing = _advancing(computations)
-    collectives: dict[str, list[int]] = {}
+    collectives: dict[str, tuple[int, int]] = {}
     background, cycles, estimated = 0, 0, False
 
     def visit(name: str, times: int | None, asynchronous: bool = False) -> None:
+        """Adds the costs of a computation that runs `times` times; None if this number is not known."""
         nonlocal background, cycles, estimated
         repeats = name.startswith(_ADVANCES) or any(_ENDS in line for line in computations[name])
         for line in computations[name]:
             if found := _CYCLES.search(line):
                 estimated = True
                 cycles += (1 if times is None else times) * int(found[1])
-            if instruction := _INSTRUCTION.match(line):
-                shape, opcode = instruction.groups()
-                if opcode in ("async-update", "async-done"):
-                    continue  # the async-start has called the computation
-                if (found := _COLLECTIVE.match(opcode)) and not repeats:
-                    kind = found[1]
-                    if times is None:
-                        raise ValueError(f"{kind} in a loop of unknown length: {line.strip()[:200]}")
-                    sent = _sent(kind, bool(found[2]), shape, line)
-                    if name.startswith("all-reduce-scatter"):  # the TPU's compiler fuses an all-reduce with its slice
-                        kind, sent = "reduce-scatter", sent // 2
-                    seen = collectives.setdefault(kind, [0, 0])
-                    seen[0] += times
-                    seen[1] += times * sent
-                    if asynchronous or found[2] or _channel(line) in advancing:
-                        background += times * sent
+            instruction = _INSTRUCTION.match(line)
+            if instruction and instruction["opcode"] in ("async-update", "async-done"):
+                continue  # the async-start has called the computation
+            if not repeats and (collective := _collective(line, name)):
+                if times is None:
+                    raise ValueError(f"{collective.kind} in a loop of unknown length: {line.strip()[:200]}")
+                count, size = collectives.get(collective.kind, (0, 0))
+                collectives[collective.kind] = (count + times, size + times * collective.sent)
+                if asynchronous or collective.started or _channel(line) in advancing:
+                    background += times * collective.sent
             if loop := _WHILE.search(line):
                 trips = _trips(computations[loop[1]])
                 visit(loop[2], None if trips is None or times is None else times * trips, asynchronous)
@@ -88,8 +85,7 @@ def read(text: str) -> Text:
                     visit(called, times, asynchronous or " async-start(" in line)
 
     visit(entry, 1)
-    counted = {kind: (count, size) for kind, (count, size) in sorted(collectives.items())}
-    return Text(counted, background, cycles if estimated else None)
+    return Text(dict(sorted(collectives.items())), background, cycles if estimated else None)
 
 
 def bytes_accessed(text: str) -> int:
@@ -134,6 +130,27 @@ def _called(line: str) -> list[str]:
     for branches in _BRANCHES.findall(line):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
     return names
+
+
+class _Collective(NamedTuple):
+    """One collective: its kind, the bytes that a chip sends, and True if it has a start and runs in the background."""
+
+    kind: str
+    sent: int
+    started: bool
+
+
+def _collective(line: str, computation: str) -> _Collective | None:
+    """Returns the collective in a line of a computation, or None if there is none."""
+    if (instruction := _INSTRUCTION.match(line)) is None:
+        return None
+    if (opcode := _COLLECTIVE.fullmatch(instruction["opcode"])) is None:
+        return None
+    kind, started = opcode["kind"], opcode["start"] is not None
+    sent = _sent(kind, started, instruction["shape"], line)
+    if computation.startswith("all-reduce-scatter"):  # the TPU's compiler fuses an all-reduce with its slice
+        return _Collective("reduce-scatter", sent // 2, started)
+    return _Collective(kind, sent, started)
 
 
 def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
