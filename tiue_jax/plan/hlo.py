@@ -70,7 +70,7 @@ def read(text: str) -> Text:
             instruction = _INSTRUCTION.match(line)
             if instruction and instruction["opcode"] in ("async-update", "async-done"):
                 continue  # the async-start has called the computation
-            if not repeats and (collective := _collective(line, name)):
+            if not repeats and instruction and (collective := _collective(instruction, line, name)):
                 if times is None:
                     raise ValueError(f"{collective.kind} in a loop of unknown length: {line.strip()[:200]}")
                 count, size = collectives.get(collective.kind, (0, 0))
@@ -140,10 +140,8 @@ class _Collective(NamedTuple):
     started: bool
 
 
-def _collective(line: str, computation: str) -> _Collective | None:
-    """Returns the collective in a line of a computation, or None if there is none."""
-    if (instruction := _INSTRUCTION.match(line)) is None:
-        return None
+def _collective(instruction: re.Match[str], line: str, computation: str) -> _Collective | None:
+    """Returns the collective in an instruction of a computation, or None if it is another operation."""
     if (opcode := _COLLECTIVE.fullmatch(instruction["opcode"])) is None:
         return None
     kind, started = opcode["kind"], opcode["start"] is not None
