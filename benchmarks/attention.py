@@ -1,12 +1,14 @@
-"""Attention on this machine: each implementation of models/attention.py that runs here, beside PyTorch's.
+"""Attention on this machine: the implementations of models/attention.py that run here, and PyTorch's.
 
     python benchmarks/attention.py [--dtype float32] [--rounds 9]
 
-Shapes of the UNet's levels at K = 4, and of the VAE's one attention. They alternate within a round; medians, and the
-rate of the two matrix products. PyTorch is `scaled_dot_product_attention` on the CPU, in the same process.
+The shapes are those of the UNet's levels at K = 4 and of the VAE's attention. Each round runs every implementation
+once. Prints the median time, and the rate of the two matrix products. PyTorch's is `scaled_dot_product_attention` on
+the CPU, in the same process.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +27,26 @@ SHAPES = (
     (4, 2, 1024, 1024, 64),
     (4, 4, 256, 256, 64),
     (4, 4, 64, 64, 64),
-    (4, 4, 256, 256, 32),  # the emoji models' largest
+    (4, 4, 256, 256, 32),  # the largest of the emoji models
     (1, 1, 4096, 4096, 512),  # a VAE
 )
 HERE = {"cpu": ("xla", "chunked"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
 
 
 def programs(arrays: list[np.ndarray], dtype: str, kinds: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+    """Returns functions that compute attention once, by the name of the implementation."""
     on_device = [jax.numpy.asarray(x, dtype) for x in arrays]
     found: dict[str, Callable[[], Any]] = {}
     for kind in kinds:
         with attention.implementation(kind):
             compiled = jax.jit(attention.attend).lower(*on_device).compile()
-        found[kind] = lambda compiled=compiled: jax.block_until_ready(compiled(*on_device))
+        found[kind] = functools.partial(run, compiled, on_device)
     tensors = [torch.tensor(x, dtype=getattr(torch, dtype)) for x in arrays]
-    return found | {"PyTorch": lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)}
+    return found | {"PyTorch": functools.partial(torch.nn.functional.scaled_dot_product_attention, *tensors)}
+
+
+def run(compiled: Any, arrays: list[jax.Array]) -> jax.Array:
+    return jax.block_until_ready(compiled(*arrays))
 
 
 def main() -> None:

@@ -1,13 +1,15 @@
-"""Convolutions on this machine: each implementation of models/convolution.py, and of upsampling.py, beside PyTorch's.
+"""Convolutions on this machine: the implementations of models/convolution.py and upsampling.py, and PyTorch's.
 
     python benchmarks/convolution.py [--rounds 9]
 
-Shapes of Stable Diffusion 2.1 at 64 x 64 latents, of its VAE, and of the emoji models, in float32. They alternate
-within a round; medians, and the FLOPs that the definition has (upsampled: on the pixels of the input) by the time.
-PyTorch is `conv2d` on the CPU, in the same process, with its tensors in the order that it keeps them in.
+The shapes are those of Stable Diffusion 2.1 at 64 x 64 latents, of its VAE, and of the emoji models, in float32. Each
+round runs every implementation once. Prints the median time, and the rate: the FLOPs of the direct convolution (for an
+upsampled one, on the pixels of the input) over the time. PyTorch's is `conv2d` on the CPU, in the same process, with
+contiguous NCHW tensors.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.nn.functional import conv2d, interpolate
 from tiue_jax.models import convolution, upsampling
 from tiue_jax.models.winograd import winograd
 
-# batch * k, height and width, channels in and out, size of the kernel, stride; a stride of 1/2 is nearest x2 before it
+# batch * k, height and width, channels in and out, kernel size, stride; 0.5 means nearest-neighbour upsampling by 2
 SHAPES = (
     (1, 64, 320, 320, 3, 1),
     (4, 64, 640, 320, 3, 1),
@@ -44,23 +46,37 @@ COLUMNS = ("xla", "patches", "winograd", "sum_products", "PyTorch")
 
 
 def candidates(stride: float) -> dict[str, Callable[..., jax.Array]]:
+    """Returns functions of image and kernel by the name of the implementation."""
     if stride == 0.5:
         return {"xla": upsampling.sum_kernels, "sum_products": upsampling.sum_products}
-    strided = {kind: getattr(convolution, kind) for kind in ("xla", "patches")}
-    found = {kind: lambda x, kernel, run=run: run(x, kernel, int(stride)) for kind, run in strided.items()}
-    return found | ({"winograd": winograd} if stride == 1 else {})
+    found: dict[str, Callable[..., jax.Array]] = {
+        "xla": lambda x, kernel: convolution.xla(x, kernel, int(stride)),
+        "patches": lambda x, kernel: convolution.patches(x, kernel, int(stride)),
+    }
+    if stride == 1:
+        found["winograd"] = winograd
+    return found
 
 
 def programs(x: np.ndarray, kernel: np.ndarray, stride: float) -> dict[str, Callable[[], Any]]:
+    """Returns functions that run a convolution once, by the name of the implementation."""
     on_device = jax.device_put((x, kernel))
     found: dict[str, Callable[[], Any]] = {}
-    for kind, run in candidates(stride).items():
+    for kind, convolve in candidates(stride).items():
         if kernel.shape[0] == 3 or kind != "winograd":
-            compiled = jax.jit(run).lower(*on_device).compile()
-            found[kind] = lambda compiled=compiled: jax.block_until_ready(compiled(*on_device))
+            compiled = jax.jit(convolve).lower(*on_device).compile()
+            found[kind] = functools.partial(run, compiled, on_device)
     image, weight = torch.tensor(x.transpose(0, 3, 1, 2).copy()), torch.tensor(kernel.transpose(3, 2, 0, 1).copy())
-    resized = lambda: interpolate(image, scale_factor=2.0) if stride == 0.5 else image
-    return found | {"PyTorch": lambda: conv2d(resized(), weight, stride=max(int(stride), 1), padding=len(kernel) // 2)}
+
+    def theirs() -> torch.Tensor:
+        resized = interpolate(image, scale_factor=2.0) if stride == 0.5 else image
+        return conv2d(resized, weight, stride=max(int(stride), 1), padding=len(kernel) // 2)
+
+    return found | {"PyTorch": theirs}
+
+
+def run(compiled: Any, arrays: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.block_until_ready(compiled(*arrays))
 
 
 def main() -> None:
@@ -77,8 +93,8 @@ def main() -> None:
         cells = (
             f"{1e3 * seconds[name]:.2f} ms, {gflop / seconds[name]:.0f}" if name in seconds else "" for name in COLUMNS
         )
-        how = {0.5: ", upsampled", 1: "", 2: ", stride 2"}[stride]
-        rows.append((f"{b} x {n} x {n}, {c:,} to {d:,}, {size}x{size}{how}", *cells))
+        suffix = {0.5: ", upsampled", 1: "", 2: ", stride 2"}[stride]
+        rows.append((f"{b} x {n} x {n}, {c:,} to {d:,}, {size}x{size}{suffix}", *cells))
     print(table(("shape", *(f"{name}, GFLOP/s" for name in COLUMNS)), rows))
     print(f"\n{machine('jax', 'torch')}; medians of {args.rounds} rounds.")
 

@@ -1,12 +1,11 @@
-"""Peak host memory of importing Stable Diffusion 1.5 and 2.1 at full size: parameters in the target dtype plus 1 GB.
+"""Peak host memory of importing Stable Diffusion 1.5 and 2.1: at most the parameters in the target dtype plus 1 GB.
 
     python benchmarks/import_memory.py [--models sd15 sd21] [--stored float32] [--folder /tmp]
 
-Makes the folders itself, of random numbers, with the published shapes (each part once, up to 3.5 GB, removed after it
-was read), and imports every part in a process of its own: to float32 and to bfloat16, as numpy arrays ("host") and
-placed on the device as they are read ("device"; on a CPU that is host memory too). Prints the peak of the resident
-memory (VmHWM) above what the process held before the import. Exits with status 1 if one import took more than its
-parameters and 1 GB. Linux only.
+Writes each part with random weights of the published shapes (up to 3.5 GB, removed afterwards), and imports it in
+separate processes: to float32 and to bfloat16, as numpy arrays ("host") and placed on the device while they are read
+("device", which is host memory too on a CPU). Prints the peak of the resident memory (VmHWM) less the memory before the
+import. Exits with status 1 if an import took more memory than its parameters and 1 GB. Linux only.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def shapes_of(model: str, part: str) -> functional.Params:
 
 
 def write_random(path: Path, shapes: functional.Params, stored: str) -> None:
-    """A safetensors file of random numbers, written tensor by tensor: one block of them over and over."""
+    """Writes a safetensors file of random numbers, tensor by tensor. It repeats one block of numbers."""
     kind, dtype = STORED[stored]
     header, offset, sizes = {}, 0, []
     for leaf, struct in leaves(shapes):
@@ -67,17 +66,17 @@ def write_random(path: Path, shapes: functional.Params, stored: str) -> None:
 
 
 def memory(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Returns a field of /proc/self/status in bytes."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 
 
 def measure(folder: Path, model: str, part: str, target: str, way: str) -> None:
-    """In the process of its own: prints seconds, the peak above the start, and the bytes of the parameters."""
+    """Imports one part in this process. Prints seconds, bytes of the peak above the start, and bytes of parameters."""
     shapes = shapes_of(model, part)
     dtype = jax.numpy.dtype(target)
     where = sharding.replicated(sharding.make_mesh()) if way == "device" else None
-    jax.block_until_ready(jax.device_put(np.zeros(8)))  # what the runtime takes for itself
+    jax.block_until_ready(jax.device_put(np.zeros(8)))  # the memory of the runtime does not count
     before, started = memory("VmRSS"), time.monotonic()
     params = jax.block_until_ready(model_folder.load(folder, shapes, dtype, shardings=where))
     size = functional.count(params) * dtype.itemsize
@@ -88,7 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=["sd15", "sd21"])
     parser.add_argument("--stored", nargs="+", choices=list(STORED), default=["float32"])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="needs 3.5 GB for a while")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="needs 3.5 GB of space")
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

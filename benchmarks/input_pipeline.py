@@ -1,12 +1,12 @@
-"""How many prompts a second one host's input pipeline gives, and the memory it takes: no model, no device.
+"""Prompts a second of one host's input pipeline, and the memory that it takes. Uses no model and no device.
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --threads 1 2 4 --source memory
 
-Makes that many synthetic captions of JourneyDB's length, prepares a corpus of them, and draws batches of token ids from
-it, shuffled, with the shipped tokenizer padded to the 77 tokens of Stable Diffusion. On a machine that others use too,
-read the rate per second of this process's CPU time. Fails where no wall-clock rate is --at_least: ten times what a
-v5e-16 takes when it distils Stable Diffusion 2.1, about 130 prompts a second on its four hosts together.
+Makes synthetic captions as long as those of JourneyDB, prepares a corpus of them, and draws shuffled batches of token
+ids. The shipped tokenizer pads to the 77 tokens of Stable Diffusion. If other programs use the machine, the rate per
+second of CPU time is the useful one. Exits with status 1 if no wall-clock rate reaches --at_least. Its default is ten
+times what a v5e-16 needs to distil Stable Diffusion 2.1: about 130 prompts a second on four hosts together.
 """
 
 import argparse
@@ -35,8 +35,8 @@ WORDS_EACH = (8, 26)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1_400_000)
-    parser.add_argument("--batch_size", type=int, default=64, help="of this host")
-    parser.add_argument("--seconds", type=float, default=20, help="of drawing, for each number of threads")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows of this host")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds of drawing for each number of threads")
     parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--source", choices=["corpus", "memory"], default="corpus")
     parser.add_argument("--at_least", type=float, default=1300, help="prompts a second")
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def apart(function, *args):
-    """Runs a function in a process of its own, so that its peak memory is its own."""
+    """Runs a function in a new process, so that the peak of memory is that of the function alone."""
     with futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -85,23 +85,23 @@ def write_captions(path: Path, count: int) -> None:
 
 
 def prepare(path: Path, folder: Path, field: str) -> tuple[float, float, float]:
-    """Seconds on the wall, seconds of CPU time, peak memory in GB."""
+    """Prepares a corpus. Returns wall-clock seconds, seconds of CPU time, and the peak of memory in GB."""
     began, cpu = time.monotonic(), time.process_time()
     corpus.write([path], folder, field)
     return time.monotonic() - began, time.process_time() - cpu, peak_memory()
 
 
 def draw(source: Path, field: str, batch_size: int, threads: int, seconds: float) -> tuple[float, float, float, float]:
-    """Prompts a second, the same of CPU time, seconds until the first batch, peak memory in GB."""
-    logging.getLogger("tiue_jax.models.tokenizer").setLevel(logging.ERROR)  # the few captions that are cut
+    """Draws batches. Returns prompts a second, prompts a second of CPU time, seconds to the first batch, peak in GB."""
+    logging.getLogger("tiue_jax.models.tokenizer").setLevel(logging.ERROR)  # no warnings about captions that are cut
     tokenize = Tokenizer(hub.ASSETS / "emoji" / "tokenizer", CONTEXT)
-    tokenize.length = CONTEXT  # the shipped tokenizer's own limit is lower
+    tokenize.length = CONTEXT  # the limit of the shipped tokenizer is lower
     began = time.monotonic()
     prompts = corpus.open_prompts(source, None if source.is_dir() else field)
     batches = PromptBatches(prompts, {"input_ids": tokens(prompts, tokenize)}, batch_size, seed=0, num_threads=threads)
     next(batches)
     opened = time.monotonic() - began
-    for _ in range(20):  # those that were made ahead
+    for _ in range(20):  # the batches that were made ahead do not count
         next(batches)
     began, cpu, drawn = time.monotonic(), time.process_time(), 0
     while (spent := time.monotonic() - began) < seconds:

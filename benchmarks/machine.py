@@ -1,4 +1,4 @@
-"""What a figure was measured on, in one line."""
+"""The machine and the versions that a figure was measured with, in one line."""
 
 import datetime
 import importlib.metadata
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine(*packages: str) -> str:
-    """Processors, Python, the versions of these packages, and the date."""
+    """Returns the processors, the version of Python, the versions of these packages, and the date."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,22 +1,22 @@
-"""Full-size parity: the networks of Stable Diffusion 1.5 and 2.1 at their real widths, against diffusers, in float32.
+"""Full-size parity: the networks of Stable Diffusion 1.5 and 2.1 compared with those of diffusers, in float32.
 
     python benchmarks/parity_fullsize.py [--models sd15 sd21] [--parts unet vae text]
 
-tests/parity holds tiny networks to torch's numbers; this shows that nothing gets lost on the way to the published
-sizes. Each torch network is built from the published config with random weights, every norm scale and bias among them
-spread away from its initial value, and run once; its weights go through `tiue_jax.convert` and our network runs once
-on the same inputs:
+tests/parity compares tiny networks. This command compares networks of the published sizes. Each torch network gets the
+published configuration and random weights, including norm scales and biases, and runs once. Its weights are converted,
+and our network runs once on the same inputs:
 
-    unet   64 x 64 latents, 77 text tokens, batch 1: what `encode` gives (mid and the worst of the 12 skips), the output
-    vae    one 512 px image encoded and one 64 x 64 latent decoded; the two models share this architecture
+    unet   64 x 64 latents, 77 text tokens, batch 1: the middle block, the worst of the 12 skips, the output
+    vae    one 512 px image encoded and one 64 x 64 latent decoded; both models have this architecture
     text   CLIP-L of SD 1.5 and the 23 layers of OpenCLIP-H of SD 2.1, on a short and a full-length prompt
 
-An error is max |ours - torch's| / max |torch's|. Exits with status 1 if one is not below 1e-4.
+An error is max |ours - torch's| / max |torch's|. Exits with status 1 if an error is not below 1e-4.
 
 Takes three minutes on two cores, and 8.7 GiB of memory.
 """
 
 import argparse
+import math
 import os
 import resource
 import sys
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # accelerators multiply float32 in less, unless told otherwise
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # by default, accelerators multiply float32 in lower precision
 
 import jax
 import numpy as np
@@ -33,39 +33,35 @@ import transformers
 from diffusers import AutoencoderKL as TorchAutoencoderKL
 from diffusers import UNet2DConditionModel
 from machine import machine
+from side_by_side import relative_error
 
-from tests import test_clip, test_unet, test_vae
-from tests.parity.conftest import relative_error, spread_
 from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from tiue_jax.models.unet import UNet, UNetConfig
-from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.models.clip import CLIPTextModel
+from tiue_jax.models.presets import PRESETS
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.weights.tree import from_torch_names
 
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 STARTED = time.monotonic()
 TOLERANCE = 1e-4
-UNETS = {"sd15": UNetConfig(), "sd21": test_unet.SD21}
-TEXTS = {
-    "sd15": CLIPTextConfig.from_dict(test_clip.SD15),
-    "sd21": CLIPTextConfig.from_dict(test_clip.SD21),
-}
-VAE = VAEConfig.from_dict(test_vae.SD15)
-START, END = 49406, 49407  # of a text, in CLIP's vocabulary
+MODELS = ("sd15", "sd21")
+VAE = PRESETS["sd15"].vae
+START, END = 49406, 49407  # the tokens before and after a text in CLIP's vocabulary
 
-Outputs = dict[str, list[Any]]  # by name, channels-last; the error of a name is that of its worst array
+Outputs = dict[str, list[Any]]  # channels-last arrays by name; the error of a name is that of its worst array
 
 
 class Case(NamedTuple):
-    """A network of both libraries, and what of it to compare on which inputs (channels-last numpy arrays)."""
+    """A network of both libraries, its inputs (channels-last numpy arrays), and the outputs to compare."""
 
     name: str
     inputs: tuple[np.ndarray, ...]
     make_theirs: Callable[[], torch.nn.Module]
-    run_theirs: Callable[..., Outputs]  # of the torch module and the inputs
+    run_theirs: Callable[..., Outputs]  # called with the torch module and the inputs
     make_ours: tuple[Any, ...]  # class and config
     run_ours: Callable[..., Outputs]
-    prefix: str = ""  # before the names of torch's module, to make them the checkpoint's
+    prefix: str = ""  # the names in a checkpoint are those of the torch module after this prefix
 
 
 class Result(NamedTuple):
@@ -79,7 +75,7 @@ class Result(NamedTuple):
 
 
 def unet_case(model: str) -> Case:
-    cfg = UNETS[model]
+    cfg = PRESETS[model].unet
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, 64, 64, cfg.in_channels), np.float32)
     text = rng.standard_normal((1, 77, cfg.per_block("cross_attention_dim")[0]), np.float32)
@@ -97,7 +93,9 @@ def unet_case(model: str) -> Case:
         features = unet.encode(latents, t, text)
         return {"mid": [features.mid], "skips": list(features.skips), "output": [unet.decode(features, t, text)]}
 
-    make_theirs = lambda: UNet2DConditionModel.from_config(cfg.to_dict())
+    def make_theirs() -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_config(cfg.to_dict())
+
     inputs = (latents, np.array([801], np.int32), text)
     return Case(f"{model} unet", inputs, make_theirs, run_theirs, (UNet, cfg), run_ours)
 
@@ -117,12 +115,14 @@ def vae_case(name: str) -> Case:
         moments = vae.encode(image)
         return {"mean": [moments.mean], "logvar": [moments.logvar], "image": [vae.decode(latents)]}
 
-    make_theirs = lambda: TorchAutoencoderKL.from_config(VAE.to_dict())
+    def make_theirs() -> TorchAutoencoderKL:
+        return TorchAutoencoderKL.from_config(VAE.to_dict())
+
     return Case(name, (image, latents), make_theirs, run_theirs, (AutoencoderKL, VAE), run_ours)
 
 
 def text_case(model: str) -> Case:
-    cfg = TEXTS[model]
+    cfg = PRESETS[model].text_encoder
     words = np.random.default_rng(0).integers(0, START, (2, cfg.max_position_embeddings), np.int32)
     words[:, 0], words[:, -1], words[0, 9:] = START, END, END
 
@@ -134,9 +134,27 @@ def text_case(model: str) -> Case:
         out = encoder(words)
         return {"hidden": [out.last_hidden_state], "pooled": [out.pooled]}
 
-    make_theirs = lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**cfg.to_dict()))
+    def make_theirs() -> transformers.CLIPTextModel:
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**cfg.to_dict()))
+
     # transformers 5 dropped the level `text_model` from the class; the checkpoints of Stable Diffusion have it
     return Case(f"{model} text", (words,), make_theirs, run_theirs, (CLIPTextModel, cfg), run_ours, "text_model.")
+
+
+@torch.no_grad()
+def randomize(module: torch.nn.Module) -> torch.nn.Module:
+    """Draws every parameter, in place, so that no norm scale or bias keeps the value 0 or 1.
+
+    Weights are normal with variance 1/fan_in, norm scales 1 + 0.3 n, biases and other vectors 0.3 n.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+        else:
+            parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
+    return module.eval()
 
 
 def nchw(x: np.ndarray) -> torch.Tensor:
@@ -148,10 +166,13 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 
 
 def compare(case: Case) -> Result:
-    """Runs torch's network, hands its weights to ours, lets go of it, and runs ours; at most two copies are held."""
-    progress = lambda what: print(f"[{time.monotonic() - STARTED:5.0f} s] {case.name}: {what}", flush=True)
+    """Runs torch's network, converts its weights, frees it, and runs ours. Memory holds at most two copies."""
+
+    def progress(stage: str) -> None:
+        print(f"[{time.monotonic() - STARTED:5.0f} s] {case.name}: {stage}", flush=True)
+
     progress("torch")
-    theirs = spread_(case.make_theirs(), seed=0)
+    theirs = randomize(case.make_theirs())
     with torch.inference_mode():
         expected = case.run_theirs(theirs, *case.inputs)
 
@@ -167,17 +188,19 @@ def compare(case: Case) -> Result:
     compiled = run.lower(params, case.inputs).compile()
     progress("jax")
     ours = compiled(params, case.inputs)
-    pairs = {name: zip(ours[name], expected[name], strict=True) for name in expected}
-    # numpy's maximum, unlike Python's, keeps a NaN
-    errors = {name: float(np.max([relative_error(*pair) for pair in pairs[name]])) for name in pairs}
+    errors = {}
+    for name in expected:
+        pairs = zip(ours[name], expected[name], strict=True)
+        found = [relative_error(np.asarray(a, np.float64), b.double().numpy()) for a, b in pairs]
+        errors[name] = float(np.max(found))  # numpy's maximum keeps NaN; Python's does not
     result = Result(case.name, functional.count(shapes), errors)
-    print(result, flush=True)  # at once, since the networks to come take minutes
+    print(result, flush=True)  # at once, since the other networks take minutes
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(UNETS), default=list(UNETS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--parts", nargs="+", choices=["unet", "vae", "text"], default=["unet", "vae", "text"])
     args = parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""The tables of docs/pods.md: what the recipes need of TPU slices, compiled ahead of time. Needs libtpu.
+"""The tables of docs/pods.md: memory and time of the recipes on TPU slices, compiled ahead of time. Needs libtpu.
 
     python benchmarks/plan_tables.py --topology v5e:4x4,v6e:4x4 --batch_per_chip 8
     python benchmarks/plan_tables.py --topology v5e:4x4 --batch_per_chip max
 
-A row comes as soon as it is known, which takes minutes; what was compiled before is in the cache of `plan`.
+Prints each row as soon as it is known, which takes minutes. Results of earlier compilations are in the cache of `plan`.
 """
 
 import argparse
@@ -24,11 +24,11 @@ COLUMNS = (
 
 
 def plan(config: str, topology: str, flags: list[str]) -> list[dict]:
-    """What `python -m tiue_jax.plan` measured, all that it tried."""
-    call = [sys.executable, "-m", "tiue_jax.plan", "--config", f"configs/{config}.py", "--topology", topology, "--json"]
+    """Returns all results that `python -m tiue_jax.plan` tried."""
+    call = [sys.executable, "-m", "tiue_jax.plan", "--config", config, "--topology", topology, "--json"]
     result = subprocess.run([*call, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode not in (0, 1):  # 1 says that nothing fits
-        sys.exit(f"{' '.join([*call, *flags])} ended with {result.returncode}; -9 is what too little memory looks like")
+        sys.exit(f"{' '.join([*call, *flags])} ended with {result.returncode}; -9 may mean that memory was too small")
     return json.loads(result.stdout)["tried"]
 
 
@@ -57,16 +57,19 @@ def row(config: str, one: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=CONFIGS, help="recipes in configs/, with commas")
+    parser.add_argument("--config", default=CONFIGS, help="names of recipes, with commas")
     parser.add_argument("--topology", default=TOPOLOGIES, help="with commas")
-    args, flags = parser.parse_known_args()  # the rest is for plan
-    line = lambda cells: print("| " + " | ".join(cells) + " |", flush=True)
-    line(COLUMNS)
-    line(["---"] * len(COLUMNS))
+    args, flags = parser.parse_known_args()  # the other flags go to plan
+    print_row(COLUMNS)
+    print_row(["---"] * len(COLUMNS))
     for config in args.config.split(","):
         for topology in args.topology.split(","):
             for one in plan(config, topology, flags):
-                line(row(config, one))
+                print_row(row(config, one))
+
+
+def print_row(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

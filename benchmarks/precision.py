@@ -1,18 +1,18 @@
-"""What bfloat16 costs in precision, part by part: each against float32 from the same inputs, on a model's own weights.
+"""The error of bfloat16: each part of a model in bfloat16, compared with float32 on the same inputs and weights.
 
     python benchmarks/precision.py [--models emoji-tiue emoji] [--images 16]
 
-For the parts: relative error, the root mean square of the difference over that of the float32 result; the inputs are
-what the float32 pipeline feeds them. For pictures: PSNR in dB over all pixels of uint8 pictures, and the largest
-difference of a pixel in 255ths. The whole picture is drawn from the same noise by one pipeline of each dtype, with the
-autoencoder in bfloat16 and in float32: what it adds to the error of the UNet is the difference of the last two rows.
+The error of a part is relative: the root mean square of the difference over that of the float32 result. Its inputs
+come from the float32 pipeline. The error of images is the PSNR in dB over all pixels of uint8 images, and the largest
+difference of a pixel in 255ths. A whole image is made from the same noise in bfloat16, with the VAE in bfloat16 and in
+float32. The difference of these two rows is the error that the VAE adds.
 
-    text encoder   its last hidden state
-    encode         the UNet's encoder and middle at the noisiest timestep: the worst of what it hands on
-    decode         the UNet's decoder from float32 features, at all the student's timesteps
-    closed form    z_0 from the decoder's outputs in bfloat16 (the sum itself is float32 everywhere)
+    text encoder   the last hidden state
+    encode         the UNet's encoder and middle block at the noisiest timestep: the worst of the features
+    decode         the UNet's decoder from float32 features, at all timesteps of the student
+    closed form    z_0 from the decoder's outputs in bfloat16 (the sum is always float32)
     sampler        z_0 of the whole sampler from float32 text embeddings
-    vae            pictures from float32 latents z_0
+    vae            images from float32 latents z_0
 """
 
 import argparse
@@ -36,12 +36,12 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import samplers
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"tiue": 4, "ddim": 25}  # of the student; of a teacher, with its usual guidance
+STEPS = {"tiue": 4, "ddim": 25}  # by sampler: of a student, and of a teacher with its usual guidance
 GUIDANCE = 7.5
 
 
 def error(got: Any, want: Any) -> float:
-    """Root mean square of the difference over that of `want`; of several arrays the worst."""
+    """Returns the root mean square of the difference over that of `want`. For several arrays, returns the largest."""
     if isinstance(want, jax.Array | np.ndarray):
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
@@ -49,13 +49,13 @@ def error(got: Any, want: Any) -> float:
 
 
 def psnr(got: np.ndarray, want: np.ndarray) -> tuple[float, int]:
-    """Of uint8 pictures: PSNR in dB, and the largest difference of a pixel."""
+    """Returns the PSNR of uint8 images in dB, and the largest difference of a pixel."""
     difference = got.astype(int) - want
     return float(10 * np.log10(255**2 / np.mean(difference**2))), int(np.abs(difference).max())
 
 
 def rows(model: str, prompts: list[str]) -> dict[str, str]:
-    """The table's column of a model."""
+    """Returns the table's column of a model."""
     pipe = Pipeline.from_pretrained(model)
     kind = pipe.settings().sampler
     steps = STEPS[kind]
@@ -65,9 +65,15 @@ def rows(model: str, prompts: list[str]) -> dict[str, str]:
     half = {name: functional.cast(getattr(pipe, name).params, jnp.bfloat16) for name in ("text_encoder", "unet", "vae")}
     full = {name: getattr(pipe, name).params for name in half}
 
-    encode_text = jax.jit(lambda p, ids: pipe.text_encoder.bind(p)(ids).last_hidden_state)
     t = np.broadcast_to(form.timesteps, (len(prompts), len(form.timesteps)))
-    encode = jax.jit(lambda p, text: pipe.unet.bind(p).encode(noise, t[:, 0], text))
+
+    @jax.jit
+    def encode_text(p: Any, ids: jax.Array) -> jax.Array:
+        return pipe.text_encoder.bind(p)(ids).last_hidden_state
+
+    @jax.jit
+    def encode(p: Any, text: jax.Array) -> Any:
+        return pipe.unet.bind(p).encode(noise, t[:, 0], text)
 
     @jax.jit
     def decode(p: Any, features: Any, text: jax.Array) -> jax.Array:
@@ -82,32 +88,41 @@ def rows(model: str, prompts: list[str]) -> dict[str, str]:
             return student.generate(unet, noise, text, form)
         return samplers.ddim(unet, noise, text, null, pipe.schedule, steps, GUIDANCE)
 
-    draw = jax.jit(lambda p, z: images.to_uint8(pipe.vae.bind(p).decode(z / pipe.vae.cfg.scaling_factor).astype("f4")))
+    @jax.jit
+    def decode_image(p: Any, z: jax.Array) -> jax.Array:
+        image = pipe.vae.bind(p).decode(z / pipe.vae.cfg.scaling_factor)
+        return images.to_uint8(image.astype(jnp.float32))
 
     text, null = (encode_text(full["text_encoder"], x) for x in (ids, null_ids))
     features = encode(full["unet"], text)
     outputs, z = decode(full["unet"], features, text), sample(full["unet"], text, null)
-    pictures = draw(full["vae"], z)
+    expected = np.asarray(decode_image(full["vae"], z))
     text16, null16 = (encode_text(half["text_encoder"], x) for x in (ids, null_ids))
     z16 = sample(half["unet"], text16, null16)
     bf16 = jnp.bfloat16
 
-    show = "{:.1e}".format
-    show_psnr = lambda found: "{:.1f} dB, at most {}".format(*found)
     column = {
-        "text encoder": show(error(text16, text)),
-        "encode": show(error(encode(half["unet"], text.astype(bf16)), features)),
-        "decode": show(error(decode(half["unet"], functional.cast(features, bf16), text.astype(bf16)), outputs)),
+        "text encoder": show_error(text16, text),
+        "encode": show_error(encode(half["unet"], text.astype(bf16)), features),
+        "decode": show_error(decode(half["unet"], functional.cast(features, bf16), text.astype(bf16)), outputs),
     }
     if kind == "tiue":
         exact = student.combine(noise, outputs, form)
-        column["closed form"] = show(error(student.combine(noise, outputs.astype(bf16).astype("f4"), form), exact))
-    column["sampler"] = show(error(sample(half["unet"], text.astype(bf16), null.astype(bf16)), z))
-    column["vae (pictures)"] = show_psnr(psnr(np.asarray(draw(half["vae"], z)), np.asarray(pictures)))
-    for name, vae in (("bfloat16", half), ("float32", full)):
-        drawn = np.asarray(draw(vae["vae"], z16))
-        column[f"whole picture, vae in {name}"] = show_psnr(psnr(drawn, np.asarray(pictures)))
+        column["closed form"] = show_error(student.combine(noise, outputs.astype(bf16).astype("f4"), form), exact)
+    column["sampler"] = show_error(sample(half["unet"], text.astype(bf16), null.astype(bf16)), z)
+    column["vae (images)"] = show_psnr(decode_image(half["vae"], z), expected)
+    for name, params in (("bfloat16", half), ("float32", full)):
+        column[f"whole image, vae in {name}"] = show_psnr(decode_image(params["vae"], z16), expected)
     return column
+
+
+def show_error(got: Any, want: Any) -> str:
+    return f"{error(got, want):.1e}"
+
+
+def show_psnr(got: jax.Array, want: np.ndarray) -> str:
+    decibels, largest = psnr(np.asarray(got), want)
+    return f"{decibels:.1f} dB, at most {largest}"
 
 
 def main() -> int:
@@ -118,7 +133,7 @@ def main() -> int:
     args = parser.parse_args()
     prompts = list(load_prompts(args.prompts).prompts)[: args.images]
     columns = {model: rows(model, prompts) for model in args.models}
-    print(f"{machine('jax', 'jaxlib', 'flax', 'numpy')}; {len(prompts)} pictures each\n")
+    print(f"{machine('jax', 'jaxlib', 'flax', 'numpy')}; {len(prompts)} images each\n")
     print("| bfloat16 against float32 | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))
     names = dict.fromkeys(name for column in columns.values() for name in column)

@@ -1,4 +1,4 @@
-"""Sampling, ours beside PyTorch diffusers: the same weights, noise and work, alternating on one machine.
+"""Sampling with this package and with PyTorch diffusers: the same weights, noise and work, on one machine.
 
     python benchmarks/sampling.py [--shapes emoji reduced sd21] [--batch_size 1] [--rounds 5] [--json FILE]
     python benchmarks/sampling.py --shapes sd21 --batch_size 16 --dtype bfloat16      # a GPU
@@ -7,18 +7,19 @@
     reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents: seconds on two cores
     sd21      Stable Diffusion 2.1 at its own width, 64 x 64 latents: 8 GiB, and half an hour on two cores
 
-Weights are random, which costs what trained ones do. The programs, each from noise and text embedding to latents:
+Weights are random; they take as much time as trained ones. A program computes latents from noise and text embedding:
 
-    TiUE                 K = 4 as `sample.py` runs it: what does not see the timestep is computed once
-    TiUE, repeated       K = 4 by repeating the encoder's features on the batch axis, as PyTorch does
+    TiUE                 K = 4 as `sample.py` runs it: computations without the timestep are done once
+    TiUE, repeated       K = 4 with the encoder's features repeated on the batch axis, as in PyTorch
     one step             one evaluation of the UNet
-    4-step loop          four, one after the other: DDIM, as a latent consistency model is sampled
-    25 guided steps      the teacher, DDIM, two evaluations a step; at sd21 one of them is timed, and counts 25 times
+    4-step loop          four evaluations in a loop: DDIM, as for a latent consistency model
+    25 guided steps      the teacher: DDIM with two evaluations a step. For sd21, one step is timed and counts 25 times.
 
-and the VAE's decoder by itself, which is added for the column "to the pixel". Every output is compared with PyTorch's.
+The VAE's decoder is timed alone. The column "to the pixel" is the sum of its time and the program's. Every output is
+compared with PyTorch's.
 
-Where JAX finds a GPU, both libraries use it, and memory is the GPU's. The last column is each program's GFLOP/s over
-those of one large product of matrices in the same dtype, measured in the same run.
+If JAX finds a GPU, both libraries use it, and memory is that of the GPU. The last column is the GFLOP/s of a program
+over those of one large matrix product in the same dtype, measured in the same run.
 """
 
 import argparse
@@ -52,18 +53,18 @@ PROGRAMS = TIUE, REPEATED, ONE_STEP, LOOP, GUIDED, VAE = (
     *("TiUE", "TiUE, repeated", "one step", "4-step loop", "25 guided steps"),
     "VAE decoder",
 )
-PRODUCT = "matrix product"  # of ours, for the rate that the others are compared with
+PRODUCT = "matrix product"  # with JAX; the rates of the other programs are compared with its rate
 K, STEPS, GUIDANCE = 4, 25, 7.5
 TOKENS = 77
 SD21 = PRESETS["sd21-base"]
 
 
 class Shape(NamedTuple):
-    """What is timed."""
+    """The networks that are timed."""
 
     unet: UNetConfig
     vae: VAEConfig
-    guided_steps: int = STEPS  # how many are run; the time is scaled to 25
+    guided_steps: int = STEPS  # steps that are run; the time is scaled to 25
     dtype: str = "float32"  # of weights and computation
 
     @property
@@ -72,10 +73,11 @@ class Shape(NamedTuple):
 
 
 def shape(name: str) -> Shape:
+    """Returns one of SHAPES."""
     if name == "emoji":
         folder = resolve("emoji-tiue")
-        read = lambda part: model_folder.read_config_dict(folder / part)
-        return Shape(UNetConfig.from_dict(read("unet")), VAEConfig.from_dict(read("vae")))
+        unet, vae = (model_folder.read_config_dict(folder / part) for part in ("unet", "vae"))
+        return Shape(UNetConfig.from_dict(unet), VAEConfig.from_dict(vae))
     if name == "reduced":
         unet = dataclasses.replace(
             SD21.unet, block_out_channels=(64, 128, 256, 256), attention_head_dim=(1, 2, 4, 4), cross_attention_dim=256
@@ -88,11 +90,11 @@ SHAPES = ("emoji", "reduced", "sd21")
 
 
 def inputs(shape: Shape, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noise [b h w c], text embeddings and the null prompt's [b l d]."""
+    """Returns noise [b h w c], text embeddings [b l d] and those of the null prompt [b l d]."""
     rng, cfg, size = np.random.default_rng(0), shape.unet, shape.latent_size
-    width = cfg.per_block("cross_attention_dim")[0]
-    normal = lambda *dims: rng.standard_normal((batch_size, *dims), np.float32)
-    return normal(size, size, cfg.in_channels), normal(TOKENS, width), normal(TOKENS, width)
+    text_shape = (batch_size, TOKENS, cfg.per_block("cross_attention_dim")[0])
+    noise = rng.standard_normal((batch_size, size, size, cfg.in_channels), np.float32)
+    return noise, rng.standard_normal(text_shape, np.float32), rng.standard_normal(text_shape, np.float32)
 
 
 def latents_for_vae(shape: Shape, batch_size: int) -> np.ndarray:
@@ -106,7 +108,7 @@ def weights(cls: Any, cfg: Any) -> tuple[Any, functional.Params]:
 
 
 def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
-    """(parameters, noise, text, null text) -> latents, by program."""
+    """Returns functions of (parameters, noise, text, null text) that return latents, by the name of the program."""
     graphdef, _ = functional.abstract(UNet, shape.unet)
     schedule = Schedule()
     form = schedule.closed_form(K)
@@ -115,13 +117,17 @@ def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
         import jax
         import jax.numpy as jnp
 
-        again = lambda x: jnp.repeat(x, K, axis=0)
+        def repeat(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, K, axis=0)
+
         t = jnp.tile(jnp.asarray(form.timesteps), len(noise))
         features = unet.encode(noise, t[: len(noise)], text)
-        outputs = unet.decode(jax.tree.map(again, features), t, again(text))
+        outputs = unet.decode(jax.tree.map(repeat, features), t, repeat(text))
         return student.combine(noise, outputs.reshape(-1, K, *noise.shape[1:]), form)
 
-    bind = lambda params: functional.bind(graphdef, params)
+    def bind(params: Any) -> UNet:
+        return functional.bind(graphdef, params)
+
     return {
         TIUE: lambda p, x, y, null: student.generate(bind(p), x, y, form),
         REPEATED: lambda p, x, y, null: repeated(bind(p), x, y),
@@ -132,13 +138,16 @@ def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
 
 
 def ours(shape: Shape, batch_size: int) -> Programs:
-    """In a process of its own."""
+    """Makes the programs of this package. Runs in a new process."""
     import jax
     import jax.numpy as jnp
 
     _, params = weights(UNet, shape.unet)
     graphdef, vae_params = weights(AutoencoderKL, shape.vae)
-    cast = lambda tree: jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, shape.dtype), tree))
+
+    def cast(tree: Any) -> Any:
+        return jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, shape.dtype), tree))
+
     params, vae_params = cast(params), cast(vae_params)
     noise, *texts = jax.device_put(inputs(shape, batch_size))
     latents = jax.device_put(latents_for_vae(shape, batch_size))
@@ -147,21 +156,29 @@ def ours(shape: Shape, batch_size: int) -> Programs:
         compiled = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
         return lambda: np.asarray(compiled(*args).astype(jnp.float32))
 
-    decode = lambda p, z: functional.bind(graphdef, p).decode(z)
+    def decode(params: Any, latents: jax.Array) -> jax.Array:
+        return functional.bind(graphdef, params).decode(latents)
+
     programs = {name: program(f, params, noise, *cast(texts)) for name, f in our_functions(shape).items()}
     product = program(lambda a: (a @ a)[0], jnp.ones((product_side(),) * 2, shape.dtype))
     return programs | {VAE: program(decode, vae_params, latents), PRODUCT: product}
 
 
 def product_side() -> int:
-    """Rows and columns of the matrices that PRODUCT multiplies."""
+    """Returns the number of rows and columns of the matrices in PRODUCT."""
     import jax
 
     return 2**11 if jax.default_backend() == "cpu" else 2**13
 
 
 def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
-    """PyTorch diffusers, in a process of its own; method.md's sampler on its blocks."""
+    """Makes PyTorch's programs: the samplers of docs/method.md with the blocks of diffusers. Runs in a new process.
+
+    Args:
+        shape: the networks.
+        batch_size: images at a time.
+        compiled: makes only the programs that torch.compile compiles. Otherwise makes all, eager.
+    """
     import torch
     from diffusers import AutoencoderKL as TorchAutoencoderKL
     from diffusers import UNet2DConditionModel
@@ -171,7 +188,10 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
     form, guided_form = schedule.closed_form(K), schedule.closed_form(shape.guided_steps)
     like = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, shape.dtype)}
     torch.set_default_device(like["device"])
-    nchw = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(**like)
+
+    def nchw(x: np.ndarray) -> Any:
+        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(**like)
+
     noise, text, null = inputs(shape, batch_size)
     noise, text, null = nchw(noise), torch.from_numpy(text).to(**like), torch.from_numpy(null).to(**like)
 
@@ -201,11 +221,12 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
             h, new = run(block, h, temb, text)
             skips += new
         h = unet.mid_block(h, temb, encoder_hidden_states=text)
-        again = lambda x: x.repeat_interleave(K, dim=0)
-        h, temb, y, left = again(h), embed(t), again(text), [again(x) for x in skips]
+        h, text_again = h.repeat_interleave(K, dim=0), text.repeat_interleave(K, dim=0)
+        temb, left = embed(t), [skip.repeat_interleave(K, dim=0) for skip in skips]
         for block in unet.up_blocks:
             n = len(block.resnets)
-            h, left = run(block, h, temb, y, res_hidden_states_tuple=tuple(left[-n:])), left[:-n]
+            h = run(block, h, temb, text_again, res_hidden_states_tuple=tuple(left[-n:]))
+            left = left[:-n]
         outputs = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).unflatten(0, (batch_size, K))
         w = torch.tensor(form.weights, dtype=torch.float32).reshape(1, K, 1, 1, 1)
         return float(form.scale) * noise + (w * outputs.float()).sum(1)
@@ -236,21 +257,21 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
         return {name: program(torch.compile(function, dynamic=False)) for name, function in fast.items()}
     vae = load(vae, AutoencoderKL, shape.vae)
     latents = nchw(latents_for_vae(shape, batch_size))
-    decode = lambda: vae.decode(latents).sample
+
+    def decode() -> Any:
+        return vae.decode(latents).sample
+
     programs = {REPEATED: repeated, ONE_STEP: one_step, LOOP: loop, GUIDED: guided, VAE: decode}
     return {name: program(function) for name, function in programs.items()}
 
 
 def counted(shape: Shape, batch_size: int) -> dict[str, float]:
-    """FLOPs of our programs, from their jaxprs. PyTorch upsamples before it convolves, which is up to 7% more."""
-    import jax
-
-    abstract = lambda cls, cfg: functional.abstract(cls, cfg)[1]
-    structs = lambda arrays: [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    params, arrays = abstract(UNet, shape.unet), structs(inputs(shape, batch_size))
+    """Returns the FLOPs of our programs. PyTorch's upsampling before a convolution takes up to 7% more."""
+    params = functional.abstract(UNet, shape.unet)[1]
+    arrays = inputs(shape, batch_size)
     found = {name: flops(f, params, *arrays) for name, f in our_functions(shape).items()}
     graphdef, vae = functional.abstract(AutoencoderKL, shape.vae)
-    (latents,) = structs([latents_for_vae(shape, batch_size)])
+    latents = latents_for_vae(shape, batch_size)
     found[VAE] = flops(lambda p, z: functional.bind(graphdef, p).decode(z), vae, latents)
     return found | {GUIDED: found[GUIDED] * STEPS / shape.guided_steps, PRODUCT: 2 * product_side() ** 3}
 
@@ -258,12 +279,15 @@ def counted(shape: Shape, batch_size: int) -> dict[str, float]:
 def compare(
     name: str, batch_size: int, dtype: str, rounds: int, with_compile: bool, programs: Sequence[str]
 ) -> dict[str, Any]:
-    """One shape: prints its table, and returns what it printed."""
+    """Measures one shape. Prints its table and returns the figures."""
     this = shape(name)._replace(dtype=dtype)
     workers = {OURS: Worker(ours, this, batch_size), EAGER: Worker(theirs, this, batch_size, False)}
     if with_compile:
         workers[COMPILED] = Worker(theirs, this, batch_size, True)
-    say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
+
+    def say(text: str) -> None:
+        print(f"  {name}: {text}", file=sys.stderr, flush=True)
+
     measured = alternate(workers, rounds, say, [*programs, PRODUCT])
     for worker in workers.values():
         worker.close()
@@ -312,7 +336,7 @@ def compare(
 
 
 def ratios_of(measured: dict[tuple[str, str], Measured]) -> dict[str, float]:
-    """Medians of the ratios within each round, above 1 where ours is the faster."""
+    """Returns medians of the ratios within each round. A ratio above 1 means that ours is faster."""
 
     def ratio(slower: tuple[str, str], faster: tuple[str, str]) -> float:
         pairs = zip(measured[slower].seconds, measured[faster].seconds, strict=True)
@@ -321,7 +345,7 @@ def ratios_of(measured: dict[tuple[str, str], Measured]) -> dict[str, float]:
     pairs = {
         "PyTorch eager's time over ours, the same work (TiUE, repeated)": ((EAGER, REPEATED), (OURS, REPEATED)),
         "PyTorch eager's time over ours, TiUE": ((EAGER, REPEATED), (OURS, TIUE)),
-        "what exact sharing gains (TiUE, repeated, over TiUE)": ((OURS, REPEATED), (OURS, TIUE)),
+        "the gain of exact sharing (TiUE, repeated, over TiUE)": ((OURS, REPEATED), (OURS, TIUE)),
         "TiUE over one step": ((OURS, TIUE), (OURS, ONE_STEP)),
         "4-step loop over TiUE": ((OURS, LOOP), (OURS, TIUE)),
         "torch.compile's time over ours, TiUE": ((COMPILED, REPEATED), (OURS, TIUE)),
@@ -336,8 +360,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out; it needs a C++ compiler")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--no_compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share one GPU
     versions = machine("jax", "torch", "diffusers")

@@ -1,13 +1,14 @@
-"""How the student's time grows with batch, resolution and K, beside its FLOPs: does anything grow faster than its work?
+"""The time of the student over batch size, resolution and K, compared with its FLOPs.
 
     python benchmarks/scaling.py [--shape reduced] [--rounds 5] [--json FILE] [--plot FILE]
 
-From noise and text embedding to latents, float32, on this machine. One of the three is varied at a time, the others
-stay at batch 1, 64 x 64 latents, K = 4. Every point is run once in each round; medians. `--plot` needs matplotlib: pip
-install 'tiue-jax[plots]'.
+Measures from noise and text embedding to latents, in float32, on this machine. Varies one of the three at a time; the
+others stay at batch 1, 64 x 64 latents, K = 4. Each round runs every point once. Prints medians. `--plot` needs
+matplotlib: pip install 'tiue-jax[plots]'.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -31,6 +32,8 @@ from tiue_jax.schedule import Schedule
 
 
 class Point(NamedTuple):
+    """The size of a program."""
+
     batch_size: int = 1
     latent_size: int = 64
     k: int = 4
@@ -44,12 +47,17 @@ VARIED = {
 
 
 def sampler(graphdef: Any, k: int) -> Callable[..., jax.Array]:
+    """Returns a function of (parameters, noise, text embedding) that samples with K = k."""
     form = Schedule().closed_form(k)
-    return lambda params, noise, text: student.generate(functional.bind(graphdef, params), noise, text, form)
+
+    def sample(params: Any, noise: jax.Array, text: jax.Array) -> jax.Array:
+        return student.generate(functional.bind(graphdef, params), noise, text, form)
+
+    return sample
 
 
 def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
-    """One panel for each of what is varied: time and FLOPs over those of the base, on logarithmic axes."""
+    """Draws a panel for each size that is varied: time and FLOPs over those of the base, on logarithmic axes."""
     from matplotlib import pyplot
 
     base = next(one for one in found if one["varied"] == "K" and one["value"] == Point().k)
@@ -68,15 +76,19 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def run(compiled: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    return jax.block_until_ready(compiled(*args))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="reduced")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--plot", type=Path, help="where to draw them, a PNG")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plot", type=Path, help="PNG file for a plot of them")
     args = parser.parse_args()
     if args.plot is not None:
-        import matplotlib  # noqa: F401 (found missing before the minutes of measuring, not after)
+        import matplotlib  # noqa: F401 (raises before the minutes of measuring if it is missing)
     cfg = shape(args.shape).unet
     graphdef, shapes = functional.abstract(UNet, cfg)
     params = jax.device_put(functional.init(shapes, seed=0))
@@ -91,7 +103,7 @@ def main() -> None:
         work[point] = flops(function, params, *arrays) / 1e9
         options = compiler_options(jax.default_backend())
         compiled = jax.jit(function, compiler_options=options).lower(params, *arrays).compile()
-        runs[point] = lambda compiled=compiled, arrays=arrays: jax.block_until_ready(compiled(params, *arrays))
+        runs[point] = functools.partial(run, compiled, params, *arrays)
         runs[point]()
         print(f"  {point}: compiled", file=sys.stderr, flush=True)
     for _ in range(args.rounds):

@@ -1,7 +1,7 @@
-"""Programs of several libraries, timed side by side: on one machine, in one run, alternating.
+"""Times programs of several libraries on one machine, alternating.
 
-Each library has a process of its own, with one copy of the weights, and waits while another one runs. A round runs
-every program of every library once; what disturbs the machine disturbs all of them alike, and medians are compared.
+Each library has a process with one copy of the weights. It waits while another library runs. A round runs every program
+of every library once, so that other load on the machine affects all of them. Medians over the rounds are compared.
 """
 
 import ctypes
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Program = Callable[[], np.ndarray]  # computes, waits for the result, and returns some of it to be compared
+Program = Callable[[], np.ndarray]  # computes, waits for the result, and returns a part of it to compare
 Programs = Mapping[str, Program]
 
 
 class Measured(NamedTuple):
-    """One program of one library."""
+    """The times, memory and output of one program of one library."""
 
     seconds: list[float]  # of each round
-    first: float  # of the first run, which compiles
-    peak: int  # bytes, the highest over the rounds, see `_peak`
+    first: float  # seconds of the first run, which compiles
+    peak: int  # bytes, the largest of all rounds, see `_peak`
     output: np.ndarray
 
     @property
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 
 class Worker:
-    """A process with the programs that `make(*args)` returns there."""
+    """A process that runs the programs that `make(*args)` returns there."""
 
     def __init__(self, make: Callable[..., Programs], *args: Any):
         context = multiprocessing.get_context("spawn")
@@ -45,7 +45,7 @@ class Worker:
         self.programs: list[str] = self._receive()
 
     def run(self, program: str) -> tuple[float, int, np.ndarray]:
-        """Seconds, peak of memory in bytes, output."""
+        """Runs a program. Returns seconds, the peak of memory in bytes, and the output."""
         self._connection.send(program)
         return self._receive()
 
@@ -57,7 +57,7 @@ class Worker:
         try:
             received = self._connection.recv()
         except EOFError:
-            raise RuntimeError("the process of a library ended by itself") from None
+            raise RuntimeError("the process of a library ended unexpectedly") from None
         if isinstance(received, Exception):
             raise received
         return received
@@ -66,9 +66,16 @@ class Worker:
 def alternate(
     workers: Mapping[str, Worker], rounds: int, say: Callable[[str], None], programs: Sequence[str] | None = None
 ) -> dict[tuple[str, str], Measured]:
-    """Every program, or those named, by (library, program): run once to compile, then once in each round."""
-    wanted = lambda program: programs is None or program in programs
-    everything = [(library, name) for library, worker in workers.items() for name in filter(wanted, worker.programs)]
+    """Runs every program, or those in `programs`, once to compile and once in each round.
+
+    Returns the results by (library, program).
+    """
+    everything = [
+        (library, name)
+        for library, worker in workers.items()
+        for name in worker.programs
+        if programs is None or name in programs
+    ]
     first, seconds, peaks, outputs = {}, {key: [] for key in everything}, dict.fromkeys(everything, 0), {}
     for key in everything:
         library, program = key
@@ -85,7 +92,7 @@ def alternate(
 
 
 def medians(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The same within this process, without outputs: median seconds of each, after a first run that is not counted."""
+    """Runs programs of this process, alternating. Returns the median seconds of each without the first run."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for counted in [False] + [True] * rounds:
         for name, program in programs.items():
@@ -97,15 +104,21 @@ def medians(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, the first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    fit = lambda row: [x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [fit(header), rule, *map(fit, rows)])
+    """Returns a markdown table. The first column is aligned to the left, the others to the right."""
+    first, *others = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """max |ours - theirs| / max |theirs|."""
+    """Returns max |ours - theirs| / max |theirs| of two arrays of the same shape."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"expected outputs of one shape, got {ours.shape} and {theirs.shape}")
     return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
 
 
@@ -119,19 +132,19 @@ def _serve(connection: Connection, make: Callable[..., Programs], args: tuple[An
             output = programs[name]()
             taken = time.perf_counter() - started
             connection.send((taken, _peak(), output))
-    except Exception as error:  # told where it can be read
+    except Exception as error:  # the other process raises it again
         connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
         raise
 
 
 def _torch_on_gpu() -> Any:
-    """The module, where this is PyTorch's process and it has a GPU."""
+    """Returns the module torch if this process uses it on a GPU; otherwise None."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_available() else None
 
 
 def _forget_peak() -> None:
-    """Gives freed memory back, so that one program's is not counted as the next one's, and restarts VmHWM. Linux."""
+    """Returns freed memory to the system and resets the peak, so that each program has its own peak. Linux only."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     if (torch := _torch_on_gpu()) is not None:
@@ -139,7 +152,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """Bytes of a GPU that the library took, of JAX since its first program; else of resident memory, all included."""
+    """Returns the peak in bytes of the GPU's memory, for JAX since its first program. Without a GPU, of the process."""
     if (torch := _torch_on_gpu()) is not None:
         return torch.cuda.max_memory_allocated()
     if (jax := sys.modules.get("jax")) is not None and jax.default_backend() != "cpu":

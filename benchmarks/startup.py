@@ -1,17 +1,17 @@
-"""Time from the start of the process to the first picture, and where it goes; with a cold and a warm compilation cache.
+"""Time from the start of the process to the first image, by stage, with an empty and a filled compilation cache.
 
     python benchmarks/startup.py [--models emoji-tiue] [--repeats 5] [--dtype float32]
 
-Each repeat is two fresh processes that do what sample.py does: the first with an empty cache of compiled programs, the
-second with what the first left there. Prints the median over the repeats of each stage, in seconds of the wall clock
-and of the processor (all threads): on a machine that other jobs keep busy only the second means much.
+Each repeat starts two processes that do the same as sample.py: the first with an empty cache of compiled programs
+("cold"), the second with the cache of the first ("warm"). Prints the median of each stage over the repeats, in seconds
+of the wall clock and of the processor (all threads). If other programs use the machine, the second are the useful ones.
 
-    start      Python itself, and this file's own few imports
+    start      Python and the imports of this file
     imports    everything that sample.py imports
     backend    jax.devices()
-    load       Pipeline.from_pretrained: tokenizer, the models' structure, their weights
+    load       Pipeline.from_pretrained: tokenizer, structure of the models, weights
     compile    tracing, lowering and compiling the sampler, or reading it from the cache
-    run        one picture, with the transfers
+    run        one image, with the transfers
 """
 
 import argparse
@@ -31,7 +31,7 @@ STAGES = ("start", "imports", "backend", "load", "compile", "run")
 
 
 def measure(model: str, dtype: str, spawned: float) -> None:
-    """In a process of its own: prints the wall and processor seconds of each stage as JSON."""
+    """Runs all stages in this process. Prints their wall and processor seconds as JSON."""
     stages = [(time.time() - spawned, time.process_time())]
     since = time.perf_counter(), time.process_time()
 
@@ -41,7 +41,7 @@ def measure(model: str, dtype: str, spawned: float) -> None:
         stages.append((now[0] - since[0], now[1] - since[1]))
         since = now
 
-    import sample  # noqa: F401 (all that the command imports)
+    import sample  # noqa: F401 (its imports are measured)
 
     done()
     import jax

@@ -1,13 +1,13 @@
-"""Samplers compiled for TPU chips that are not here: FLOPs, memory traffic, roofline time and memory of each.
+"""Samplers compiled for TPU chips without the hardware: FLOPs, memory traffic, shortest time and memory.
 
     python benchmarks/tpu_aot.py [--chips v5e v6e v5p] [--batch_size 1] [--mode quick] [--programs ...] [--json FILE]
 
-Stable Diffusion 2.1 in bfloat16, 64 x 64 latents, from noise and text embedding to latents: the programs of
-benchmarks/sampling.py on one chip, and TiUE on four chips that share its timesteps ("step-parallel"). Needs libtpu.
+The models are Stable Diffusion 2.1 in bfloat16, 64 x 64 latents, from noise and text embedding to latents: the programs
+of benchmarks/sampling.py on one chip, and TiUE on four chips that share its timesteps ("step-parallel"). Needs libtpu.
 
-"at least" is a bound that no program beats: FLOPs over the chip's published peak, parameters read once at its memory's
-bandwidth, or what four chips send one another, whichever is longer. `--mode full` takes several times as long and adds
-the compiler's own estimate of the time.
+"ms at least" is the longest of three times: FLOPs over the chip's published peak, the parameters over the bandwidth of
+its memory, and the bytes that four chips send each other over the bandwidth between them. `--mode full` takes several
+times as long and adds the compiler's estimate of the time.
 """
 
 import argparse
@@ -39,37 +39,41 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "v4": "v4:
 
 
 class Row(NamedTuple):
+    """A row of the table."""
+
     program: str
     chip: str
     chips: int
-    seconds: float  # the bound
+    seconds: float  # the shortest possible time
     measured: Measured
 
 
 def build(program: str, kind: str, batch_size: int) -> Program:
-    """One program for one chip of this kind, or for four."""
+    """Traces one program for one chip of a kind, or for four if it is step-parallel."""
     this, topology, step = shape("sd21"), TOPOLOGIES[kind], steps(program)
     mesh = sharding.make_mesh(1, 1, step, devices=chips.devices(topology)[: step if step > 1 else 1])
     everywhere = sharding.replicated(mesh)
     graphdef, params = functional.abstract(UNet, this.unet)
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=everywhere)
-    if program == STEP_PARALLEL:
-        form = Schedule().closed_form(K)
-        function: Any = lambda p, x, y, null: student.generate(functional.bind(graphdef, p), x, y, form, mesh)
-    else:
-        function = our_functions(this)[program]
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=everywhere)
+
+    def step_parallel(params: Any, noise: Any, text: Any, null: Any) -> Any:
+        return student.generate(functional.bind(graphdef, params), noise, text, Schedule().closed_form(K), mesh)
+
+    function = step_parallel if program == STEP_PARALLEL else our_functions(this)[program]
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         traced = jax.jit(function).trace(*jax.tree.map(place, (params, *inputs(this, batch_size))))
     return Program(traced, {"unet": 2 * functional.count(params)})
 
 
 def steps(program: str) -> int:
-    """How many chips share its timesteps."""
+    """Returns the number of chips that share the timesteps of a program."""
     return K if program == STEP_PARALLEL else 1
 
 
 def compile_for(program: str, kind: str, batch_size: int, mode: str) -> Row:
-    """What a program costs on a chip of this kind."""
+    """Compiles a program for a kind of chip and measures it."""
     chip = chips.CHIPS[kind]
     about = {
         "topology": TOPOLOGIES[kind],
@@ -108,15 +112,15 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--mode", choices=MODES, default="quick")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    say = functools.partial(print, file=sys.stderr, flush=True)
     rows, began = [], time.monotonic()
     for kind in args.chips:
         for program in args.programs:
             rows.append(compile_for(program, kind, args.batch_size, args.mode))
-            say(f"  [{time.monotonic() - began:5.0f} s] {' | '.join(cells(rows[-1]))}")
+            line = f"  [{time.monotonic() - began:5.0f} s] {' | '.join(cells(rows[-1]))}"
+            print(line, file=sys.stderr, flush=True)
     header = (
         *("program", "GFLOP a chip", "GB of memory traffic", "MB sent", "ms at least", "ms estimated"),
         *("GB of temporaries", "s to compile"),

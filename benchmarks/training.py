@@ -1,14 +1,14 @@
-"""The training step, ours beside PyTorch: the same formulas at the same shapes, alternating on one machine, in float32.
+"""The training step of this package and of PyTorch: the same formulas and shapes on one machine, in float32.
 
     python benchmarks/training.py [--shapes emoji reduced] [--rounds 5] [--json FILE]
 
     emoji     the shipped teacher's UNet, 8 x 8 latents, batch of 16
     reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents, batch of 1
 
-A step is that of method.md: the student forward and backward, teacher and LoRA teacher with guidance, the LoRA teacher
-forward and backward, both Adam updates, the moving average. PyTorch's is the one that tests/parity/test_train_step.py
-holds ours to: diffusers' UNet, peft's LoRA, torch's Adam, eager. Weights are random; text embeddings are given.
-On a CPU only: nothing moves PyTorch's step to a GPU.
+The step is that of docs/method.md: the student forward and backward, teacher and LoRA teacher with guidance, the LoRA
+teacher forward and backward, both Adam updates, the moving average. PyTorch's step is in pytorch_training_step.py:
+diffusers' UNet, peft's LoRA, torch's Adam, eager. tests/parity/test_train_step.py shows that both compute the same.
+Weights are random; text embeddings are given. It runs on the CPU only, since PyTorch's step does not use a GPU.
 """
 
 import argparse
@@ -35,6 +35,8 @@ CONFIG = DistillConfig(num_inference_steps=K, compute_dtype="float32", max_train
 
 
 class Case(NamedTuple):
+    """The size of a step."""
+
     unet: UNetConfig
     batch_size: int
 
@@ -43,7 +45,7 @@ CASES = {"emoji": Case(shape("emoji").unet, 16), "reduced": Case(shape("reduced"
 
 
 def texts(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of the prompts [b l d] and of the null prompt [1 l d]."""
+    """Returns embeddings of the prompts [b l d] and of the null prompt [1 l d]."""
     rng, width = np.random.default_rng(0), case.unet.per_block("cross_attention_dim")[0]
     return rng.standard_normal((case.batch_size, TOKENS, width), np.float32), np.zeros((1, TOKENS, width), np.float32)
 
@@ -54,11 +56,15 @@ def distillation(case: Case) -> Any:
     from tiue_jax.training import distill
 
     null = texts(case)[1]
-    return distill.Distillation(CONFIG, case.unet, Schedule(), lambda frozen, batch: (batch["text"], jnp.asarray(null)))
+
+    def encode_text(frozen: Any, batch: Any) -> Any:
+        return batch["text"], jnp.asarray(null)
+
+    return distill.Distillation(CONFIG, case.unet, Schedule(), encode_text)
 
 
 def ours(case: Case) -> Programs:
-    """In a process of its own."""
+    """Makes our step. Runs in a new process."""
     import jax
 
     from tiue_jax.training import distill
@@ -79,13 +85,15 @@ def ours(case: Case) -> Programs:
 
 
 def theirs(case: Case) -> Programs:
-    """PyTorch, in a process of its own."""
+    """Makes PyTorch's step. Runs in a new process."""
     import jax
     import torch
+    from diffusers import UNet2DConditionModel
+    from pytorch_training_step import PyTorchTrainingStep
 
-    from tests.parity.test_train_step import Torch
-
-    them = Torch(case.unet, "epsilon", CONFIG)
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_config(case.unet.to_dict()).eval()
+    them = PyTorchTrainingStep(teacher, "epsilon", CONFIG)
     draws = distillation(case).draw(jax.random.key(0), case.batch_size)
     arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items()}
     arrays = {name: x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x for name, x in arrays.items()}
@@ -101,7 +109,7 @@ def theirs(case: Case) -> Programs:
 
 
 def counted(case: Case) -> int:
-    """FLOPs of our step, from its jaxpr."""
+    """Returns the FLOPs of our step."""
     import jax
     import jax.numpy as jnp
 
@@ -114,10 +122,13 @@ def counted(case: Case) -> int:
 
 
 def compare(name: str, rounds: int) -> dict[str, Any]:
-    """One shape: prints its table, and returns what it printed."""
+    """Measures one shape. Prints its table and returns the figures."""
     case = CASES[name]
     workers = {OURS: Worker(ours, case), EAGER: Worker(theirs, case)}
-    say = lambda what: print(f"  {name}: {what}", file=sys.stderr, flush=True)
+
+    def say(text: str) -> None:
+        print(f"  {name}: {text}", file=sys.stderr, flush=True)
+
     measured = alternate(workers, rounds, say)
     for worker in workers.values():
         worker.close()
@@ -154,12 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     import jax
 
     if (backend := jax.default_backend()) != "cpu":
-        sys.exit(f"error: PyTorch's step stays on the CPU here, expected JAX_PLATFORMS=cpu, got {backend}")
+        sys.exit(f"error: PyTorch's step runs on the CPU, expected JAX_PLATFORMS=cpu, got the backend {backend}")
     versions = machine("jax", "torch", "diffusers", "peft")
     found = [compare(name, args.rounds) for name in args.shapes]
     print(f"\n{versions}; medians of {args.rounds} rounds, float32.")

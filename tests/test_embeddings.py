@@ -1,6 +1,8 @@
-"""data/embeddings.py and data/embed.py: the cache holds what the encoder says, goes on, and is refused when stale."""
+"""data/embeddings.py and cli/embed.py: the cache has the encoder's results, is continued, and is refused if stale."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import resource
@@ -14,8 +16,6 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.bucket import in_place_of_gcs
-from tiue_jax import files
 from tiue_jax.cli import embed
 from tiue_jax.data import embeddings
 from tiue_jax.data.loader import PromptBatches
@@ -31,7 +31,7 @@ PROMPTS = Prompts([f"{i}" for i in range(10)], {}, "p")
 
 
 def encode(prompts: list[str]) -> np.ndarray:
-    """Embeddings float32 [b 3 4] that say which prompt they are of; of the empty prompt -1."""
+    """Embeddings float32 [b 3 4]. All values are the number in the prompt; -1 for the empty prompt."""
     assert len(prompts) == 4
     return np.array([np.full(SHAPE, int(prompt or -1)) for prompt in prompts], np.float32) + np.float32(1e-3)
 
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         "text-00001-of-00004.array_record",
     ]
     assert not list((tmp_path / "e").glob(".*"))
-    with pytest.raises(FileNotFoundError, match="2 of 4 shards are there, text-00002-of-00004.array_record is not"):
+    with pytest.raises(FileNotFoundError, match="2 of 4 shards exist, text-00002-of-00004.array_record does not"):
         embeddings.Embeddings(tmp_path / "e", KEY)
 
     calls.clear()
@@ -85,65 +85,60 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert [c for c in calls if c] == [[""] * 4, ["6", "7", "8", "8"], ["9", "9", "9", "9"]]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda shard, other: os.truncate(shard, 0),
-        lambda shard, other: os.truncate(shard, shard.stat().st_size // 2),
-        lambda shard, other: os.truncate(shard, shard.stat().st_size - 1),
-        lambda shard, other: shutil.copy(other, shard),
-    ],
-    ids=["empty", "half", "byte", "fewer"],
-)
-def test_a_shard_that_is_cut_short_is_made_anew(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["empty", "half", "one byte less", "fewer records"])
+def test_a_damaged_shard_is_written_again(tmp_path, damage):
     write(tmp_path / "e")
     shards = sorted((tmp_path / "e").glob("*.array_record"))
-    damage(shards[1], shards[3])
+    size = shards[1].stat().st_size
+    if damage == "fewer records":
+        shutil.copy(shards[3], shards[1])
+    else:
+        os.truncate(shards[1], {"empty": 0, "half": size // 2, "one byte less": size - 1}[damage])
     calls = []
-    made = write(tmp_path / "e", encode=lambda prompts: calls.append(prompts) or encode(prompts))
+
+    def encode_and_note(prompts):
+        calls.append(prompts)
+        return encode(prompts)
+
+    made = write(tmp_path / "e", encode=encode_and_note)
     assert calls == [[""] * 4, ["3", "4", "5", "5"]]
     np.testing.assert_array_equal(made.read(range(10))[:, 0, 0].astype(int), range(10))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("connection lost")])
-def test_an_interrupted_upload_leaves_no_shard(tmp_path, monkeypatch, error):
-    def upload_some(source, target, length):
-        target.write(source.read(50))
-        raise error
-
-    with in_place_of_gcs(tmp_path / "gcs") as bucket:
-        monkeypatch.setattr(shutil, "copyfileobj", upload_some)
-        with pytest.raises((KeyboardInterrupt, OSError)), files.writing_aside("gs://bucket/shard") as aside:
-            aside.write_bytes(b"x" * 99)
-        assert list(bucket.iterdir()) == []
-
-
 def test_a_stale_cache_is_refused_and_says_what_changed(tmp_path):
     write(tmp_path / "e")
-    changed = KEY | {"prompts": "other", "text_encoder": "other"}
-    for attempt in (lambda: embeddings.Embeddings(tmp_path / "e", changed), lambda: write(tmp_path / "e", key=changed)):
-        with pytest.raises(ValueError, match="stale text embeddings, made from other prompts, text_encoder;"):
-            attempt()
+    changed, message = KEY | {"prompts": "other", "text_encoder": "other"}, "made from other prompts, text_encoder;"
+    with pytest.raises(ValueError, match=f"stale text embeddings, {message}"):
+        embeddings.Embeddings(tmp_path / "e", changed)
+
+    def not_called(prompts):
+        raise AssertionError("encoded before the key was checked")
+
+    with pytest.raises(ValueError, match=f"stale text embeddings, {message}"):
+        write(tmp_path / "e", encode=not_called, key=changed)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: os.truncate(next(f.glob("*1-of*")), 50), "not a whole array_record file"),
-        (
-            lambda f: shutil.copy(f / "text-00003-of-00004.array_record", f / "text-00000-of-00004.array_record"),
-            "expected 11 embeddings, the empty prompt's included, got 10",
-        ),
-        (lambda f: (f / embeddings.MANIFEST).unlink(), "no embeddings.json in it"),
-        (lambda f: (f / embeddings.MANIFEST).write_text('{"key": []}'), "not a file that data.embed wrote"),
-        (lambda f: (f / embeddings.MANIFEST).write_text("{"), "not a file that data.embed wrote"),
-    ],
-)
-def test_a_damaged_cache_is_refused(tmp_path, damage, message):
-    write(tmp_path / "e")
-    damage(tmp_path / "e")
-    with pytest.raises((ValueError, OSError), match=message):
-        embeddings.Embeddings(tmp_path / "e", KEY)
+def test_a_damaged_cache_is_refused(tmp_path):
+    folder, manifest = tmp_path / "e", tmp_path / "e" / embeddings.MANIFEST
+    write(folder)
+    first, second, _, last = sorted(folder.glob("*.array_record"))
+
+    def refused(message):
+        with pytest.raises((ValueError, OSError), match=message):
+            embeddings.Embeddings(folder, KEY)
+
+    whole = first.read_bytes()
+    shutil.copy(last, first)
+    refused("expected 11 embeddings, the empty prompt's included, got 10")
+    first.write_bytes(whole)
+    os.truncate(second, 50)
+    refused("not a whole array_record file")
+    manifest.write_text('{"key": []}')
+    refused("not a file that data.embed wrote: expected the fields key, count, shape, per_shard")
+    manifest.write_text("{")
+    refused("embeddings.json: not valid JSON")
+    manifest.unlink()
+    refused("no embeddings.json in it")
 
 
 def test_what_cannot_be_written(tmp_path, monkeypatch):
@@ -205,11 +200,19 @@ def key(model: Path) -> dict[str, str]:
     return embeddings.make_key(Prompts([], {}, "p"), model / "tokenizer", model / "text_encoder")
 
 
-def test_the_command_and_the_step_agree_on_the_embeddings(model, tmp_path, capsys):
-    assert embed.main(["embed", *arguments(model, tmp_path / "e")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'e'}: text embeddings [8, 8] of 3 prompts\n"
-    made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
-    made = embeddings.Embeddings(tmp_path / "e", made_from)
+@pytest.fixture(scope="module")
+def embedded(model, tmp_path_factory) -> Path:
+    """Embeddings that the command made of the model's prompts."""
+    folder = tmp_path_factory.mktemp("embedded") / "e"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert embed.main(["embed", *arguments(model, folder)]) == 0
+    assert out.getvalue() == f"{folder}: text embeddings [8, 8] of 3 prompts\n"
+    return folder
+
+
+def test_the_command_and_the_step_agree_on_the_embeddings(model, embedded):
+    made_from = json.loads((embedded / embeddings.MANIFEST).read_text())["key"]
+    made = embeddings.Embeddings(embedded, made_from)
 
     encoder = pipeline_folder.load_text_encoder(model)
     tokenize = Tokenizer(model / "tokenizer", tiny.CONTEXT)
@@ -252,12 +255,11 @@ def test_bad_input_is_one_line(model, tmp_path, capsys, changed, message):
     assert not (tmp_path / "e").exists()
 
 
-def test_the_command_refuses_a_stale_cache(model, tmp_path, capsys):
+def test_the_command_refuses_a_stale_cache(model, embedded, tmp_path, capsys):
     copy = shutil.copytree(model, tmp_path / "model")
-    assert embed.main(["embed", *arguments(copy, tmp_path / "e")]) == 0
     (copy / "prompts.txt").write_text("other\n")
     other = dataclasses.replace(tiny.TEXT, num_hidden_layers=1)
     params = tiny.random_params(CLIPTextModel, other, 2)
     model_folder.save(copy / "text_encoder", params, other.to_dict(), filename="model.safetensors")
-    assert embed.main(["embed", *arguments(copy, tmp_path / "e")]) == 2
-    assert "made from other prompts, text_encoder; make them anew" in capsys.readouterr().err
+    assert embed.main(["embed", *arguments(copy, embedded)]) == 2
+    assert "made from other prompts, text_encoder; make them again" in capsys.readouterr().err

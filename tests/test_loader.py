@@ -1,4 +1,4 @@
-"""data/loader.py: every epoch whole, the order under seeds, processes, threads and resuming."""
+"""data/loader.py: complete epochs, and an order that seeds change but processes, threads and resuming do not."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ def draw(iterator: PromptBatches, count: int) -> list[list[int]]:
 
 
 def test_every_epoch_holds_every_prompt_once(batches):
-    stream = np.concatenate(draw(batches(), 10)).reshape(4, COUNT)  # every third batch lies in two epochs
+    stream = np.concatenate(draw(batches(), 10)).reshape(4, COUNT)  # every third batch has prompts of two epochs
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in stream)
     assert len({tuple(epoch) for epoch in stream}) == 4
 
@@ -61,7 +61,7 @@ def test_threads_change_nothing(batches, num_threads):
     assert draw(batches(num_threads=num_threads), 12) == draw(batches(), 12)
 
 
-@pytest.mark.parametrize("drawn", [0, 1, 2, 4, 5])  # 2: within the batch that lies in two epochs; 5: between epochs
+@pytest.mark.parametrize("drawn", [0, 1, 2, 4, 5])  # 2: in the batch that has prompts of two epochs; 5: between epochs
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_resumes_exactly_anywhere(batches, drawn, num_threads):
     whole = draw(batches(), 9)
@@ -70,7 +70,7 @@ def test_resumes_exactly_anywhere(batches, drawn, num_threads):
     state = json.loads(json.dumps(iterator.get_state()))
     assert state["step"] == drawn and len(json.dumps(state)) < 100
     resumed = batches(num_threads=num_threads)
-    draw(resumed, 3)  # what was made ahead is thrown away
+    draw(resumed, 3)  # also batches that were made ahead are dropped
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert draw(resumed, 9 - drawn) == whole[drawn:]

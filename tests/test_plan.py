@@ -78,7 +78,7 @@ def test_only_tpus_are_planned():
 
 
 def test_clocks_are_plausible():
-    """Peak over multiply-adds per cycle: a chip's table row would be wrong where it is no clock of a TPU."""
+    """The clock is computed from the peak and the matrix units. Another range would mean a wrong row in the table."""
     clocks = {kind: chip.clock / 1e9 for kind, chip in chips.CHIPS.items()}
     assert all(1.0 < clock < 1.8 for clock in clocks.values()), clocks
 
@@ -92,8 +92,10 @@ def test_clocks_are_plausible():
     [(1e9, 0.79e9, 1.0, 20), (1e9, 1.98e9, 1.0, 8), (10e9, 4e9, 1.0, 1), (1e9, 0.1e9, 1.2, 64), (1e9, 1e6, 1.0, 1792)],
 )
 def test_the_largest_batch_is_found(first, fixed, per_row, curve, largest):
-    peak = lambda batch: int(fixed + per_row * batch**curve)
-    tried = search.largest_batch(lambda batch: measured(batch, peak(batch)), first, V5E.hbm_bytes)
+    def measure(batch):
+        return measured(batch, int(fixed + per_row * batch**curve))
+
+    tried = search.largest_batch(measure, first, V5E.hbm_bytes)
     batches = [result.batch_per_chip for result in tried]
     assert max(result.batch_per_chip for result in tried if result.fits) == largest
     assert len(set(batches)) == len(batches) <= 9, batches
@@ -109,14 +111,14 @@ def test_not_even_one_fits():
 
 
 def test_cost():
-    its = report.cost(measured(flops=197e12, sent=100e9), V5E, images=16 * 8 * 86_400)
-    assert its == pytest.approx((1.0, 1e12 / 819e9, 0.5, 1.0, 0.5, 128.0, 1.0, 384.0))
+    a_day = report.cost(measured(flops=197e12, sent=100e9), V5E, images=16 * 8 * 86_400)
+    assert a_day == pytest.approx((1.0, 1e12 / 819e9, 0.5, 1.0, 0.5, 128.0, 1.0, 384.0))
     slow_links = report.cost(measured(flops=197e12, sent=400e9), V5E)
     assert (slow_links.step_seconds, slow_links.collective_share, slow_links.days) == (2.0, 1.0, None)
 
 
 def test_what_is_sent_in_the_foreground_is_waited_for():
-    """10 GB are 50 ms, the half of them 25. The compiler's cycles count where they are more than the FLOPs'."""
+    """10 GB take 50 ms and half of them 25 ms. The compiler's cycles count if they take longer than the FLOPs."""
     for cycles, seconds in ((None, 1.025), (3 * V5E.clock, 3.025), (V5E.clock / 2, 1.025)):
         cycles = None if cycles is None else int(cycles)
         full = measured(flops=197e12, mode="full", estimated_cycles=cycles, background_bytes=5 * 10**9)
@@ -148,11 +150,47 @@ def test_tables_say_what_was_measured():
 
 
 def test_json():
-    chosen, other = measured(), measured(batch=16)
-    given = json.loads(json.dumps(report.as_json(chosen, [chosen, other], V5E, None)))
-    names = "topology batch_per_chip state_bytes temp_bytes hbm_bytes fits flops_per_chip images_per_second".split()
-    assert all(name in given for name in names)
-    assert [one["batch_per_chip"] for one in given["tried"]] == [8, 16]
+    """The command prints every field of `Measured` and `Cost`, of the best program and of all that were tried."""
+    chosen, other = measured(flops=197e12, sent=100e9), measured(batch=16, peak=20e9, collectives=None, remat=None)
+    images = 16 * 8 * 86_400
+    printed = json.loads(json.dumps(report.as_json(chosen, [chosen, other], V5E, images)))
+    tried = printed.pop("tried")
+    assert (
+        printed
+        == tried[0]
+        == {
+            "topology": "v5e:4x4",
+            "program": "train",
+            "mode": "quick",
+            "batch_per_chip": 8,
+            "data": 1,
+            "fsdp": 16,
+            "remat": "full",
+            "parts": {"student": 200_000_000, "teacher": 800_000_000},
+            "state_bytes": 1_000_000_000,
+            "temp_bytes": 8_000_000_000,
+            "peak_bytes": 9_000_000_000,
+            "hbm_bytes": 16_911_433_728,
+            "fits": True,
+            "flops_per_chip": 197 * 10**12,
+            "bytes_accessed": 10**12,
+            "collectives": {"all-gather": [3, 100 * 10**9]},
+            "background_bytes": 100 * 10**9,
+            "estimated_cycles": None,
+            "compile_seconds": 60.0,
+            "compute_seconds": pytest.approx(1.0),
+            "memory_seconds": pytest.approx(1e12 / 819e9),
+            "collective_seconds": pytest.approx(0.5),
+            "step_seconds": pytest.approx(1.0),
+            "collective_share": pytest.approx(0.5),
+            "images_per_second": pytest.approx(128.0),
+            "days": pytest.approx(1.0),
+            "chip_hours": pytest.approx(384.0),
+        }
+    )
+    assert tried[1]["batch_per_chip"] == 16 and tried[1]["fits"] is False
+    assert tried[1]["remat"] is None and tried[1]["collectives"] is None
+    assert report.as_json(chosen, [chosen], V5E, None)["days"] is None
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------------
@@ -200,11 +238,6 @@ def test_a_folder_is_read(tmp_path):
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def command(*flags, env=None):
-    call = [sys.executable, "-m", "tiue_jax.plan", *flags]
-    return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-
-
 CONFIG = ("--config", "configs/sd21_tiue.py")
 
 
@@ -243,38 +276,76 @@ def test_without_libtpu(capsys, monkeypatch):
     )
 
 
-def planner(peak):
-    """In place of plan.planner.Planner: programs of this peak, but for meshes that no parameter splits over."""
+class FakePlanner:
+    """Stands in for plan.planner.Planner. A parameter of this model cannot be split over 256 chips."""
 
-    def plan(choice):
+    def __init__(self, *args):
+        pass
+
+    def measure(self, choice):
         if choice.fsdp == 256:
             raise ValueError("['conv_in'] [3, 3, 4, 320] has no axis that fsdp=256 divides")
-        return measured(choice.batch_per_chip, peak, fsdp=choice.fsdp, data=256 // choice.fsdp, remat=choice.remat)
-
-    return lambda *args: plan
+        return measured(choice.batch_per_chip, 9e9, fsdp=choice.fsdp, data=256 // choice.fsdp, remat=choice.remat)
 
 
-def test_a_mesh_that_cannot_be_is_left_out_and_the_others_are_shown(capsys, monkeypatch):
+def test_an_impossible_mesh_is_left_out_and_the_others_are_shown(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "Planner", planner(9e9))
-    flags = ["plan", *CONFIG, "--topology=v5e:16x16", "--batch_per_chip=8", "--json"]
+    monkeypatch.setattr(cli, "Planner", FakePlanner)
+    flags = ["plan", *CONFIG, "--topology=v5e:16x16", "--batch_per_chip=8,16", "--json"]
     assert cli.main([*flags, "--fsdp=8,all", "--remat=full"]) == 0
     out, err = capsys.readouterr()
-    assert [one["fsdp"] for one in json.loads(out)["tried"]] == [8]
+    printed = json.loads(out)
+    tried = [(one["batch_per_chip"], one["data"], one["fsdp"], one["remat"]) for one in printed["tried"]]
+    assert tried == [(8, 32, 8, "full"), (16, 32, 8, "full")]
+    assert printed["batch_per_chip"] == 16 and printed["images_per_second"] > 0
+    images = 66_500 * 64  # of the recipe, whatever the batch
+    assert printed["days"] == pytest.approx(images / printed["images_per_second"] / 86_400)
     assert err == "left out fsdp=256, remat=full: ['conv_in'] [3, 3, 4, 320] has no axis that fsdp=256 divides\n"
     assert cli.main([*flags, "--fsdp=all"]) == 2
     assert capsys.readouterr().err.startswith("error: ['conv_in']")
 
 
-def test_ctrl_c(monkeypatch):
+def test_the_largest_batch_of_each_policy(capsys, monkeypatch):
+    def measure(self, choice):
+        peak = (1e9 if choice.remat == "full" else 2e9) * choice.batch_per_chip
+        return measured(choice.batch_per_chip, peak, fsdp=choice.fsdp, remat=choice.remat)
+
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "Planner", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(FakePlanner, "measure", measure)
+    monkeypatch.setattr(cli, "Planner", FakePlanner)
+    flags = ["plan", *CONFIG, "--topology=v5e:4x4", "--batch_per_chip=max", "--remat=full,none", "--json"]
+    assert cli.main([*flags, "--config.distill.gradient_accumulation_steps=2"]) == 0
+    tried = json.loads(capsys.readouterr().out)["tried"]
+    largest = {}
+    for one in tried:
+        if one["fits"]:
+            largest[one["remat"]] = max(largest.get(one["remat"], 0), one["batch_per_chip"])
+    assert largest == {"full": 16, "none": 8}
+    assert not any(one["batch_per_chip"] % 2 for one in tried)  # two micro-batches
+
+
+def test_nothing_fits(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(FakePlanner, "measure", lambda self, choice: measured(choice.batch_per_chip, 40e9))
+    monkeypatch.setattr(cli, "Planner", FakePlanner)
+    assert cli.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 1
+    assert "does not fit: it needs 40.0 GB of the 16.9 GB of a v5e chip" in capsys.readouterr().out
+
+
+def test_ctrl_c(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "Planner", interrupted)
     assert cli.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 130
 
 
-def test_help():
-    result = command("--help")
-    assert result.returncode == 0 and "--batch_per_chip" in result.stdout
+def test_help_of_the_module():
+    call = [sys.executable, "-m", "tiue_jax.plan", "--help"]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "tiue plan --config sd21_tiue" in result.stdout
+    assert "--batch_per_chip: batch sizes to try" in result.stdout and "(default: 'quick')" in result.stdout
 
 
 def given(**flags):
@@ -295,14 +366,14 @@ def test_a_search_tries_every_mesh_and_policy():
     assert len(bases) == 3 * len(cli.REMAT_POLICIES)
 
 
-def test_what_is_asked_for_is_tried():
+def test_given_batches_meshes_and_policies_are_tried():
     policy = list(cli.REMAT_POLICIES)[-1]
     batches, bases = cli.choices(given(batch_per_chip="2,8", fsdp="4,all", remat=str(policy)), settings(), 16)
     assert batches == [2, 8]
     assert [(base.fsdp, base.remat) for base in bases] == [(4, policy), (16, policy)]
 
 
-def test_the_plan_of_a_choice_is_the_recipe_otherwise():
+def test_a_choice_changes_only_its_settings():
     changed = programs.with_choice(settings(), 128, 4, 16, None)
     assert (changed.train.batch_size, changed.train.mesh_data, changed.train.mesh_fsdp) == (128, 4, 4)
     assert changed.distill == settings().distill

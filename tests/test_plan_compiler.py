@@ -1,4 +1,4 @@
-"""Planning without libtpu: what the compiled program's text tells, and the compiler's process, here with a CPU's."""
+"""Planning without libtpu: reading a compiled program's text, and the process of the compiler (here a CPU's)."""
 
 import functools
 import os
@@ -129,7 +129,7 @@ def test_collectives_in_a_loop_of_unknown_length_are_refused():
 
 
 def test_text_of_a_real_program():
-    """The format is XLA's own, and so is what it counts of memory."""
+    """Compares with XLA's text of a program and its count of memory."""
     compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, c: c * 2 + 1, x)).lower(1.0).compile()
     assert hlo.read(compiled.as_text()) == hlo.Text({}, 0, None)
     assert hlo.bytes_accessed(compiled.as_text()) == compiled.cost_analysis()["bytes accessed"]
@@ -160,7 +160,7 @@ allocation 4: size 62914560, color 1, preallocated-temp:
 
 
 def build(size):
-    """A program of few operations, which any compiler takes: a CPU's here."""
+    """A small program that the CPU's compiler accepts too."""
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}")
     if size > 1_000:
@@ -176,44 +176,29 @@ def test_a_program_is_compiled_in_another_process(mode):
     assert found.fits and found.peak_bytes >= 2 * 4 * 64**2 and found.bytes_accessed and found.collectives == {}
 
 
-def test_a_program_that_needs_all_there_is_does_not_fit_where_the_compiler_said_so(monkeypatch):
-    """It says how much to a hundredth of a GiB: "Used 15.75G of 15.75G"."""
+def test_a_program_that_the_compiler_refuses_does_not_fit(monkeypatch):
+    """The compiler rounds to a hundredth of a GiB: "Used 15.75G of 15.75G"."""
     all_of_it = chips.CHIPS["v5e"].hbm_bytes
     monkeypatch.setattr(measuring, "compile_program", lambda *args: compiler.Compiled({}, 8, all_of_it, 0, 0, ""))
     found = measure(functools.partial(build, 64), chips.CHIPS["v5e"], 2, "quick", **ABOUT)
     assert not found.fits and found.peak_bytes == all_of_it and found.collectives is None
 
 
-def build_for_ever(note):
-    note.write_text(str(os.getpid()))
-    time.sleep(600)
-
-
-PARENT = """
-import functools, pathlib, sys
-from tests.test_plan_compiler import build_for_ever
-from tiue_jax.plan import compiler
-
-if __name__ == "__main__":
-    compiler.compile_program(functools.partial(build_for_ever, pathlib.Path(sys.argv[1])), "quick")
-"""
-
-
-def test_nobody_compiles_for_a_parent_that_was_killed(tmp_path):
-    script, note = tmp_path / "parent.py", tmp_path / "pid"
-    script.write_text(PARENT)
-    parent = subprocess.Popen([sys.executable, script, note], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_until(lambda: note.exists() and note.read_text())
+def test_the_compiler_ends_when_its_parent_is_killed(tmp_path):
+    pid_file = tmp_path / "pid"
+    call = [sys.executable, "-m", "tests.programs.compile_forever", pid_file]
+    parent = subprocess.Popen(call, cwd=ROOT)
+    wait_until(lambda: pid_file.exists() and pid_file.read_text())
     parent.kill()
     parent.wait()
-    about = Path(f"/proc/{note.read_text()}/stat")
-    wait_until(lambda: not about.exists() or " Z " in about.read_text())  # or ended, and nobody asked how
+    status = Path(f"/proc/{pid_file.read_text()}/stat")
+    wait_until(lambda: not status.exists() or " Z " in status.read_text())  # Z: ended, its new parent has not asked yet
 
 
-def wait_until(true, seconds=60):
+def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it takes too long"
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
         time.sleep(0.1)
 
 

@@ -1,21 +1,21 @@
-"""Planning with libtpu, which compiles for TPUs on any machine: small models, real topologies, a process of its own."""
+"""Planning with libtpu, which compiles for TPUs on any machine: small models on real topologies."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tiue_jax.cli import plan as cli
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'tiue-jax[tpu]'"
 )
-# one level: libtpu's time is by the number of operations, whatever their sizes
+# one level: the compiler's time depends on the number of operations, not on their sizes
 UNET = dataclasses.replace(
     tiny.UNET,
     block_out_channels=(8,),
@@ -27,10 +27,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    """Runs the command on a small model and returns the finished process."""
-    folder = tmp_path_factory.mktemp("plan")
-    model = tiny.write_pipeline(folder / "model", unet=UNET, text_encoder=TEXT)
+def model(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("plan") / "model", unet=UNET, text_encoder=TEXT)
+
+
+@pytest.fixture
+def plan(model, monkeypatch):
+    """Runs the command on a small model. Returns the exit status, stdout and stderr."""
     small = {
         "model.pretrained_model_name_or_path": model,
         "train.batch_size": 8,
@@ -38,38 +41,38 @@ def plan(tmp_path_factory):
         "distill.lora_rank": 4,
         "distill.num_inference_steps": 2,
     }
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent))
+    settings = [f"--config.{name}={value}" for name, value in small.items()]
 
     def run(*flags):
-        given = [f"--config.{name}={value}" for name, value in small.items()]
-        call = [sys.executable, "-m", "tiue_jax.plan", "--config=configs/sd21_tiue.py", *given, *flags]
-        env = os.environ | {"XDG_CACHE_HOME": str(folder)}
-        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            status = cli.main(["tiue plan", f"--config={ROOT}/configs/sd21_tiue.py", *settings, *flags])
+        return status, out.getvalue(), err.getvalue()
 
     return run
 
 
-@pytest.mark.slow
 def test_the_training_step(plan):
-    """The step fits, what is sharded takes a quarter on each of four chips, and gradients are reduced between them."""
-    result = plan("--topology=v5e:2x2", "--json")
-    assert result.returncode == 0, result.stderr
-    given = json.loads(result.stdout)
+    """The step fits, four chips have a quarter of what is sharded, and gradients are reduced between them."""
+    status, out, err = plan("--topology=v5e:2x2", "--json")
+    assert status == 0, err
+    given = json.loads(out)
     assert given["fits"] and given["topology"] == "v5e:2x2" and given["batch_per_chip"] == 2
     assert given["state_bytes"] + given["temp_bytes"] <= given["peak_bytes"] < given["hbm_bytes"] == 15.75 * 2**30
     parts = given["parts"]
     assert parts["student"] == parts["student, moving average"] == parts["student, Adam mu"]
     assert given["flops_per_chip"] > 0 and given["collectives"]
-    assert result.stderr.startswith("compiling the step") and result.stderr.count("\n") == 1
+    assert err.startswith("compiling the step") and err.count("\n") == 1
 
-    again = plan("--topology=v5e:2x2")  # from the cache
-    assert again.returncode == 0 and again.stderr == ""
-    assert "fits: " in again.stdout and "chip-hours" in again.stdout
+    status, out, err = plan("--topology=v5e:2x2")  # from the cache
+    assert status == 0 and err == ""
+    assert "fits: " in out and "chip-hours" in out
 
 
 def test_the_sampler(plan):
-    result = plan("--topology=v5e:2x2", "--sampler", "--batch_per_chip=2", "--json")
-    assert result.returncode == 0, result.stderr
-    given = json.loads(result.stdout)
+    status, out, err = plan("--topology=v5e:2x2", "--sampler", "--batch_per_chip=2", "--json")
+    assert status == 0, err
+    given = json.loads(out)
     assert given["program"] == "sampler" and set(given["parts"]) == {"text_encoder", "unet", "vae"}
     assert given["days"] is None and given["images_per_second"] > 0
-    assert given["collectives"] == {}  # each chip makes its own pictures
+    assert given["collectives"] == {}  # each chip makes the images of its rows

@@ -1,4 +1,7 @@
-"""Files and folders, on this disk or in a bucket (gs://): written whole or not at all, read with clear errors."""
+"""Files and folders on this disk or in a bucket (gs://), written completely or not at all, and read with clear errors.
+
+`writing_aside` writes one file. `writing_folder_aside` writes a folder.
+"""
 
 import contextlib
 import errno
@@ -12,39 +15,50 @@ from typing import Any
 
 from etils import epath
 
+_COPIED_AT_ONCE = 2**24  # bytes
+
 
 def at(path: str | os.PathLike[str]) -> epath.Path:
-    """A path on this disk or in a bucket. ValueError if the package that reads such buckets is not installed."""
+    """Returns a path on this disk or in a bucket, with ~ as the home folder.
+
+    Raises:
+        ValueError: the path is in a bucket and the package that reads such buckets is not installed.
+    """
     found = epath.Path(path).expanduser()
     try:
-        found.exists()
+        found.exists()  # etils imports the bucket's package only when a path is used
     except (ImportError, NotImplementedError) as error:
         raise ValueError(f"{path}: cannot read such a path: {error} (pip install tiue-jax[gcs] for gs://)") from error
     return found
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in a bucket."""
+    """Returns True if a path is in a bucket."""
     return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file on this disk, which becomes `path` when the block succeeds and is removed when it fails.
+    """Yields a temporary file on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
-    `path` may lie in a bucket. An OSError of the operating system names `path`, not the temporary file.
+    Args:
+        path: the file to write or to replace, on this disk or in a bucket. Its folder exists.
+
+    Raises:
+        OSError: the file cannot be written. The error names `path`, not the temporary file.
     """
     if is_remote(path):
+        target = at(path)
         with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder) / at(path).name
+            aside = Path(folder) / target.name
             yield aside
-            copy(aside, at(path))
+            copy(aside, target)
         return
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         aside.touch()
-        mode = aside.stat().st_mode  # of the user's umask; safetensors makes files that only their owner may read
+        mode = aside.stat().st_mode  # follows the user's umask; safetensors replaces it by a private mode
         yield aside
         aside.chmod(mode)
         os.replace(aside, path)
@@ -60,57 +74,72 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 def writing_folder_aside(
     path: str | os.PathLike[str], marker: str, own: Collection[str] = (), overwrite: bool = False
 ) -> Iterator[Path]:
-    """A temporary folder on this disk, which becomes `path` when the block succeeds and is removed when it fails.
+    """Yields a temporary folder on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
-    With `overwrite` it replaces an older folder. Entries of the older folder that are not in `own` are kept. A bucket
-    cannot rename a folder in one step: there `marker` is copied last, and a folder without it is no result.
+    With `overwrite` it replaces an older folder. Entries of the older folder that are not in `own` are kept.
+    A bucket cannot rename a folder in one step. Therefore `marker` is copied last there: a folder in a bucket without
+    it is not complete.
 
     Args:
-        path: does not exist, or is an empty folder. It may lie in a bucket.
-        marker: the file that identifies an older folder. No folder without it is ever overwritten.
-        own: names of the entries that the writer makes. Old entries of these names are removed.
-        overwrite: `path` may also be a folder with `marker`; on this disk only.
+        path: a new or empty folder, on this disk or in a bucket.
+        marker: the name of the file that identifies an older folder. A folder without it is never overwritten.
+        own: names of the entries that the block writes. Older entries of these names are removed.
+        overwrite: allows `path` to be a folder on this disk that has `marker`.
 
     Raises:
-        FileExistsError: `path` is something else; before the block runs.
+        FileExistsError: `path` is something else. The block does not run then.
+        OSError: the folder cannot be written.
     """
     target = check_new_folder(path, marker, overwrite)
     if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
-            yield Path(aside)
-            files = [file for file in Path(aside).rglob("*") if file.is_file()]
-            for file in sorted(files, key=lambda file: file.name == marker):
+        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
+            aside = Path(folder)
+            yield aside
+            written = [file for file in aside.rglob("*") if file.is_file()]
+            for file in sorted(written, key=lambda file: file.name == marker):
                 copied = target / file.relative_to(aside).as_posix()
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 copy(file, copied)
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-        new, old = Path(aside) / "new", Path(aside) / "old"
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new, old = Path(folder) / "new", Path(folder) / "old"
         new.mkdir()
         yield new
-        if not path.exists():
+        if path.exists():
+            _replace_folder(path, new, old, own)
+        else:
             new.rename(path)
-            return
-        for entry in path.iterdir():
-            if entry.name in own:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.copytree(entry, new / entry.name, symlinks=True)
-            else:
-                shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-        try:
-            path.rename(old)
-            new.rename(path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
+
+
+def _replace_folder(path: Path, new: Path, old: Path, own: Collection[str]) -> None:
+    """Moves the folder `path` to `old` and `new` to `path`. Entries of `path` that are not in `own` are kept."""
+    for entry in path.iterdir():
+        if entry.name in own:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+    try:
+        path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
 
 
 def check_new_folder(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> epath.Path:
-    """The folder that `writing_folder_aside` may write, links followed. FileExistsError if it may not."""
+    """Returns the folder that `writing_folder_aside` would write, with symbolic links followed.
+
+    A command calls it before long work. Arguments are those of `writing_folder_aside`.
+
+    Raises:
+        FileExistsError: the folder must not be written: it is a file, or holds other files, or exists without
+            `overwrite`.
+    """
     target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
     if target.is_dir() and any(target.iterdir()):
         if not (target / marker).exists():
@@ -132,18 +161,23 @@ def runtime_errors_as_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def copy(source: os.PathLike[str], target: os.PathLike[str]) -> None:
-    """Copies one file, from or to a bucket. If that fails, `target` is removed, so that no half file is left."""
+    """Copies one file from or to a bucket. If that fails, `target` is removed."""
     try:
         with epath.Path(source).open("rb") as read, epath.Path(target).open("wb") as write:
-            shutil.copyfileobj(read, write, 2**24)
-    except BaseException:  # in a bucket, closing has made a file of what was written so far
+            shutil.copyfileobj(read, write, _COPIED_AT_ONCE)
+    except BaseException:  # closing has made a file in the bucket of the bytes that were written until then
         with contextlib.suppress(Exception):
             epath.Path(target).unlink(missing_ok=True)
         raise
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The UTF-8 text of a file. ValueError naming file and byte where it is something else; OSError as open()."""
+    """Reads a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        ValueError: the file is not UTF-8. The error names the byte and its offset.
+        OSError: as open().
+    """
     try:
         return epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -152,7 +186,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file. ValueError naming the file where it is not JSON or not an object."""
+    """Reads the object in a JSON file.
+
+    Raises:
+        ValueError: the file is not UTF-8, is not valid JSON, or holds something other than an object.
+        OSError: as open().
+    """
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -162,22 +201,29 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def write_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Writes an object as indented JSON, aside and then renamed."""
+def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
+    """Writes an object as indented JSON with `writing_aside`."""
     with writing_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def user_cache() -> Path:
-    """The folder of what can be made or downloaded again: tiue_jax in $XDG_CACHE_HOME, or in ~/.cache; not created.
+    """Returns the folder of files that can be made or downloaded again. It may not exist yet.
 
-    Errors as `expand`.
+    It is `tiue_jax` in $XDG_CACHE_HOME, or in ~/.cache by default.
+
+    Raises:
+        FileNotFoundError: as `expand`.
     """
     return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tiue_jax"
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """The path with ~ as the home folder. FileNotFoundError where there is none, as for some containers' users."""
+    """Returns a path on this disk with ~ as the home folder.
+
+    Raises:
+        FileNotFoundError: the user has no home folder, as in some containers.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -1,8 +1,7 @@
-"""Two whole training steps against PyTorch: diffusers' UNet and DDIM scheduler, peft's LoRA, torch's Adam.
+"""Two whole training steps compared with those of PyTorch, benchmarks/pytorch_training_step.py.
 
-The formulas are written here once more, from the paper's side and by other means than the product's: the sampler runs
-as diffusers' DDIM loop rather than in closed form, the decoder passes one by one, guidance as two evaluations, the
-gradients by torch. Both start from the same weights and take the same random numbers; all is float32.
+The formulas are written there again, from the paper, and computed in other ways than in the package. Both sides start
+from the same weights and take the same random numbers, all in float32.
 """
 
 import copy
@@ -12,11 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
+from benchmarks.pytorch_training_step import PyTorchTrainingStep
 from tests.parity.conftest import from_torch, spread_
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet, UNetConfig
@@ -53,113 +52,6 @@ RNG = np.random.default_rng(0)
 TEXT, NULL = RNG.standard_normal((2, 5, 16), np.float32), RNG.standard_normal((1, 5, 16), np.float32)
 
 
-class Torch:
-    """The training step in PyTorch, from method.md."""
-
-    def __init__(self, cfg: UNetConfig, prediction_type: str, config: DistillConfig):
-        self.config = config
-        self.teacher = spread_(UNet2DConditionModel.from_config(cfg.to_dict()), seed=0)
-        self.student = copy.deepcopy(self.teacher)
-        self.ema = copy.deepcopy(self.teacher).state_dict()
-        self.lora_teacher = copy.deepcopy(self.teacher).requires_grad_(False)
-        targets = list(config.lora_targets)
-        adapter = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
-        self.lora_teacher.add_adapter(adapter)
-        generator = torch.Generator().manual_seed(1)
-        for p in self.lora().values():  # B is not 0, so that A has a gradient and the two teachers differ
-            p.data.copy_(0.2 * torch.randn(p.shape, generator=generator))
-        self.scheduler = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-            timestep_spacing=config.timestep_spacing,
-        )
-        self.scheduler.set_timesteps(config.num_inference_steps)
-        adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.999), eps=config.adam_eps)
-        self.optimizer = adam(self.student.parameters(), lr=config.student_learning_rate)
-        self.lora_optimizer = adam(self.lora().values(), lr=config.lora_learning_rate)
-        self.steps = 0
-
-    def lora(self) -> dict[str, torch.nn.Parameter]:
-        """The adapters under the names of our tree: peft's `.default` is its name for the adapter."""
-        named = self.lora_teacher.named_parameters()
-        return {name.replace(".default", ""): p for name, p in named if "lora_" in name}
-
-    def abar(self, t):
-        return self.scheduler.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-
-    def epsilon(self, output, z, t):
-        if self.scheduler.config.prediction_type == "epsilon":
-            return output
-        return self.abar(t).sqrt() * output + (1 - self.abar(t)).sqrt() * z
-
-    def student_outputs(self, noise, text):
-        """The encoder once, then the decoder at each timestep, with diffusers' own blocks."""
-        unet, t = self.student, self.scheduler.timesteps
-        embed = lambda t: unet.time_embedding(unet.time_proj(t.repeat(len(noise))))
-        h, temb = unet.conv_in(noise), embed(t[0])
-        skips = (h,)
-        for block in unet.down_blocks:
-            extra = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            h, new = block(hidden_states=h, temb=temb, **extra)
-            skips += new
-        mid = unet.mid_block(h, temb, encoder_hidden_states=text)
-        for step in t:
-            h, temb, left = mid, embed(step), skips
-            for block in unet.up_blocks:
-                n = len(block.resnets)
-                extra = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-                h = block(hidden_states=h, temb=temb, res_hidden_states_tuple=left[-n:], **extra)
-                left = left[:-n]
-            yield step, unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
-
-    def guided(self, unet, z, t, text, null, scale):
-        cond, uncond = (self.epsilon(unet(z, t, y).sample, z, t) for y in (text, null))
-        return uncond + scale * (cond - uncond)
-
-    def gradients(self, draws, text, null):
-        """Backward of both losses; the losses and z_0."""
-        config = self.config
-        noise, t, n = draws["noise"], draws["timesteps"], draws["diffusion_noise"]
-        z, kl = noise, 0
-        for step, output in self.student_outputs(noise, text):
-            e = self.epsilon(output, z, step.repeat(len(z)))
-            mu, v = e.mean((1, 2, 3)), e.var((1, 2, 3), unbiased=True)
-            kl = kl + 0.5 * (mu**2 + v - 1 - v.log()).sum()
-            z = self.scheduler.step(output, step, z).prev_sample
-        kl = kl / len(z) * 8
-        with torch.no_grad():
-            zt = self.abar(t).sqrt() * z + (1 - self.abar(t)).sqrt() * n
-            real = self.guided(self.teacher, zt, t, text, null, config.teacher_guidance_scale)
-            fake = self.guided(self.lora_teacher, zt, t, text, null, config.lora_guidance_scale)
-            g = torch.nan_to_num((1 - self.abar(t)) * (real - fake))
-        vsd = 0.5 * torch.nn.functional.mse_loss(z, (z - g).detach())
-        self.optimizer.zero_grad()
-        (vsd + config.kl_weight * kl).backward()
-
-        t, n, z = draws["lora_timesteps"], draws["lora_noise"], z.detach()
-        zt = self.abar(t).sqrt() * z + (1 - self.abar(t)).sqrt() * n
-        e = self.epsilon(self.lora_teacher(zt, t, null if draws["drop_text"] else text).sample, zt, t)
-        loss_lora = ((self.abar(t).sqrt() * e - self.abar(t).sqrt() * n) ** 2).mean()
-        self.lora_optimizer.zero_grad()
-        loss_lora.backward()
-        return {"loss_vsd": vsd, "loss_kl": kl, "loss": vsd + config.kl_weight * kl, "loss_lora": loss_lora}
-
-    def step(self):
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-        torch.nn.utils.clip_grad_norm_(self.lora().values(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.lora_optimizer.step()
-        decay = min(0.9999, (1 + self.steps) / (10 + self.steps))
-        for name, p in self.student.state_dict().items():
-            self.ema[name] = decay * self.ema[name] + (1 - decay) * p
-        self.steps += 1
-
-
 def worst(ours, theirs) -> tuple[float, float]:
     """max|a - b| / max|b| over the whole tree, and the largest per tensor."""
     pairs = [
@@ -190,7 +82,8 @@ class Pair:
         cfg, prediction_type = MODELS[model]
         config = dataclasses.replace(CONFIG, **settings)
         self.label = f"{model} eps {config.adam_eps:g}"
-        self.theirs = Torch(cfg, prediction_type, config)
+        teacher = spread_(UNet2DConditionModel.from_config(cfg.to_dict()), seed=0)
+        self.theirs = PyTorchTrainingStep(teacher, prediction_type, config)
         self.distillation, self.gradients = compiled(model)
         self.apply_gradients = jax.jit(_with_optimizers(self.distillation, config).apply_gradients)
         _, self.shapes = functional.abstract(UNet, cfg)

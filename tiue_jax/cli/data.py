@@ -1,9 +1,10 @@
-"""Prepares what training reads: prompts, and their text embeddings.
+"""Prepares training data: prompts, and their text embeddings.
 
     tiue data prepare --prompts train_anno.jsonl --field Task2.Caption --out data/journeydb
     tiue data embed --model emoji --prompts emoji --out runs/embeddings
 
-`tiue data COMMAND --help` describes a command. Exit status: 0 done; 2 a wrong argument, file or folder; 130 Ctrl-C.
+`tiue data COMMAND --help` describes a command. Exit status: 0; 2 for a wrong argument, file or folder; 130 after
+Ctrl-C.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ COMMANDS = {"prepare": prepare.main, "embed": embed.main}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `prepare` or `embed`; returns the exit status."""
+    """Runs `prepare` or `embed`. Returns the exit status."""
     try:
         name = subcommand(argv, list(COMMANDS), __doc__)
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Makes a prompt corpus, which training reads in random order without holding it in memory.
+"""Makes a prompt corpus on disk. Training reads it in random order and does not hold it in memory.
 
     tiue data prepare --prompts train_anno.jsonl --field Task2.Caption --out data/journeydb
     tiue data prepare --prompts coco_captions/2014/1.1.0 --field captions.text --out gs://bucket/coco
 
-Prompts are made unique and NFC-normalised, and empty ones are dropped. The counts of dropped prompts are printed and
-stored in the folder's metadata.json. Then train with --config.data.prompts=data/journeydb.
+Prompts are NFC-normalised. Repeated and empty ones are dropped; their numbers are printed and stored in the folder's
+metadata.json. To train with the corpus, give --config.data.prompts=data/journeydb.
 """
 
 import argparse
@@ -16,20 +16,20 @@ from tiue_jax.data.prompts import describe
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. SystemExit after --help (0) and on a wrong argument (2)."""
+    """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
     parser = argparse.ArgumentParser(
         prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = "text with a prompt a line; JSON lines; a folder that tensorflow-datasets prepared"
+    kinds = "text with a prompt a line, JSON lines, or a folder that tensorflow-datasets prepared"
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
-    parser.add_argument("--field", help="path to the prompt, with dots, for the latter two: Task2.Caption")
-    parser.add_argument("--split", default="train", help="of a tensorflow-datasets folder (default: %(default)s)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder, on this disk or gs://")
+    parser.add_argument("--field", help="path to the prompt, with dots, except for text: Task2.Caption")
+    parser.add_argument("--split", default="train", help="split of a tensorflow-datasets folder (default: %(default)s)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
     return parser.parse_args(argv[1:])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, 2 after one line on stderr about what was wrong, 130 after Ctrl-C."""
+    """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     args = parse(argv)
     try:
         made = corpus.write(args.prompts, args.out, args.field, args.split)

@@ -1,1 +1,1 @@
-"""Training data: prompts for the distillation."""
+"""Training data: prompts, and text embeddings that were made from them."""

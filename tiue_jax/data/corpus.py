@@ -1,7 +1,8 @@
-"""Prompt corpora on disk: datasets of tensorflow-datasets in array_record, for millions of prompts read in any order.
+"""Prompt corpora on disk, for millions of prompts that are read in any order.
 
-Written and read without TensorFlow. To keep the order, tensorflow-datasets' builder class would hold a whole corpus in
-memory; its SequentialWriter streams. So a prepared corpus is the same sequence as the files that it was made from.
+A corpus is a dataset of tensorflow-datasets in array_record. It is written and read without TensorFlow. It holds the
+prompts in the order of the files that it was made from. `SequentialWriter` keeps this order with little memory; the
+builder class of tensorflow-datasets would hold the whole corpus in memory.
 """
 
 import itertools
@@ -22,11 +23,14 @@ WRITTEN_AT_ONCE = 2**12
 
 
 def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
-    """The prompts of a file, in memory (see PromptReader), or of a corpus that `write` made, on disk.
+    """Opens prompts: those of a file are held in memory, those of a corpus that `write` made stay on disk.
 
     Args:
-        path: a file of text or JSON lines, a corpus' folder, or the name of a shipped model that comes with prompts.
-        field: the prompt's field in JSON lines. A corpus knows its own.
+        path: a file of text or JSON lines, a corpus folder, or the name of a shipped model that comes with prompts.
+        field: the field of the prompt in JSON lines. It is not used for a corpus.
+
+    Raises:
+        FileNotFoundError, ValueError: as `PromptReader` or `Corpus`.
     """
     if str(path) in hub.SHIPPED_PROMPTS:
         path = hub.SHIPPED_PROMPTS[str(path)]
@@ -34,18 +38,18 @@ def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
 
 
 def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, split: str = "train") -> "Corpus":
-    """Makes a corpus of all prompts of some files; each prompt once.
+    """Writes a corpus of all prompts of some files, each prompt once. After an error, `out` does not exist.
 
     Args:
-        paths, field, split: what PromptReader takes.
-        out: the new folder, here or in a bucket.
+        paths, field, split: as for `PromptReader`.
+        out: a new folder on this disk or in a bucket.
 
     Raises:
         FileExistsError: `out` is not empty.
-        FileNotFoundError, ValueError: as PromptReader.
-        OSError: a full disk. Whatever it is, nothing is left behind.
+        FileNotFoundError, ValueError: as `PromptReader`.
+        OSError: the folder cannot be written, such as on a full disk.
     """
-    import tensorflow_datasets as tfds  # a second to import
+    import tensorflow_datasets as tfds  # takes a second
 
     reader = PromptReader(paths, field, split)
     with files.writing_folder_aside(out, DATASET_INFO) as folder:
@@ -60,7 +64,7 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
         )
         writer = tfds.core.SequentialWriter(info, PROMPTS_PER_SHARD, file_format="array_record")
         writer.initialize_splits([SPLIT])
-        prompts = iter(tqdm(reader, unit=" prompts", dynamic_ncols=True, disable=None))  # silent where no terminal is
+        prompts = iter(tqdm(reader, unit=" prompts", dynamic_ncols=True, disable=None))  # None: only in a terminal
         while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
             with files.runtime_errors_as_os_errors(out):
                 writer.add_examples({SPLIT: chunk})
@@ -74,15 +78,15 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
 
 
 class Corpus:
-    """A corpus that `write` made, read at random. One in a bucket is copied to this disk for as long as it is open.
+    """A corpus that `write` made, a `PromptSource`. A corpus in a bucket is copied to this disk while it is open.
 
     Raises:
-        FileNotFoundError: no such folder, or a file of it is missing.
-        ValueError: the folder holds something else, or a file of it is cut short.
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: the folder holds another dataset, or a file in it is damaged.
     """
 
     def __init__(self, folder: PathLike):
-        import tensorflow_datasets as tfds  # a second to import
+        import tensorflow_datasets as tfds  # takes a second
 
         self._folder = files.at(folder)
         if not (self._folder / DATASET_INFO).is_file():
@@ -106,10 +110,11 @@ class Corpus:
         return len(self._records)
 
     def read(self, indices: Sequence[int]) -> list[str]:
+        """Returns the prompts of these numbers, in this order."""
         return [row[FEATURE].decode("utf-8") for row in self._records.__getitems__(indices)]
 
     def _check(self, builder: Any) -> None:
-        """That every file is there and whole: else training would fail on some later day."""
+        """Checks that every file is present and complete, so that training does not fail hours later."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         split = builder.info.splits[SPLIT]

@@ -1,12 +1,15 @@
-"""A cache on disk of the text embeddings of all prompts, made once: training then needs no text encoder in its step.
+"""A cache of the text embeddings of all prompts, made once. With it, the training step needs no text encoder.
 
-It is large: 77 tokens of width 1024 are 158 kB a prompt in bfloat16, 1.4 million prompts are 224 GB. A folder holds
-embeddings.json, which says what they were made from, and array_record shards of one embedding a record, in the order of
-the prompts; the record after the last prompt's is that of the empty prompt. Also in a bucket.
+The cache is large: an embedding of 77 tokens of width 1024 takes 158 kB in bfloat16, 1.4 million of them take 224 GB.
+It is a folder, on this disk or in a bucket, with these files:
+
+    embeddings.json               a hash of the prompts, tokenizer and text encoder; the number and shape of embeddings
+    text-00000-of-00004.array_record ...   one embedding a record, in the order of the prompts
+
+The record after that of the last prompt is the embedding of the empty prompt.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +32,17 @@ MANIFEST = "embeddings.json"
 DTYPE = ml_dtypes.bfloat16
 EMBEDDINGS_PER_SHARD = 4096
 
-Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d], an array of any floating dtype
+Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d] of any floating dtype
 
 
 def load_encode(folder: Path, batch_size: int) -> Encode:
-    """The text encoder of a pipeline folder, as a function from `batch_size` prompts to float32 [b l d].
+    """Loads the text encoder of a pipeline folder. Returns a function of `batch_size` prompts to float32 [b l d].
 
-    The batch is split over the local devices. Raises ValueError if it does not divide by them, and as
-    pipeline_folder.load_text_encoder.
+    The batch is split over the local devices.
+
+    Raises:
+        ValueError: `batch_size` is not a positive multiple of the number of devices.
+        FileNotFoundError, ValueError: as `pipeline_folder.load_text_encoder`.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(batch_size, mesh)
@@ -55,7 +61,13 @@ def load_encode(folder: Path, batch_size: int) -> Encode:
 
 
 def make_key(prompts: PromptSource, tokenizer: Path, text_encoder: Path) -> dict[str, str]:
-    """Hashes of all that embeddings depend on: the prompts, and the files of the tokenizer and of the text encoder."""
+    """Returns hashes of everything that the embeddings depend on.
+
+    Args:
+        prompts: the prompts to encode.
+        tokenizer: the folder of the tokenizer. All its files are hashed.
+        text_encoder: the folder of the text encoder. Its configuration and weights are hashed.
+    """
     return {
         "prompts": prompts.fingerprint,
         "tokenizer": _hash_files([file for file in tokenizer.iterdir() if file.is_file()]),
@@ -71,38 +83,39 @@ def write(
     batch_size: int,
     per_shard: int = EMBEDDINGS_PER_SHARD,
 ) -> "Embeddings":
-    """Encodes all prompts. Shards appear whole or not at all: an interrupted run goes on where it was.
+    """Encodes all prompts and writes the embeddings. An interrupted call is continued by the same call.
 
-    A shard that is cut short all the same, as by the machine's end, is made anew.
+    A shard is written completely or not at all. A shard that is damaged nevertheless, such as by a power failure, is
+    written again.
 
     Args:
-        folder: a new one, or one that was begun with the same key.
-        prompts: what to encode.
-        encode: always called with `batch_size` prompts.
-        key: what `make_key` returned.
-        batch_size: prompts at a time.
+        folder: a new folder, or one that an interrupted call with the same key left.
+        prompts: the prompts to encode.
+        encode: computes embeddings. It is always called with `batch_size` prompts, so that it compiles once.
+        key: the result of `make_key`.
+        batch_size: prompts in a call of `encode`.
         per_shard: embeddings in a file.
 
     Raises:
-        FileExistsError: the folder holds something else.
-        ValueError: it was begun with another key, naming what differs; embeddings that are not finite.
-        OSError: the disk has no room for them, said before the work begins; or it is full all the same.
+        FileExistsError: the folder holds other files.
+        ValueError: the folder was made with another key, whose differences are named; or an embedding is not finite.
+        OSError: the disk has too little room, which is checked before the work begins, or becomes full.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     target = files.at(folder)
-    null = _encode(encode, [""], batch_size)
-    if (target / MANIFEST).exists():
+    begun = (target / MANIFEST).exists()
+    if begun:
         manifest = _read_manifest(target)
         _check_key(target, manifest["key"], key)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
-    else:
+    null = _encode(encode, [""], batch_size)
+    if not begun:
         manifest = {"key": dict(key), "count": len(prompts), "shape": list(null.shape[1:]), "per_shard": per_shard}
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)
-        with files.writing_aside(target / MANIFEST) as aside:
-            aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        files.write_json(target / MANIFEST, manifest)
     shards = _shards(target, manifest)
     with tqdm(total=len(prompts), unit=" prompts", dynamic_ncols=True, disable=None) as bar:
         for path, wanted in shards.items():
@@ -119,8 +132,9 @@ class Embeddings:
         null: the embedding of the empty prompt, bfloat16 [l d].
 
     Raises:
-        FileNotFoundError: no such folder, or some shards are not made yet.
-        ValueError: it is stale, naming what it was made from that has changed; or a file is cut short.
+        FileNotFoundError: the folder is missing, or some shards are not written yet.
+        ValueError: the embeddings are stale: they were made with another key, whose differences are named. Or a file
+            is damaged.
     """
 
     def __init__(self, folder: PathLike, key: Mapping[str, str]):
@@ -131,7 +145,7 @@ class Embeddings:
         if missing := [path.name for path in shards if not path.exists()]:
             made = len(shards) - len(missing)
             raise FileNotFoundError(
-                f"{folder}: {made} of {len(shards)} shards are there, {missing[0]} is not; go on with data.embed"
+                f"{folder}: {made} of {len(shards)} shards exist, {missing[0]} does not; run data.embed again"
             )
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path) for path in shards])
@@ -146,7 +160,7 @@ class Embeddings:
         self.null = self.read([manifest["count"]])[0]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        """The embeddings of these prompts, bfloat16 [b l d]."""
+        """Returns the embeddings of the prompts with these numbers, bfloat16 [b l d]."""
         records = self._records.__getitems__(indices)
         return np.stack([np.frombuffer(record, DTYPE).reshape(self._shape) for record in records])
 
@@ -164,15 +178,15 @@ def _write_shard(
 
     with files.writing_aside(path) as aside:
         with files.runtime_errors_as_os_errors(path):
-            writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")  # noise does not compress
-        own = range(wanted.start, min(wanted.stop, len(prompts)))
-        for start in range(own.start, own.stop, batch_size):
-            some = prompts.read(range(start, min(start + batch_size, own.stop)))
-            embeddings = _encode(encode, some, batch_size)
+            writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")  # embeddings do not compress
+        stop = min(wanted.stop, len(prompts))  # the last record may be that of the empty prompt
+        for start in range(wanted.start, stop, batch_size):
+            batch = prompts.read(range(start, min(start + batch_size, stop)))
+            embeddings = _encode(encode, batch, batch_size)
             with files.runtime_errors_as_os_errors(path):
                 for embedding in embeddings:
                     writer.write(embedding.tobytes())
-            bar.update(len(some))
+            bar.update(len(batch))
         with files.runtime_errors_as_os_errors(path):
             if wanted.stop > len(prompts):
                 writer.write(null[0].tobytes())
@@ -180,7 +194,7 @@ def _write_shard(
 
 
 def _is_whole(path: epath.Path, count: int) -> bool:
-    """Whether a shard is there and holds that many records."""
+    """Returns True if a shard exists and holds `count` records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if not path.exists():
@@ -195,16 +209,16 @@ def _is_whole(path: epath.Path, count: int) -> bool:
 
 
 def _encode(encode: Encode, prompts: list[str], batch_size: int) -> np.ndarray:
-    """The embeddings in bfloat16 [b l d], of batches filled up to one size so that nothing is compiled twice."""
+    """Returns embeddings in bfloat16 [b l d]. Fills the batch with its last prompt, so that `encode` compiles once."""
     filled = prompts + prompts[-1:] * (batch_size - len(prompts))
     embeddings = np.asarray(encode(filled))[: len(prompts)].astype(DTYPE)
     if not np.isfinite(embeddings.astype(np.float32)).all():
-        raise ValueError(f"expected finite embeddings, got others among those of {prompts[:3]} ...")
+        raise ValueError(f"expected finite embeddings, got NaN or infinity in a batch that begins with {prompts[:3]}")
     return embeddings
 
 
 def _shards(folder: epath.Path, manifest: Mapping[str, Any]) -> dict[epath.Path, range]:
-    """Which records each file holds; with the empty prompt's after the last."""
+    """Returns the numbers of the records in each file. The last record is that of the empty prompt."""
     total, size = manifest["count"] + 1, manifest["per_shard"]
     count = -(-total // size)
     return {
@@ -217,33 +231,34 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {MANIFEST} in it, expected a folder that data.embed made")
-    try:
-        manifest = json.loads(path.read_text())
-        expected = {"key": dict, "count": int, "shape": list, "per_shard": int}
-        if {name: type(manifest[name]) for name in expected} != expected:
-            raise ValueError("fields of another type")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file that data.embed wrote: {error}") from error
+    manifest = files.read_json(path)
+    expected = {"key": dict, "count": int, "shape": list, "per_shard": int}
+    if {name: type(manifest.get(name)) for name in expected} != expected:
+        raise ValueError(f"{path}: not a file that data.embed wrote: expected the fields {', '.join(expected)}")
     return manifest
 
 
 def _check_key(folder: epath.Path, made_from: Mapping[str, str], now: Mapping[str, str]) -> None:
     if changed := [name for name in now if made_from.get(name) != now[name]]:
-        raise ValueError(f"{folder}: stale text embeddings, made from other {', '.join(changed)}; make them anew")
+        raise ValueError(f"{folder}: stale text embeddings, made from other {', '.join(changed)}; make them again")
 
 
 def _check_room(folder: epath.Path, needed: int) -> None:
     if files.is_remote(folder):
         return
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if (free := shutil.disk_usage(os.fspath(there)).free) < needed:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(os.fspath(existing)).free) < needed:
         raise OSError(f"{folder}: the embeddings need {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free")
 
 
+def _new_hash() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
 def _hash_files(paths: Sequence[Path]) -> str:
-    total = hashlib.blake2b(digest_size=16)
+    total = _new_hash()
     for path in sorted(paths):
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            digest = hashlib.file_digest(file, _new_hash)
         total.update(f"{path.name} {digest.hexdigest()}\n".encode())
     return total.hexdigest()

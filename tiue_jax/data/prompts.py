@@ -1,4 +1,4 @@
-"""Prompts to distil on: unique, normalised texts, read from text, JSON lines and tensorflow-datasets' caption sets."""
+"""Training prompts: unique, normalised texts from text files, JSON lines and caption sets of tensorflow-datasets."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from etils import epath
 from tiue_jax import files
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-DATASET_INFO = "dataset_info.json"  # by which a folder of tensorflow-datasets is known
+DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
 WITHOUT_FIELD, EMPTY, REPEATED = "without the field", "empty", "repeated"
 READ_AHEAD = 256  # rows of a tensorflow-datasets folder
 
@@ -23,7 +23,7 @@ PathLike = str | os.PathLike[str]
 
 
 class PromptSource(Protocol):
-    """Unique prompts by number, wherever they are kept; threads may read at once."""
+    """Unique prompts with the numbers 0 to len - 1, in memory or on disk. Several threads may read at the same time."""
 
     @property
     def fingerprint(self) -> str:
@@ -31,17 +31,22 @@ class PromptSource(Protocol):
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many texts were dropped for which reason."""
+        """The number of texts that were dropped when the prompts were read, by reason."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[str]:
-        """These prompts, in this order."""
+        """Returns the prompts of these numbers, in this order.
+
+        Raises:
+            IndexError: a number is out of range.
+            OSError: the disk cannot be read.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts in memory, in the order of their file."""
+    """Prompts in memory, in the order of their file: a `PromptSource`."""
 
     prompts: list[str]
     dropped: dict[str, int]
@@ -51,34 +56,36 @@ class Prompts:
         return len(self.prompts)
 
     def read(self, indices: Sequence[int]) -> list[str]:
+        """Returns the prompts of these numbers, in this order."""
         return [self.prompts[i] for i in indices]
 
 
 def load_prompts(path: PathLike, field: str | None = None) -> Prompts:
-    """All prompts of one file in memory. Arguments and errors are those of PromptReader."""
+    """Reads all prompts of one file into memory. Arguments and errors are those of `PromptReader`."""
     reader = PromptReader([path], field)
     prompts = list(reader)
     return Prompts(prompts, reader.dropped, reader.fingerprint)
 
 
 class PromptReader:
-    """Reads unique, non-empty, NFC-normalised prompts once, one after the other, and counts what it drops.
+    """An iterator of unique, non-empty, NFC-normalised prompts. It reads files once and counts the texts it drops.
 
-    Memory grows by about 0.15 GB for each million of prompts, for the hashes by which repeated ones are known.
+    It needs about 0.15 GB of memory for each million prompts, for the hashes that find repeated prompts.
 
     Args:
-        paths: any of: UTF-8 text, a prompt a line; JSON lines (.jsonl, .json, .ndjson); a folder that
-            tensorflow-datasets prepared (array_record or tfrecord), such as coco_captions. Also in a bucket.
-        field: for the latter two, the path to the prompt (or to a list of prompts) with dots, as in JourneyDB's
-            "Task2.Caption" and coco_captions' "captions.text". In JSON lines each name matches whatever its case and
-            with or without a colon at its end: JourneyDB spells `Caption`, `Caption:`, `caption`. Rows without the
-            field are dropped and counted, as such corpora have some.
-        split: of a folder of tensorflow-datasets.
+        paths: files or folders, on this disk or in a bucket. Each is one of: UTF-8 text with a prompt a line; JSON
+            lines (.jsonl, .json, .ndjson); a folder that tensorflow-datasets prepared (array_record or tfrecord),
+            such as coco_captions.
+        field: the path to the prompt, or to a list of prompts, with dots: "Task2.Caption" for JourneyDB,
+            "captions.text" for coco_captions. None for text files. In JSON lines, upper and lower case and a colon at
+            the end of a name do not matter, since JourneyDB has `Caption`, `Caption:` and `caption`. Rows without the
+            field are dropped and counted.
+        split: the split of a folder of tensorflow-datasets.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: naming the file and the line: text that is not UTF-8, a line that is not a JSON object, a prompt
-            that is not text; naming the file: no prompt in it, or `field` or `split` missing or out of place.
+        FileNotFoundError: a file is missing.
+        ValueError: a line is not UTF-8, is not a JSON object, or its prompt is not text: the error names file and
+            line. Or a file has no prompt, or `field` or `split` is missing or wrong: the error names the file.
     """
 
     def __init__(self, paths: Sequence[PathLike], field: str | None = None, split: str = "train"):
@@ -99,12 +106,12 @@ class PromptReader:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many texts were dropped so far, by reason."""
+        """The number of texts that were dropped until now, by reason."""
         return dict(self._dropped)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all prompts so far, in their order."""
+        """A hash of all prompts that were read until now, in their order."""
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[str]:
@@ -131,15 +138,18 @@ class PromptReader:
                 raise ValueError(f"{path}: expected at least one prompt{within}, got none ({reasons})")
 
     def _texts(self, path: epath.Path) -> Iterator[tuple[str, str]]:
-        """Every text of one input, and where it is."""
-        for where, row in _dataset_rows(path, str(self._field), self._split) if path.is_dir() else _lines(path):
+        """Yields every text of one file or folder after its place, such as `prompts.txt:3`."""
+        rows: Iterator[tuple[str, str | dict[str, Any]]]
+        rows = _dataset_rows(path, str(self._field), self._split) if path.is_dir() else _lines(path)
+        for where, row in rows:
             if isinstance(row, str):
                 yield where, row
                 continue
             found = _field(row, str(self._field))
-            if found in (None, []):
+            texts = found if isinstance(found, list) else [] if found is None else [found]
+            if not texts:
                 self._dropped[WITHOUT_FIELD] += 1
-            for text in found if isinstance(found, list) else [found] * (found is not None):
+            for text in texts:
                 if not isinstance(text, str):
                     expected = f"expected text or a list of texts in {self._field!r}"
                     raise ValueError(f"{where}: {expected}, got {type(text).__name__}")
@@ -151,7 +161,7 @@ def _is_json_lines(path: epath.Path) -> bool:
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
-    """The rows of a file, each with its place: text, or an object of JSON lines."""
+    """Yields the rows of a file after their places. A row is text, or an object of JSON lines."""
     is_json = _is_json_lines(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -173,9 +183,9 @@ def _object(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _dataset_rows(folder: epath.Path, field: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a prepared tensorflow-datasets folder, reduced to the field, with bytes decoded."""
-    import tensorflow_datasets as tfds  # a second to import
+def _dataset_rows(folder: epath.Path, field: str, split: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """Yields the rows of a folder of tensorflow-datasets after their places, with only `field` in them, as text."""
+    import tensorflow_datasets as tfds  # takes a second
 
     if not (folder / DATASET_INFO).is_file():
         raise ValueError(f"{folder}: no {DATASET_INFO} in it, expected a folder that tensorflow-datasets prepared")
@@ -193,17 +203,17 @@ def _dataset_rows(folder: epath.Path, field: str, split: str) -> Iterator[tuple[
 
 
 def _records(builder: Any, split: str, folder: epath.Path) -> Iterator[bytes]:
-    """The serialised rows of a tensorflow-datasets folder, in their order, read without TensorFlow."""
+    """Yields the serialised rows of a folder of tensorflow-datasets in their order. Needs no TensorFlow."""
     file_format = builder.info.file_format.value
     if file_format == "array_record":
         records = builder.as_data_source(split=split).data_source
         for start in range(0, len(records), READ_AHEAD):
             yield from records.__getitems__(range(start, min(start + READ_AHEAD, len(records))))
-    elif file_format == "tfrecord":  # the default format, in which most sets lie on disks
+    elif file_format == "tfrecord":  # the default format of tensorflow-datasets
         for path in builder.info.splits[split].filepaths:
             with path.open("rb") as file:
                 while header := file.read(12):  # length, checksum
-                    (length,) = struct.unpack("<Q4x", header) if len(header) == 12 else (0,)
+                    length = struct.unpack("<Q4x", header)[0] if len(header) == 12 else 0
                     body = file.read(length + 4)  # record, checksum
                     if not length or len(body) != length + 4:
                         raise ValueError(f"{path}: not a whole tfrecord file")
@@ -213,7 +223,11 @@ def _records(builder: Any, split: str, folder: epath.Path) -> Iterator[bytes]:
 
 
 def _only(feature: Any, names: list[str]) -> Any:
-    """A feature of tensorflow-datasets with but one field in it: images, say, cannot be decoded without TensorFlow."""
+    """Returns a feature of tensorflow-datasets with only one field: decoding others, such as images, needs TensorFlow.
+
+    Raises:
+        KeyError: there is no such field.
+    """
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.Sequence):
@@ -226,7 +240,7 @@ def _only(feature: Any, names: list[str]) -> Any:
 
 
 def _plain_values(value: Any, where: str) -> Any:
-    """What tensorflow-datasets returns, with lists for arrays and text for bytes."""
+    """Converts a value of tensorflow-datasets: arrays become lists, bytes become text."""
     if isinstance(value, dict):
         return {name: _plain_values(inner, where) for name, inner in value.items()}
     if isinstance(value, bytes):
@@ -240,40 +254,47 @@ def _plain_values(value: Any, where: str) -> Any:
 
 
 def _field(row: dict[str, Any], field: str) -> Any:
-    """The value at a dotted path, None where it is missing; of a list on the way, a list of what its items have.
+    """Returns the value at a path with dots, or None if there is none."""
+    return _value_at(row, field.split("."))
 
-    An exact name wins over one in another spelling, unless there is nothing in it.
+
+def _value_at(value: Any, names: list[str]) -> Any:
+    """Returns the value below nested names, or None. If a list is on the way, returns a list of its items' values.
+
+    A name with the same spelling is preferred to one with another spelling, unless its value is empty.
     """
-    return _at(row, field.split("."))
-
-
-def _at(value: Any, names: list[str]) -> Any:
     if not names:
         return value
     if isinstance(value, list):
-        of_items = [_at(item, names) for item in value]
-        return [
-            text for found in of_items for text in (found if isinstance(found, list) else [found]) if text is not None
-        ]
+        values: list[Any] = []
+        for item in value:
+            found = _value_at(item, names)
+            values += found if isinstance(found, list) else [found]
+        return [found for found in values if found is not None]
     if not isinstance(value, dict):
         return None
-    spelled = sorted((key for key in value if _plain(key) == _plain(names[0])), key=lambda key: key != names[0])
-    found = [inner for key in spelled if (inner := _at(value[key], names[1:])) is not None]
-    return next((inner for inner in found if inner), found[0] if found else None)
+    spellings = sorted((key for key in value if _spelling(key) == _spelling(names[0])), key=lambda key: key != names[0])
+    candidates = [_value_at(value[key], names[1:]) for key in spellings]
+    candidates = [candidate for candidate in candidates if candidate is not None]
+    for candidate in candidates:
+        if candidate:
+            return candidate
+    return candidates[0] if candidates else None
 
 
-def _plain(name: str) -> str:
+def _spelling(name: str) -> str:
+    """Returns a name without the differences that do not matter: case, spaces and a colon at its end."""
     return name.strip().removesuffix(":").strip().casefold()
 
 
 def _encode(prompt: str, where: str) -> bytes:
     try:
         return prompt.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair
+    except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair
         lone = ord(prompt[error.start])
         raise ValueError(f"{where}: expected Unicode text, got the lone surrogate U+{lone:04X}") from error
 
 
 def describe(dropped: dict[str, int]) -> str:
-    """What was dropped, as text: ", 3 left out: empty"."""
+    """Returns the numbers of dropped texts for a message, such as ", 3 left out: empty"."""
     return "".join(f", {count:,} left out: {reason}" for reason, count in dropped.items())

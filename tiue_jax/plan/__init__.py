@@ -1,1 +1,1 @@
-"""Will a run fit on a TPU pod, and how fast can it be: asked before the pod is rented (see __main__.py)."""
+"""Plans a run on TPUs before they are rented: the memory that it needs, and a bound on its speed."""

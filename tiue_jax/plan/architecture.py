@@ -1,4 +1,4 @@
-"""What a run's models look like, from configuration files or presets: no weight is ever read."""
+"""The configurations of a run's models, from files or presets. No weights are read."""
 
 from typing import Any, NamedTuple
 
@@ -9,23 +9,29 @@ from tiue_jax.training.settings import Settings
 from tiue_jax.weights import hub
 from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
-# The published models that L_clip is computed with: their configurations are the classes' defaults.
+# The published models that L_clip uses. The defaults of these classes are their configurations.
 _PUBLISHED = {CLIPConfig: "clip-vit-base-patch32", TinyVAEConfig: "taesd"}
 
 
 class Architecture(NamedTuple):
-    """The configurations of a run's models."""
+    """The configurations of a run's models.
+
+    Attributes:
+        pipeline: UNet, VAE, text encoder and schedule of the teacher.
+        clip: the CLIP model of L_clip; None if clip_weight is 0.
+        tiny_vae: the tiny autoencoder of L_clip; None if clip_weight is 0.
+    """
 
     pipeline: Configs
-    clip: CLIPConfig | None = None  # for L_clip, and the next
+    clip: CLIPConfig | None = None
     tiny_vae: TinyVAEConfig | None = None
 
 
 def read(settings: Settings) -> Architecture:
-    """The models of a run. A model with a preset need not be on this disk.
+    """Reads the configurations of a run's models. A model that has a preset need not be on this disk.
 
     Raises:
-        FileNotFoundError, ValueError: naming the model, file or setting that is missing or wrong.
+        FileNotFoundError, ValueError: a model, file or setting is missing or wrong. The error names it.
     """
     pipeline = _pipeline(settings.model.pretrained_model_name_or_path)
     if not settings.distill.clip_weight:

@@ -1,4 +1,4 @@
-"""Results of compilations kept on disk, in the user's cache folder, by a hash of all that went into them."""
+"""Results of compilations, kept in the user's cache folder under a hash of everything they depend on."""
 
 import hashlib
 import json
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiue_jax.files import user_cache, write_json
+from tiue_jax.files import read_json, user_cache, write_json
 
 PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Where results are kept: `$XDG_CACHE_HOME/tiue_jax/plan`, below ~/.cache by default."""
+    """Returns the folder of the results: `$XDG_CACHE_HOME/tiue_jax/plan`, or `~/.cache/tiue_jax/plan` by default."""
     return user_cache() / "plan"
 
 
 def key(inputs: Mapping[str, Any]) -> str:
-    """A hash of `inputs`, plain values as JSON has them, and of this package's sources."""
+    """Returns a hash of `inputs`, which are values that JSON can hold, and of the sources of this package."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode())
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(f"\0{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -25,15 +25,14 @@ def key(inputs: Mapping[str, Any]) -> str:
 
 
 def load(name: str) -> dict[str, Any] | None:
-    """What `save` wrote under a key; None where there is nothing, or nothing that can be read."""
+    """Returns the result that `save` wrote under a key, or None if there is no such file or it cannot be read."""
     try:
-        kept = json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+        return read_json(folder() / f"{name}.json")
     except (OSError, ValueError):
         return None
-    return kept if isinstance(kept, dict) else None
 
 
 def save(name: str, result: Mapping[str, Any]) -> None:
-    """Keeps a result under a key; never half-written."""
+    """Writes a result under a key. OSError if the folder cannot be written."""
     folder().mkdir(parents=True, exist_ok=True)
     write_json(folder() / f"{name}.json", dict(result))

@@ -1,7 +1,8 @@
-"""TPU chips: their published peaks, and topologies of them that exist without the hardware.
+"""TPU chips: their published peaks, and devices to compile for without the hardware.
 
-Peaks are those of https://docs.cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e), read in November 2026. Where the pages
-give the interconnect in both directions, half of it is here: what a chip can send while it receives as much.
+Peaks are those of https://docs.cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e), read in November 2026. Some pages give the
+bandwidth between chips as the sum of both directions. The table below has one direction: a chip can send so much while
+it receives as much.
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ class Chip:
     """One kind of chip.
 
     Attributes:
-        kind: as a topology names it.
-        peak_flops: bfloat16 operations a second.
-        hbm_bytes: memory that the compiler gives to programs: of 16 GB, on v5e, it says that 15.75 GiB are there.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that a chip sends to its neighbours, over all its links.
-        clock: cycles a second: the peak over the multiply-adds that its matrix units do in a cycle.
-        topologies: those of one slice that can be rented and are not too large to name, smallest first.
-        options: of get_topology_desc, so that there is one device for each chip.
+        kind: the name of the kind in a topology, such as "v5e".
+        peak_flops: bfloat16 floating-point operations a second.
+        hbm_bytes: bytes of memory that programs may use, according to the compiler: 15.75 GiB of the 16 GB of a v5e.
+        hbm_bandwidth: bytes a second between the chip and its memory.
+        ici_bandwidth: bytes a second that a chip sends to its neighbours over all its links.
+        clock: cycles a second, computed as peak_flops over the operations of the matrix units in a cycle.
+        topologies: shapes of one slice that can be rented, smallest first. The largest are left out.
+        options: options of get_topology_desc that give one device for each chip.
     """
 
     kind: str
@@ -50,7 +51,7 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 CHIPS = {
     chip.kind: chip
     for chip in (
-        # 2 cores of 4 units of 128 x 128; "megacore" makes the two one device, as on a real machine
+        # 2 cores of 4 units of 128 x 128. "megacore" makes one device of the two cores, as on a real machine.
         Chip(
             "v4",
             275e12,
@@ -68,7 +69,8 @@ CHIPS = {
 }
 
 
-# libtpu asks nobody what machine this is, lets other processes load it too, and warns of nothing that is missing.
+# With these, libtpu does not ask a metadata server about this machine, other processes may load it at the same time,
+# and it does not warn that there is no TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -80,10 +82,10 @@ _ENVIRONMENT = {
 
 
 def parse(topology: str) -> tuple[Chip, int]:
-    """The chip of a topology such as "v5e:4x4", and how many of them there are.
+    """Returns the kind of chip and the number of chips of a topology such as "v5e:4x4".
 
     Raises:
-        ValueError: it is none, naming those that are known.
+        ValueError: the topology is not known. The error lists the known ones.
     """
     kind, _, shape = topology.partition(":")
     if (chip := CHIPS.get(kind)) is None or shape not in chip.topologies:
@@ -97,11 +99,11 @@ def parse(topology: str) -> tuple[Chip, int]:
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """Devices that stand for a topology's chips, which one can compile for but not run on.
+    """Returns one device for each chip of a topology. Programs can be compiled for these devices, but not run on them.
 
     Raises:
-        ValueError: see `parse`.
-        ModuleNotFoundError: libtpu, which holds the compiler, is not installed.
+        ValueError: the topology is not known.
+        ModuleNotFoundError: libtpu, which contains the compiler, is not installed.
     """
     chip, count = parse(topology)
     libtpu_version()
@@ -114,7 +116,11 @@ def devices(topology: str) -> list[jax.Device]:
 
 
 def libtpu_version() -> str:
-    """The installed libtpu's. ModuleNotFoundError, saying what to install, where there is none."""
+    """Returns the version of libtpu.
+
+    Raises:
+        ModuleNotFoundError: libtpu is not installed. The error says how to install it.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             "compiling for a TPU needs libtpu, on a machine without one too: pip install 'tiue-jax[tpu]'"

@@ -1,4 +1,4 @@
-"""The TPU's compiler in a process of its own, which is ended as soon as what is asked for is known."""
+"""Runs the TPU's compiler in another process, and stops it as soon as the results are known."""
 
 import contextlib
 import multiprocessing
@@ -17,24 +17,26 @@ from tiue_jax.plan import flops
 from tiue_jax.plan.programs import Program
 
 MODES = ("quick", "full")
-# What the compiler writes when memory is assigned, in this order. Most of its time is still to come then: it makes
-# machine code.
-_PROGRAM, _MEMORY, _AFTERWARDS = (
-    f"*after_optimizations{end}.txt" for end in ("", "-buffer-assignment", "-buffer-assignment-values")
-)
+# The files that the compiler writes when it has assigned memory, in this order. Afterwards it makes machine code, which
+# takes most of its time.
+_PROGRAM = "*after_optimizations.txt"
+_MEMORY = "*after_optimizations-buffer-assignment.txt"
+_AFTER_MEMORY = "*after_optimizations-buffer-assignment-values.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.MULTILINE)
 
 
 class Compiled(NamedTuple):
-    """What the compiler makes of a program for a chip.
+    """The results of a compilation.
 
     Attributes:
-        parts: bytes that stay between calls, by the name of the part.
-        flops: of all chips, see flops.count.
-        needed: where it does not fit, the bytes that it needs of a chip; the others below are then 0 and empty.
-        peak_bytes: arguments, temporaries and outputs, less the outputs that take the place of an argument.
-        temp_bytes: temporaries.
-        text: the optimised program in the order of its schedule; in full mode with estimates of cycles.
+        parts: bytes per chip that stay in memory between calls, by the name of the part.
+        flops: floating-point operations of all chips together, see flops.count.
+        needed: bytes that the program needs on each chip, if it does not fit; None if it fits. If it does not fit,
+            the values below are 0 or empty.
+        peak_bytes: bytes per chip of arguments, temporaries and outputs. An output in the memory of a donated
+            argument does not count again.
+        temp_bytes: bytes per chip of temporaries.
+        text: the optimised HLO in the order of its schedule. In full mode it contains estimates of cycles.
     """
 
     parts: dict[str, int]
@@ -46,29 +48,29 @@ class Compiled(NamedTuple):
 
 
 def compile_program(build: Callable[[], Program], mode: str) -> Compiled:
-    """Compiles a program as the pod will, with all optimisations.
+    """Compiles a program as the TPU hosts would, with all optimisations.
 
     Args:
-        build: makes it, in the other process: a function or partial that can be pickled.
-        mode: "quick" stops when the schedule and the memory are known, before machine code is made; "full" waits for
-            it, and has the compiler's estimates of cycles besides.
+        build: makes the program in the other process. It is a function or a partial that can be pickled.
+        mode: "quick" stops when schedule and memory are known, before machine code is made. "full" waits for the
+            compiler to end, and then has its estimates of cycles.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler refused it for another reason than memory.
-        RuntimeError: the process was killed, or wrote nothing.
-        ValueError, OSError, ModuleNotFoundError: of `build`.
+        jax.errors.JaxRuntimeError: the compiler refused the program for another reason than memory.
+        RuntimeError: the process was killed, or the compiler did not write the expected files.
+        ValueError, OSError, ModuleNotFoundError: raised by `build`.
     """
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process that has JAX's threads may hang
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     answers, send = spawn.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="tiue_jax_plan_", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         process = spawn.Process(target=_compile, args=(send, build, folder, mode), daemon=True)
         process.start()
-        send.close()  # the child's end is then the only one: when it is gone there is an EOFError
+        send.close()  # now only the child holds this end: if the child is killed, recv raises EOFError
         try:
             parts, flops_of_all = _receive(answers, process)
             outcome: int | str | None = None
-            while outcome is None and (mode == "full" or not any(folder.glob(_AFTERWARDS))):
+            while outcome is None and (mode == "full" or not any(folder.glob(_AFTER_MEMORY))):
                 if answers.poll(0.5):
                     outcome = _receive(answers, process)
         finally:
@@ -82,20 +84,21 @@ def compile_program(build: Callable[[], Program], mode: str) -> Compiled:
 
 
 def memory(assignment: str) -> tuple[int, int]:
-    """Peak and temporaries in bytes of a chip's main memory, from the compiler's list of allocations."""
+    """Returns the peak and the temporaries in bytes of a chip's main memory, from the compiler's allocations."""
     peak = temp = 0
     for size, about in _ALLOCATION.findall(assignment):
-        if "thread-local" in about or "color" in about:  # within a fusion; in another memory than the main one
+        if "thread-local" in about or "color" in about:  # memory inside a fusion, or not in the main memory
             continue
         peak += int(size)
-        temp += int(size) if "preallocated-temp" in about else 0
+        if "preallocated-temp" in about:
+            temp += int(size)
     return peak, temp
 
 
 def memory_needed(message: str) -> int | None:
-    """Bytes that a program needs, arguments included, from the compiler's error that a chip has not so many.
+    """Returns the bytes that a program needs, arguments included, from the compiler's error that memory is too small.
 
-    None for another error.
+    Returns None for other errors.
     """
     found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm|HLO temporaries \(([\d.]+)([KMG]?)\)", message)
     if found is None:
@@ -105,14 +108,17 @@ def memory_needed(message: str) -> int | None:
 
 
 def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode: str) -> None:
-    """Runs in the other process: sends (parts, FLOPs), then the text, or the bytes needed where it does not fit."""
+    """Compiles in the other process.
+
+    Sends (parts, FLOPs), then the program's text, or the bytes that it needs if it does not fit, or an error.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # a TPU that may be here is not touched
+    jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU of this machine
     with contextlib.suppress(BrokenPipeError):
         try:
-            traced, parts = build()
-            send.send((parts, flops.count(traced.jaxpr)))
-            compiled = traced.lower().compile(compiler_options={"xla_dump_to": str(folder)})
+            program = build()
+            send.send((program.parts, flops.count(program.traced.jaxpr)))
+            compiled = program.traced.lower().compile(compiler_options={"xla_dump_to": str(folder)})
             send.send(compiled.as_text())
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
@@ -122,7 +128,7 @@ def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed tells nobody, and compiling for nobody takes a core and 10 GB for half an hour."""
+    """Ends this process when its parent ends. A killed parent cannot do so, and a compilation takes up to 10 GB."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -134,7 +140,7 @@ def _receive(answers: Connection, process: Any) -> Any:
     except EOFError:
         process.join()
         raise RuntimeError(
-            f"the compiler's process ended with status {process.exitcode}; -9 is what too little memory looks like"
+            f"the compiler's process ended with status {process.exitcode}; status -9 may mean that memory was too small"
         ) from None
     if isinstance(answer, Exception):
         raise answer
@@ -143,5 +149,7 @@ def _receive(answers: Connection, process: Any) -> Any:
 
 def _only(folder: Path, pattern: str) -> Path:
     if len(found := list(folder.glob(pattern))) != 1:
-        raise RuntimeError(f"expected one file {pattern} of the TPU's compiler, got {len(found)}: is libtpu a new one?")
+        raise RuntimeError(
+            f"expected one file {pattern} of the TPU's compiler, got {len(found)}: is this version of libtpu too new?"
+        )
     return found[0]

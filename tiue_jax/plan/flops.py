@@ -1,7 +1,7 @@
-"""Floating-point operations of a function, counted from its jaxpr: 2 for each multiply-add of a matrix product or
-convolution, elementwise work left out.
+"""Counts the floating-point operations (FLOPs) of a function from its jaxpr.
 
-XLA's own cost analysis counts the body of a loop once and a Pallas kernel hardly at all.
+A multiply-add of a matrix product or a convolution counts as 2. Elementwise operations do not count. XLA's cost
+analysis is not used: it counts the body of a loop once, and almost nothing of a Pallas kernel.
 """
 
 import math
@@ -13,30 +13,33 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 
-# Primitives whose body runs once.
+# Primitives that run their jaxpr once.
 _CALLS = frozenset(
     "jit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vmap_call run_state".split()
 )
 
 
 def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a call, traced on shapes alone: `args` and `kwargs` are arrays or ShapeDtypeStructs.
+    """Returns the FLOPs of a call. Only shapes are used: `args` and `kwargs` are arrays or ShapeDtypeStructs.
 
     Raises:
-        ValueError: see `count`.
+        ValueError: as `count`.
     """
     return count(jax.make_jaxpr(function)(*args, **kwargs))
 
 
 def count(jaxpr: ClosedJaxpr | Jaxpr) -> int:
-    """FLOPs of all devices together. What no output needs is not counted, since no compiler leaves it in.
+    """Returns the FLOPs of all devices together. Operations that no output depends on do not count.
 
-    A recomputation (jax.checkpoint) counts again, a scan as often as it is long, `cond` as its dearest branch, the body
-    of a shard_map once for each device, a Pallas kernel once for each point of its grid. A convolution counts the taps
-    that fall on padding, which a device computes, and not those on the holes of a dilated input or kernel.
+    The rules are:
+
+    - a recomputation (jax.checkpoint) counts again;
+    - a scan counts its body times its length, `cond` counts its most expensive branch;
+    - shard_map counts its body once for each device, a Pallas kernel once for each point of its grid;
+    - a convolution counts products with padding, but not products with the holes of a dilated input or kernel.
 
     Raises:
-        ValueError: a `while` loop, or a primitive that is not known here, does matrix products: how often is unknown.
+        ValueError: a `while` loop or an unknown primitive contains matrix products. The number of runs is not known.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
@@ -44,7 +47,7 @@ def count(jaxpr: ClosedJaxpr | Jaxpr) -> int:
 
 
 def _body(jaxpr: ClosedJaxpr | Jaxpr, known: dict[int, int]) -> int:
-    """FLOPs of one run of a jaxpr; `known` keeps those of jaxprs that occur again, by their id."""
+    """Returns the FLOPs of one run of a jaxpr. `known` holds the counts of jaxprs that occur several times, by id."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     if id(jaxpr) not in known:
         known[id(jaxpr)] = sum(_equation(eqn, known) for eqn in jaxpr.eqns)
@@ -70,7 +73,7 @@ def _equation(eqn: JaxprEqn, known: dict[int, int]) -> int:
     if name == "pallas_call":
         return _product(params["grid_mapping"].grid) * sum(bodies)
     if any(bodies):
-        raise ValueError(f"cannot count the FLOPs of {name!r}: how often its matrix products run is unknown")
+        raise ValueError(f"cannot count the FLOPs of {name!r}: the number of runs of its matrix products is unknown")
     return 0
 
 
@@ -89,8 +92,8 @@ def _convolution(eqn: JaxprEqn) -> int:
     for i, (axis, tap) in enumerate(zip(space, window, strict=True)):
         at_output = np.arange(out[axis])[:, None] * params["window_strides"][i]
         at_tap = np.arange(kernel[tap]) * params["rhs_dilation"][i]
-        place = at_output + at_tap - params["padding"][i][0]  # in the dilated input
-        pairs *= int((place % params["lhs_dilation"][i] == 0).sum())
+        position = at_output + at_tap - params["padding"][i][0]  # in the dilated input
+        pairs *= int((position % params["lhs_dilation"][i] == 0).sum())
     return 2 * out[batch] * out[features] * kernel[cin] * pairs
 
 
@@ -101,5 +104,5 @@ def _shape(variable: Any) -> tuple[int, ...]:
 def _product(sizes: Iterable[Any]) -> int:
     sizes = list(sizes)
     if not all(isinstance(size, int) for size in sizes):
-        raise ValueError(f"cannot count FLOPs over a grid whose size is not known beforehand, got {sizes}")
+        raise ValueError(f"cannot count FLOPs of a grid whose size is known only when it runs, got {sizes}")
     return math.prod(sizes)

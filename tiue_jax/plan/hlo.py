@@ -1,11 +1,11 @@
-"""What the compiled program's text tells: bytes to memory and between chips, the compiler's estimate of its cycles."""
+"""Reads the text of a compiled program: bytes to memory and between chips, and the compiler's estimate of cycles."""
 
 import math
 import re
 from typing import NamedTuple
 
 import jax
-from jaxlib import _hlo, _jax  # type: ignore[attr-defined]  # what Compiled.cost_analysis calls: no public way takes text
+from jaxlib import _hlo, _jax  # type: ignore[attr-defined]  # Compiled.cost_analysis is public but takes no text
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0} | {
     f"{kind}{bits}": math.ceil(bits / 8) for kind in "fsuc" for bits in (2, 4, 8, 16, 32, 64, 128)
@@ -13,29 +13,31 @@ _BYTES = {"pred": 1, "bf16": 2, "token": 0} | {
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.-]+)")
-_CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")  # elsewhere to_apply is of one element
+_CALL = re.compile(r" call\(.*to_apply=%?([\w.-]+)")  # in other operations to_apply is a function of one element
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.+?) ([\w-]+)\(")
-_COLLECTIVE = re.compile(r"^(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?$")
-# {{0,1},{2,3}}; [groups,size]<=...; mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, maybe with a part of an axis: 'axis_1':(1)4
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<shape>.+?) (?P<opcode>[\w-]+)\(")
+_COLLECTIVE = re.compile(
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?"
+)
+# {{0,1},{2,3}}; [groups,size]<=...; mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, or a part of an axis: {'axis_1':(1)4}
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})")
 _AXIS = re.compile(r"'(\w+)'(?:=|:\(\d+\))?(\d*)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-# The TPU's compiler starts a collective in one fusion, lets it advance in others that compute, named so, and ends it in
-# one more. Each of them repeats the collective.
+# The TPU's compiler starts a collective in one fusion. The collective advances in other fusions, which compute and have
+# the first of these names, and ends in a fusion with the second. All these fusions contain the collective again.
 _ADVANCES, _ENDS = "async_collective_fusion", 'custom_call_target="AsyncCollectiveDone"'
 
 
 class Text(NamedTuple):
-    """What one run of a program costs, by its text.
+    """The costs of one run of a program, read from its text.
 
     Attributes:
-        collectives: by kind, how many run and the bytes that each chip sends for them.
-        background_bytes: of these, the bytes of collectives that the schedule has advance while the chip computes.
-        estimated_cycles: of one core, summed over all that runs; None where the compiler gave no estimate.
+        collectives: number of collectives by kind, and the bytes that each chip sends for them.
+        background_bytes: bytes of the collectives that advance while the chip computes.
+        estimated_cycles: cycles of one core, summed over all operations; None if the text has no estimates.
     """
 
     collectives: dict[str, tuple[int, int]]
@@ -44,42 +46,37 @@ class Text(NamedTuple):
 
 
 def read(text: str) -> Text:
-    """Sums over the instructions of an optimised HLO module, those of a loop as often as it runs.
+    """Sums the costs of the instructions of an optimised HLO module. Instructions of a loop count in each iteration.
 
-    A collective over n chips sends, on a ring, (n - 1) / n of what is gathered, scattered or exchanged, and twice that
-    for an all-reduce.
+    On a ring of n chips, each chip sends (n - 1) / n of the bytes that are gathered, scattered or exchanged, and twice
+    as much for an all-reduce.
 
     Raises:
-        ValueError: a loop with collectives whose number of iterations the compiler does not know.
+        ValueError: a loop with collectives has an unknown number of iterations.
     """
     computations, entry = _computations(text)
     advancing = _advancing(computations)
-    collectives: dict[str, list[int]] = {}
+    collectives: dict[str, tuple[int, int]] = {}
     background, cycles, estimated = 0, 0, False
 
     def visit(name: str, times: int | None, asynchronous: bool = False) -> None:
+        """Adds the costs of a computation that runs `times` times; None if this number is not known."""
         nonlocal background, cycles, estimated
         repeats = name.startswith(_ADVANCES) or any(_ENDS in line for line in computations[name])
         for line in computations[name]:
             if found := _CYCLES.search(line):
                 estimated = True
                 cycles += (1 if times is None else times) * int(found[1])
-            if instruction := _INSTRUCTION.match(line):
-                shape, opcode = instruction.groups()
-                if opcode in ("async-update", "async-done"):
-                    continue  # its start called the computation
-                if (found := _COLLECTIVE.match(opcode)) and not repeats:
-                    kind = found[1]
-                    if times is None:
-                        raise ValueError(f"{kind} in a loop of unknown length: {line.strip()[:200]}")
-                    sent = _sent(kind, bool(found[2]), shape, line)
-                    if name.startswith("all-reduce-scatter"):  # how the TPU's compiler fuses one with its slice
-                        kind, sent = "reduce-scatter", sent // 2
-                    seen = collectives.setdefault(kind, [0, 0])
-                    seen[0] += times
-                    seen[1] += times * sent
-                    if asynchronous or found[2] or _channel(line) in advancing:
-                        background += times * sent
+            instruction = _INSTRUCTION.match(line)
+            if instruction and instruction["opcode"] in ("async-update", "async-done"):
+                continue  # the async-start has called the computation
+            if not repeats and instruction and (collective := _collective(instruction, line, name)):
+                if times is None:
+                    raise ValueError(f"{collective.kind} in a loop of unknown length: {line.strip()[:200]}")
+                count, size = collectives.get(collective.kind, (0, 0))
+                collectives[collective.kind] = (count + times, size + times * collective.sent)
+                if asynchronous or collective.started or _channel(line) in advancing:
+                    background += times * collective.sent
             if loop := _WHILE.search(line):
                 trips = _trips(computations[loop[1]])
                 visit(loop[2], None if trips is None or times is None else times * trips, asynchronous)
@@ -88,21 +85,20 @@ def read(text: str) -> Text:
                     visit(called, times, asynchronous or " async-start(" in line)
 
     visit(entry, 1)
-    counted = {kind: (count, size) for kind, (count, size) in sorted(collectives.items())}
-    return Text(counted, background, cycles if estimated else None)
+    return Text(dict(sorted(collectives.items())), background, cycles if estimated else None)
 
 
 def bytes_accessed(text: str) -> int:
-    """What XLA counts between the operations of an optimised HLO module and memory, a loop's body once.
+    """Returns the bytes that the operations of an optimised HLO module read and write, as XLA counts them.
 
-    Some of it never leaves a chip's vector memory, which XLA does not take into account.
+    XLA counts the body of a loop once. It also counts bytes that stay in a chip's vector memory.
     """
     analysis = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, _hlo.hlo_module_from_text(text))
     return int(analysis["bytes accessed"])
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the first to run."""
+    """Returns the lines of each computation by its name, and the name of the computation that runs first."""
     computations: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -119,13 +115,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _advancing(computations: dict[str, list[str]]) -> set[str]:
-    """Channels of the collectives that advance inside fusions that compute."""
+    """Returns the channels of the collectives that advance inside fusions that compute."""
     inside = (line for name, lines in computations.items() if name.startswith(_ADVANCES) for line in lines)
     return {channel for line in inside if (channel := _channel(line))}
 
 
 def _channel(line: str) -> str | None:
-    return found[1] if (found := _CHANNEL.search(line)) else None
+    found = _CHANNEL.search(line)
+    return found[1] if found else None
 
 
 def _called(line: str) -> list[str]:
@@ -135,8 +132,27 @@ def _called(line: str) -> list[str]:
     return names
 
 
+class _Collective(NamedTuple):
+    """One collective: its kind, the bytes that a chip sends, and True if it has a start and runs in the background."""
+
+    kind: str
+    sent: int
+    started: bool
+
+
+def _collective(instruction: re.Match[str], line: str, computation: str) -> _Collective | None:
+    """Returns the collective in an instruction of a computation, or None if it is another operation."""
+    if (opcode := _COLLECTIVE.fullmatch(instruction["opcode"])) is None:
+        return None
+    kind, started = opcode["kind"], opcode["start"] is not None
+    sent = _sent(kind, started, instruction["shape"], line)
+    if computation.startswith("all-reduce-scatter"):  # the TPU's compiler fuses an all-reduce with its slice
+        return _Collective("reduce-scatter", sent // 2, started)
+    return _Collective(kind, sent, started)
+
+
 def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
-    """Bytes that one chip sends, from the shape of a collective's result."""
+    """Returns the bytes that one chip sends, from the shape of a collective's result."""
     sizes = [
         math.prod(int(side) for side in sides.split(",") if side) * _BYTES[dtype]
         for dtype, sides in _ARRAY.findall(shape)
@@ -148,14 +164,14 @@ def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
         raise ValueError(f"{kind} without replica groups: {line.strip()[:200]}")
     whole = sum(sizes)
     if kind == "all-gather" and asynchronous:
-        whole = max(sizes)  # the operands are part of the result, which is larger
+        whole = max(sizes)  # the shape has the operands and the result, which is larger
     if kind == "reduce-scatter":
         whole *= n  # the result is one of n parts
     return whole * (n - 1) // n * (2 if kind == "all-reduce" else 1)
 
 
 def _group_size(line: str) -> int | None:
-    """How many chips take part in a collective together."""
+    """Returns the number of chips in a group of a collective."""
     if (groups := _GROUPS.search(line)) is None:
         return None
     listed, size, mesh, axes = groups.groups()
@@ -168,7 +184,10 @@ def _group_size(line: str) -> int | None:
 
 
 def _trips(condition: list[str]) -> int | None:
-    """How often a loop runs whose condition is that a counter, from 0 as in all of JAX's, is below a constant."""
+    """Returns the number of iterations of a loop whose counter, from 0, is compared with a constant; None otherwise.
+
+    All loops of JAX with a known length have this form.
+    """
     limits = {int(limit) for line in condition for limit in _LIMIT.findall(line)}
     below = sum("direction=LT" in line for line in condition)
     return limits.pop() if len(limits) == 1 and below == 1 else None

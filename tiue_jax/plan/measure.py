@@ -1,4 +1,4 @@
-"""One compilation for a TPU, and what it tells."""
+"""Measures one program: compiles it for TPUs and reads memory, FLOPs and communication from the result."""
 
 import dataclasses
 import time
@@ -13,27 +13,28 @@ from tiue_jax.plan.programs import Program
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a compiled program needs of each chip. Bytes and FLOPs are per chip and step (or batch of images).
+    """The needs of a compiled program. Bytes and FLOPs are per chip and step, or per batch of images for a sampler.
 
     Attributes:
-        topology: it was compiled for.
+        topology: the topology that it was compiled for, such as "v5e:4x4".
         program: "train" or "sampler".
-        mode: "quick" or "full", which alone has cycles.
+        mode: "quick" or "full", see compiler.compile_program.
         batch_per_chip: rows of the batch.
-        data, fsdp: the mesh.
-        remat: the policy; None for a sampler.
-        parts: bytes that stay between steps, by part.
-        state_bytes: their sum.
-        temp_bytes: what a step needs besides.
-        peak_bytes: arguments, temporaries and outputs, less the outputs that take the place of an argument.
-        hbm_bytes: memory of the chip.
-        fits: the compiler found room.
-        flops_per_chip: see flops.count.
-        bytes_accessed: of memory, see hlo.bytes_accessed; None where it does not fit, and as the other two here.
-        collectives: by kind, how many there are and the bytes that a chip sends for them.
-        background_bytes: of what is sent, that which the schedule has a chip send while it computes.
-        estimated_cycles: the compiler's, in full mode.
-        compile_seconds: how long it took.
+        data, fsdp: the shape of the mesh.
+        remat: the remat policy; None for a sampler.
+        parts: bytes that stay in memory between steps, by part.
+        state_bytes: the sum of `parts`.
+        temp_bytes: bytes of temporaries.
+        peak_bytes: bytes of arguments, temporaries and outputs, see compiler.Compiled.
+        hbm_bytes: bytes of a chip's memory.
+        fits: True if the program fits in the memory.
+        flops_per_chip: floating-point operations, see flops.count.
+        bytes_accessed: bytes read from and written to memory, see hlo.bytes_accessed. None if the program does not fit.
+        collectives: number of collectives by kind, and the bytes that a chip sends for them. None if the program does
+            not fit.
+        background_bytes: bytes that a chip sends while it computes. None if the program does not fit.
+        estimated_cycles: the compiler's estimate, only in full mode.
+        compile_seconds: seconds that the compilation took.
     """
 
     topology: str
@@ -58,7 +59,7 @@ class Measured:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of dataclasses.asdict, also after JSON. TypeError where fields are missing or unknown."""
+        """Returns the inverse of dataclasses.asdict, also after JSON. TypeError if fields are missing or unknown."""
         read = cls(**values)
         if read.collectives is None:
             return read
@@ -67,22 +68,24 @@ class Measured:
 
     @property
     def collective_bytes(self) -> int:
-        """Bytes that a chip sends in a step."""
+        """The bytes that a chip sends in a step."""
         return sum(size for _, size in (self.collectives or {}).values())
 
 
 def measure(build: Callable[[], Program], chip: Chip, chips: int, mode: str, **about: Any) -> Measured:
-    """Compiles a program.
+    """Compiles a program and measures it.
 
     Args:
-        build: what to compile, see compiler.compile_program.
+        build: makes the program, see compiler.compile_program.
         chip: the kind of chip.
-        chips: how many run it.
+        chips: the number of chips that run the program.
         mode: one of compiler.MODES.
-        about: the fields of Measured that say what it is.
+        about: the other fields of `Measured` that describe the program: topology, program, batch_per_chip, data, fsdp
+            and remat.
 
     Raises:
-        As compiler.compile_program, and ValueError as hlo.read.
+        jax.errors.JaxRuntimeError, RuntimeError, OSError, ModuleNotFoundError: as compiler.compile_program.
+        ValueError: as compiler.compile_program and hlo.read.
     """
     began = time.monotonic()
     compiled = compile_program(build, mode)

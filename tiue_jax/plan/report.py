@@ -1,4 +1,4 @@
-"""Compilations as numbers one decides by: times, images a second, days; as tables and as JSON."""
+"""Turns measured programs into times, images a second and days, as tables and as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,18 +12,19 @@ from tiue_jax.training.settings import Settings
 
 
 class Cost(NamedTuple):
-    """What a program costs in time, from the chip's published peaks.
+    """The time of a program, computed from the chip's published peaks.
 
     Attributes:
-        compute_seconds: FLOPs at the peak.
-        memory_seconds: bytes accessed at the memory's bandwidth. Not part of step_seconds: XLA counts too many.
-        collective_seconds: bytes between chips at the links' bandwidth.
-        step_seconds: computation, and what is not sent in the background on top; or the links, where they take longer.
-            In full mode computation is the longer of it and of the compiler's cycles, in which neither collectives nor
-            Pallas kernels are.
-        collective_share: of step_seconds, that the links are busy; computation may run at the same time.
-        images_per_second: of all chips.
-        days, chip_hours: for the run's images; None for a sampler.
+        compute_seconds: FLOPs over the peak.
+        memory_seconds: bytes accessed over the memory's bandwidth. It is not part of step_seconds, because XLA counts
+            too many bytes.
+        collective_seconds: bytes sent over the bandwidth between chips.
+        step_seconds: the time of computation plus the time of what is not sent in the background, or
+            collective_seconds if that is longer. In full mode the time of computation is the longer one of
+            compute_seconds and the compiler's estimate, which contains neither collectives nor Pallas kernels.
+        collective_share: collective_seconds over step_seconds. The chip may compute during this time.
+        images_per_second: images of all chips together.
+        days, chip_hours: time of the whole run; None for a sampler.
     """
 
     compute_seconds: float
@@ -37,7 +38,7 @@ class Cost(NamedTuple):
 
 
 def cost(measured: Measured, chip: Chip, images: int | None = None) -> Cost:
-    """The cost of a program, and of a run of so many images."""
+    """Returns the cost of a program, and of a run with this number of images."""
     chips = measured.data * measured.fsdp
     compute = measured.flops_per_chip / chip.peak_flops
     collective = measured.collective_bytes / chip.ici_bandwidth
@@ -48,12 +49,23 @@ def cost(measured: Measured, chip: Chip, images: int | None = None) -> Cost:
     rate = measured.batch_per_chip * chips / step
     days = None if images is None else images / rate / 86_400
     return Cost(
-        compute, memory, collective, step, collective / step, rate, days, None if days is None else days * 24 * chips
+        compute_seconds=compute,
+        memory_seconds=memory,
+        collective_seconds=collective,
+        step_seconds=step,
+        collective_share=collective / step,
+        images_per_second=rate,
+        days=days,
+        chip_hours=None if days is None else days * 24 * chips,
     )
 
 
 def best(tried: Sequence[Measured], chip: Chip) -> Measured:
-    """The fastest that fits; of those within a hundredth of it the one that needs least memory. Else the smallest."""
+    """Returns the best of the programs that were tried.
+
+    It is the fastest one that fits. Of those within 1% of its speed, it is the one that needs the least memory. If
+    none fits, it is the one that needs the least memory of all.
+    """
     fitting = [measured for measured in tried if measured.fits]
     if not fitting:
         return min(tried, key=lambda measured: measured.peak_bytes)
@@ -63,13 +75,16 @@ def best(tried: Sequence[Measured], chip: Chip) -> Measured:
 
 
 def as_json(chosen: Measured, tried: Sequence[Measured], chip: Chip, images: int | None) -> dict[str, Any]:
-    """The chosen program with its cost, and all that were tried."""
-    one = lambda measured: dataclasses.asdict(measured) | cost(measured, chip, images)._asdict()
-    return one(chosen) | {"tried": [one(measured) for measured in tried]}
+    """Returns the fields of `Measured` and `Cost` of the chosen program, and those of all programs under "tried"."""
+
+    def fields(measured: Measured) -> dict[str, Any]:
+        return dataclasses.asdict(measured) | cost(measured, chip, images)._asdict()
+
+    return fields(chosen) | {"tried": [fields(measured) for measured in tried]}
 
 
 def parts_table(measured: Measured) -> Table:
-    """Memory of one chip, by what is in it."""
+    """Returns a table of the memory of one chip by its contents."""
     rows = Table(box=None, pad_edge=False)
     rows.add_column("part")
     rows.add_column("per chip", justify="right")
@@ -83,7 +98,7 @@ def parts_table(measured: Measured) -> Table:
 
 
 def table(tried: Sequence[Measured], chosen: Measured, chip: Chip, images: int | None) -> Table:
-    """One row for each program that was tried, the chosen one in bold."""
+    """Returns a table with a row for each program that was tried, the chosen one in bold."""
     rows = Table(box=None, pad_edge=False)
     names = "batch/chip data fsdp remat state peak fits TFLOP memory sent step links images/s".split()
     for name in [*names, *([] if images is None else ["days", "chip-hours"])]:
@@ -99,31 +114,33 @@ def table(tried: Sequence[Measured], chosen: Measured, chip: Chip, images: int |
             "yes" if measured.fits else "no",
             f"{measured.flops_per_chip / 1e12:.3g}",
         ]
-        if measured.bytes_accessed is not None:  # else it does not fit
-            its = cost(measured, chip, images)
+        if measured.bytes_accessed is not None:  # None: the program does not fit
+            seconds = cost(measured, chip, images)
             cells += [
                 readable(measured.bytes_accessed),
                 readable(measured.collective_bytes),
-                f"{1e3 * its.step_seconds:.3g} ms",
-                f"{100 * its.collective_share:.0f}%",
-                f"{its.images_per_second:,.0f}",
+                f"{1e3 * seconds.step_seconds:.3g} ms",
+                f"{100 * seconds.collective_share:.0f}%",
+                f"{seconds.images_per_second:,.0f}",
             ]
-            if its.days is not None and its.chip_hours is not None:
-                cells += [f"{its.days:.2f}", f"{its.chip_hours:,.0f}"]
+            if seconds.days is not None and seconds.chip_hours is not None:
+                cells += [f"{seconds.days:.2f}", f"{seconds.chip_hours:,.0f}"]
         rows.add_row(*cells, style="bold" if measured is chosen else None)
     return rows
 
 
 def readable(size: float) -> str:
-    """A number of bytes to three digits."""
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= of:
-            return f"{size / of:.{2 if size < 10 * of else 1 if size < 100 * of else 0}f} {unit}"
+    """Returns a number of bytes as text with three digits."""
+    for unit, unit_bytes in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= unit_bytes:
+            value = size / unit_bytes
+            decimals = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:.{decimals}f} {unit}"
     return f"{size:.0f} B"
 
 
 def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
-    """What the tables leave to say: whether it fits, the settings of the chosen program, what the times are."""
+    """Returns lines to print below the tables: if the program fits, its settings, and the meaning of the times."""
     needs = f"{readable(chosen.peak_bytes)} of the {readable(chosen.hbm_bytes)} of a {chip.kind} chip"
     lines = [f"fits: {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
     if not chosen.fits:
@@ -143,9 +160,9 @@ def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
             f"days and chip-hours are for {train.max_train_steps:,} steps of {train.batch_size}, "
             f"{train.max_train_steps * train.batch_size:,} images in all"
         )
-    bound = "the compiler's estimate" if chosen.mode == "full" else "a bound that this program does not beat"
+    bound = "the compiler's estimate" if chosen.mode == "full" else "the shortest possible time"
     peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {readable(chip.ici_bandwidth)}/s between chips"
-    lines.append(f"step: {bound}, at {peaks}; links: the share of it that they are busy with what is sent")
+    lines.append(f"step: {bound}, at {peaks}; links: the share of it in which chips send to each other")
     if chosen.collective_bytes:
         background, sent = readable(chosen.background_bytes or 0), readable(chosen.collective_bytes)
         lines.append(f"sent: {background} of {sent} while the chip computes, by the compiler's schedule")
