@@ -1,8 +1,8 @@
 """Two whole training steps against PyTorch: diffusers' UNet and DDIM scheduler, peft's LoRA, torch's Adam.
 
-The formulas are written here once more, from the paper's side and by other means than the product's: the sampler runs
-as diffusers' DDIM loop rather than in closed form, the decoder passes one by one, guidance as two evaluations, the
-gradients by torch. Both start from the same weights and take the same random numbers; all is float32.
+The formulas are written here again, from the paper, and computed in other ways than in the package: the sampler is
+diffusers' DDIM loop and not the closed form, the decoder passes run one by one, guidance is two evaluations, and torch
+computes the gradients. Both sides start from the same weights and take the same random numbers, all in float32.
 """
 
 import copy
@@ -21,7 +21,7 @@ from tests.parity.conftest import from_torch, spread_
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
-from tiue_jax.training import distill
+from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
 from tiue_jax.training.settings import DistillConfig
 
@@ -54,7 +54,7 @@ TEXT, NULL = RNG.standard_normal((2, 5, 16), np.float32), RNG.standard_normal((1
 
 
 class Torch:
-    """The training step in PyTorch, from method.md."""
+    """The training step in PyTorch, from docs/method.md."""
 
     def __init__(self, cfg: UNetConfig, prediction_type: str, config: DistillConfig):
         self.config = config
@@ -100,7 +100,10 @@ class Torch:
     def student_outputs(self, noise, text):
         """The encoder once, then the decoder at each timestep, with diffusers' own blocks."""
         unet, t = self.student, self.scheduler.timesteps
-        embed = lambda t: unet.time_embedding(unet.time_proj(t.repeat(len(noise))))
+
+        def embed(t):
+            return unet.time_embedding(unet.time_proj(t.repeat(len(noise))))
+
         h, temb = unet.conv_in(noise), embed(t[0])
         skips = (h,)
         for block in unet.down_blocks:
@@ -173,7 +176,10 @@ def worst(ours, theirs) -> tuple[float, float]:
 @functools.cache
 def compiled(model: str):
     cfg, prediction_type = MODELS[model]
-    encode_text = lambda frozen, batch: (batch["text"], jnp.asarray(NULL))
+
+    def encode_text(frozen, batch):
+        return batch["text"], jnp.asarray(NULL)
+
     schedule = Schedule(prediction_type=prediction_type)
     distillation = Distillation(CONFIG, cfg, schedule, encode_text)
     return distillation, jax.jit(distillation.gradients)
@@ -197,7 +203,7 @@ class Pair:
         _, self.lora_shapes = lora.split(functional.abstract(UNet, cfg, lora=config.lora)[1])
         teacher, adapters = self.their_weights()
         self.frozen = Frozen(jax.tree.map(jnp.asarray, teacher))
-        state = distill.init_state(config, teacher, distill.init_adapters(config, cfg, seed=0))
+        state = train_state.init_state(config, teacher, train_state.init_adapters(config, cfg, seed=0))
         self.state = state._replace(lora=jax.tree.map(jnp.asarray, adapters))
 
     def their_weights(self) -> tuple:

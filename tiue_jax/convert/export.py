@@ -19,7 +19,7 @@ from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling.settings import Sampling
-from tiue_jax.training.checkpoint import read_weights, saved_steps
+from tiue_jax.training.checkpoint_files import read_weights, saved_steps
 from tiue_jax.training.settings import Settings, student_config, student_sampling
 from tiue_jax.weights import hub, model_folder, pipeline_folder
 from tiue_jax.weights.pipeline_folder import check_widths, image_size, load_schedule, read_config, read_model
