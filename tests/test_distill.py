@@ -83,7 +83,7 @@ def update(distillation):
 
 
 def distance(a, b):
-    """max |a - b| over two trees, in numpy: a jax operation would be compiled for every shape."""
+    """max |a - b| over two trees. In numpy, since a jax operation would be compiled for each shape."""
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b)))
 
 
@@ -92,7 +92,7 @@ def norm(tree):
 
 
 def adapted(state):
-    """The state with adapters that have an effect: B is not zero."""
+    """The state with adapters that change the output, since B is not zero."""
     rng = np.random.default_rng(1)
     lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), state.lora)
     return state._replace(lora=lora)
@@ -191,7 +191,7 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     state = adapted(initial(CONFIG, frozen.unet))
     key = jax.random.key(7)
     _, expected = update(state, frozen, BATCH, distillation.draw(jax.random.fold_in(key, 0), 2))
-    # with remat, which must change no gradient
+    # remat must change no gradient
     config = dataclasses.replace(CONFIG, remat="full")
     step = jax.jit(Distillation(config, UNET, Schedule(), encode_text).train_step, donate_argnums=0)
     new, first = step(state, frozen, BATCH, key)
@@ -222,7 +222,7 @@ def test_no_remat_policy_changes_a_gradient(state, frozen, distillation):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_sharding_adds_no_work(state, frozen, distillation, remat):
-    """Gathering the parameters block by block: no gradient of the frozen ones is computed, and nothing twice."""
+    """Parameters are gathered block by block. No gradient of the frozen ones is computed, and nothing twice."""
     args = state, frozen, BATCH, distillation.draw(jax.random.key(3), 2)
 
     def count():
@@ -250,7 +250,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(state, frozen):
         return jax.jit(distillation.gradients)(start, frozen, batch, draws)
 
     start, draws = adapted(state), make().draw(jax.random.key(5), 4)
-    # the bend of L_clip lies just above the batch's similarity, and so below that of one of the micro-batches
+    # A threshold just above the similarity of the batch is below that of one of the micro-batches.
     above = float(run(1, 0.0)[2]["clip_similarity"]) + 1e-3
     *expected, losses = run(1, above)
     *got, averaged = run(2, above)
@@ -274,7 +274,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(state, froze
         assert distance(getattr(skipped, name), getattr(state, name)) == 0, name
     after, metrics = update(skipped, frozen, BATCH, draws)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 2, 0)
-    expected, _ = update(state, frozen, BATCH, draws)  # as if the two had never been
+    expected, _ = update(state, frozen, BATCH, draws)  # as without the two skipped steps
     for name in kept:
         assert distance(getattr(after, name), getattr(expected, name)) == 0, name
 
@@ -290,7 +290,7 @@ def test_draws_cover_their_ranges():
     assert not np.array_equal(draws.noise, draws.diffusion_noise)
     drops = [bool(distillation.draw(jax.random.key(seed), 1).drop_text) for seed in range(64)]
     assert 16 < sum(drops) < 48
-    assert jax.config.jax_threefry_partitionable  # what makes the numbers independent of the sharding
+    assert jax.config.jax_threefry_partitionable  # the numbers do not depend on the sharding
 
 
 def test_guidance_folds_both_branches_into_one_batch():
@@ -328,7 +328,7 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
         np.testing.assert_allclose(metrics["loss"], metrics["loss_vsd"] + weight * metrics["loss_clip"], rtol=1e-5)
         norms.append(norm(grads))
     assert "loss_kl" not in metrics
-    assert norms[0] > 1e-4 and max(norms[2:]) < 1e-2 * norms[0]  # nothing but CLIP moves the student: B is 0
+    assert norms[0] > 1e-4 and max(norms[2:]) < 1e-2 * norms[0]  # B is 0, so only L_clip has a gradient
     np.testing.assert_allclose(norms[1], norms[0] / 2, rtol=1e-2)
     for path, grad in jax.tree_util.tree_leaves_with_path(lora_grads):
         assert np.any(np.asarray(grad)) == (path[-2].key == "lora_B"), jax.tree_util.keystr(path)

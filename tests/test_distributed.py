@@ -77,7 +77,7 @@ def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
         assert not stop.reached(1) and stop.minutes_left is None
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # no end, however often
+        signal.raise_signal(signal.SIGTERM)  # only the first one counts
         assert stop.reached(2) and stop.cause() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -139,7 +139,7 @@ def launch(
     """
     settings = {
         "train__mesh_data": 1,
-        "train__mesh_fsdp": 8,  # the state lies across both processes
+        "train__mesh_fsdp": 8,  # the state is sharded over both processes
         "train__mesh_replicate_below": 1000,
         "distill__num_inference_steps": 1,
         "distill__timestep_spacing": "trailing",

@@ -150,7 +150,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
 
     def save_on_a_full_disk(self, step, *args):
         if step == 4:
-            self.wait()  # the one before is whole
+            self.wait()  # the checkpoint before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
         save(self, step, *args)
 
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
     assert error.startswith("error: cannot save a checkpoint in ") and "File too large" in error
     assert error.endswith(f"the last good checkpoint is {tmp_path / 'checkpoints/2'}")
     monkeypatch.undo()
-    assert train.main(command(model, tmp_path)) == 0  # there is room again
+    assert train.main(command(model, tmp_path)) == 0  # now there is space
     assert_same_end(tmp_path, whole)
 
 
@@ -204,7 +204,7 @@ def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(
 
     def on_step(self, state, *others):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            jnp.sum(np.ones(3))  # the loop itself forbids what is not asked for
+            jnp.sum(np.ones(3))  # the loop forbids such transfers
         result = call(self, state, *others)
         assert all(x.is_deleted() for x in jax.tree.leaves(state))
         assert not any(x.is_deleted() for x in jax.tree.leaves(others))
@@ -236,7 +236,7 @@ def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, t
     first = {at: value for at, value in losses(whole).items() if at[0] == 1}
     got = losses(tmp_path / "run")
     assert got.keys() == first.keys()
-    for at, value in first.items():  # the cache holds bfloat16
+    for at, value in first.items():  # the embeddings are stored in bfloat16
         np.testing.assert_allclose(got[at], value, rtol=2e-2, atol=1e-6, err_msg=str(at))
 
     (model / "prompts.txt").with_name("other.txt").write_text("b\n")
@@ -258,6 +258,6 @@ def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, mod
     assert train.main(command(model, tmp_path)) == 0 and checkpoints(tmp_path) == [3, 4]  # the newest two
     expected, got = losses(whole), losses(tmp_path)
     assert got.keys() == expected.keys()
-    # float32 sums in another order; Adam's first steps, which divide by a small second moment, enlarge that
+    # The order of float32 sums differs. Adam's first steps divide by a small second moment, which enlarges that.
     for at, value in expected.items():
         np.testing.assert_allclose(got[at], value, rtol=2e-3, atol=1e-7, err_msg=str(at))
