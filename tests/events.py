@@ -6,7 +6,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 
 def events(workdir: Path) -> list[Event]:
-    """All records of a run's event files. Each has 8 bytes of length and 4 of checksum before, and 4 of checksum after."""
+    """All records of a run's event files: 8 bytes of length, 4 of checksum, the record, 4 of checksum."""
     found = []
     for path in sorted((workdir / "tensorboard").glob("events.*")):
         data, at = path.read_bytes(), 0

@@ -27,7 +27,7 @@ class StopRequest:
 
     A request is SIGINT (Ctrl-C) or SIGTERM at any process, Compute Engine's notice that it takes the machine back, or a
     time limit by the clock of process 0. A cluster that takes a machine back sends SIGTERM, perhaps many times. With
-    one process, the step after the request is the last. With several, jax tells all processes and chooses a step that
+    one process, the run ends after the step in progress. With several, jax tells all processes and chooses a step that
     none has passed. A second Ctrl-C ends the process at once. A second SIGTERM changes nothing.
     """
 
