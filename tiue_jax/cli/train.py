@@ -107,19 +107,19 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         null = teacher.tokenize([""])[0]
     if teacher.tokenize_clip is not None:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
-    rows = sharding.local_rows(train.batch_size, mesh)
     stack.enter_context(limit_warnings("tiue_jax.models.tokenizer", CUT_PROMPT_WARNINGS))
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
-    facts = {
-        f"setting {section}.{name}": x for section, values in settings.to_dict().items() for name, x in values.items()
-    }
-    distributed.check_same(facts | {"fingerprint of the prompts": prompts.fingerprint})
+    facts = {"fingerprint of the prompts": prompts.fingerprint}
+    for section, values in settings.to_dict().items():
+        facts |= {f"setting {section}.{name}": value for name, value in values.items()}
+    distributed.check_same(facts)
 
     # ---- step -----------------------------------------------------------------------------------------------------
     program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, null)
-    batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
     arrays = memory_table.arrays(program.state, program.frozen)
     say(memory_table.table(arrays))
+    rows = sharding.local_rows(train.batch_size, mesh)
+    batches = PromptBatches(prompts, columns, train.batch_size, train.seed, rows=rows)
 
     # ---- state ----------------------------------------------------------------------------------------------------
     best_metric = train.checkpoints_best_metric
