@@ -120,16 +120,6 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "teacher")
 
 
-@pytest.mark.slow
-def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(model, tmp_path):
-    workdir = tmp_path / "run"
-    _, *arguments = command(model, workdir, train__max_train_steps=9)
-    program = [sys.executable, "-m", "tests.programs.train_with_many_sigterms", *arguments]
-    done = subprocess.run(program, env=devices.environment(1), capture_output=True, text=True)
-    assert done.returncode == 143, done.stderr
-    assert checkpoints(workdir) == [2, 3] and f"saved {workdir / 'checkpoints/3'}" in done.stdout
-
-
 def launch(
     model: Path, workdir: Path, processes: int, *more: str, last: tuple[str, ...] = (), **changed: object
 ) -> list[tuple[int, str, str]]:
@@ -144,9 +134,6 @@ def launch(
         "distill__num_inference_steps": 1,
         "distill__timestep_spacing": "trailing",
         "distill__lora_targets": "('to_q', 'to_v')",
-        "train__validation_prompts": "('a red apple',)",
-        "train__validation_num_inference_steps": 1,
-        "train__validation_every": 1000,
         "train__checkpoint_every": 1000,
     }
     env = devices.environment(8 // processes) | compile_cache(model / "compiled")
@@ -222,7 +209,8 @@ def test_two_processes_train_stop_die_and_resume_as_one(model, tmp_path):
     assert step < later <= step + 2  # the checkpoint of the last step may not have been whole
 
     last = later + 2
-    finished = launch(model, workdir, 2, train__max_train_steps=last)
+    shown = {"train__validation_prompts": "('a red apple',)", "train__validation_num_inference_steps": 1}
+    finished = launch(model, workdir, 2, train__max_train_steps=last, train__validation_every=1000, **shown)
     assert [status for status, _, _ in finished] == [0, 0], finished
     (_, first, _), (_, second, _) = finished
     assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and without_gloo(second) == ""

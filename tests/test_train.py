@@ -133,6 +133,19 @@ def test_killed_while_saving_and_resumed_is_bitwise_the_uninterrupted_run(whole,
     assert later.items() <= losses(tmp_path).items()
 
 
+def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(model, tmp_path, monkeypatch, capsys):
+    save = Checkpoints.save
+
+    def save_between_signals(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        save(self, *args)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_between_signals)
+    assert train.main(command(model, tmp_path, train__max_train_steps=9)) == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path) == [2, 3] and f"saved {tmp_path / 'checkpoints/3'}" in capsys.readouterr().out
+
+
 def test_a_broken_checkpoint_is_passed_over_with_a_flag(whole, model, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4" / "state")
