@@ -67,10 +67,10 @@ def ours(case: Case) -> Programs:
     """Makes our step. Runs in a new process."""
     import jax
 
-    from tiue_jax.training import distill
+    from tiue_jax.training import distill, train_state
 
     params = functional.init(functional.abstract(UNet, case.unet)[1], seed=0)
-    state = distill.init_state(CONFIG, params, distill.init_adapters(CONFIG, case.unet, seed=0))
+    state = train_state.init_state(CONFIG, params, train_state.init_adapters(CONFIG, case.unet, seed=0))
     frozen = distill.Frozen(unet=jax.device_put(params))
     batch, key = {"text": jax.device_put(texts(case)[0])}, jax.random.key(0)
     options = compiler_options(jax.default_backend())
@@ -113,10 +113,10 @@ def counted(case: Case) -> int:
     import jax
     import jax.numpy as jnp
 
-    from tiue_jax.training import distill
+    from tiue_jax.training import distill, train_state
 
     params = functional.abstract(UNet, case.unet)[1]
-    state = distill.state_shapes(CONFIG, case.unet)
+    state = train_state.state_shapes(CONFIG, case.unet)
     batch = {"text": jax.ShapeDtypeStruct(texts(case)[0].shape, jnp.float32)}
     return flops(distillation(case).train_step, state, distill.Frozen(unet=params), batch, jax.random.key(0))
 

@@ -1,4 +1,4 @@
-"""A folder on this disk that is read and written as gs://bucket."""
+"""A folder on this disk that stands in for gs://bucket."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from fsspec.registry import _registry
 
 
 class Bucket(DirFileSystem):
-    """A folder in the place of Google Cloud Storage."""
+    """A folder that stands in for Google Cloud Storage."""
 
     protocol = ("gs", "gcs")
     cachable = False
@@ -27,7 +27,7 @@ class Bucket(DirFileSystem):
 
 @contextlib.contextmanager
 def in_place_of_gcs(root: Path) -> Iterator[Path]:
-    """The folder `root / "bucket"`, which is gs://bucket meanwhile."""
+    """Makes the folder `root / "bucket"`, which is gs://bucket inside the block."""
     (root / "bucket").mkdir(parents=True)
     Bucket.root = str(root)
     backend.fsspec_backend._get_filesystem.cache_clear()
@@ -36,5 +36,5 @@ def in_place_of_gcs(root: Path) -> Iterator[Path]:
         yield root / "bucket"
     finally:
         fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
-        _registry.pop("gcs", None)  # where the class above is known too
+        _registry.pop("gcs", None)  # it holds the class above, too
         backend.fsspec_backend._get_filesystem.cache_clear()

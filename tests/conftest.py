@@ -1,4 +1,4 @@
-"""Settings of every test: CPU, no implicit promotion of dtypes or ranks, and parity tests only if torch is installed."""
+"""Settings of every test: CPU, no implicit promotion of dtypes or ranks, parity tests only if torch is installed."""
 
 import importlib.util
 import os
@@ -10,12 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 # The tests compile much and compute little: prefer code that is cheap to compile.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
-# All processes of one run of the tests share compiled programs, in a folder that is removed at the end.
-COMPILED = None
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    COMPILED = tempfile.mkdtemp(prefix="tiue-jax-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 
@@ -26,12 +20,19 @@ NO_TORCH = importlib.util.find_spec("torch") is None
 collect_ignore = ["parity"] if NO_TORCH else []
 
 
+def pytest_configure(config):
+    """All processes of one run of the tests share compiled programs, in a folder that is removed at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # it inherits the environment of the first process
+    folder = tempfile.mkdtemp(prefix="tiue-jax-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def pytest_terminal_summary(terminalreporter):
     if NO_TORCH:
         message = "tests/parity was left out: torch is not installed (requirements-test.txt has it for Python 3.11)"
         terminalreporter.write_line(message, yellow=True)
-
-
-def pytest_unconfigure():
-    if COMPILED:
-        shutil.rmtree(COMPILED, ignore_errors=True)

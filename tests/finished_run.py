@@ -1,4 +1,4 @@
-"""The folder that a training run leaves, with random weights, for tests that need no training."""
+"""The folder of a finished training run, with random weights, for tests that need no training."""
 
 import functools
 import json
@@ -19,19 +19,21 @@ LORA = lora.LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
 
 @functools.cache
 def shapes() -> tuple[functional.Params, functional.Params]:
-    """Of the UNet `tiny.UNET` and of the LoRA teacher's adapters on it."""
+    """Parameter shapes of the UNet `tiny.UNET`, and of the LoRA teacher's adapters."""
     return lora.split(functional.abstract(UNet, tiny.UNET, lora=LORA)[1])
 
 
 @functools.cache
 def weights(name: str, step: int) -> functional.Params:
-    """What a checkpoint holds as "ema", "params" or "lora": random numbers."""
+    """Random numbers for a field of a checkpoint: "ema", "params" or "lora"."""
     rng = np.random.default_rng([step, zlib.crc32(name.encode())])
-    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes()[name == "lora"])
+    student, adapters = shapes()
+    tree = adapters if name == "lora" else student
+    return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), tree)
 
 
 def write(folder: Path, teacher: Path, steps: tuple[int, ...] = (1, 2)) -> Path:
-    """A run that distilled the pipeline `tiny.write_pipeline` at K = 3, trailing."""
+    """Writes the folder of a run whose teacher is `tiny.write_pipeline`'s, with K = 3 and "trailing" timesteps."""
     distill = DistillConfig(
         num_inference_steps=3,
         timestep_spacing="trailing",

@@ -1,4 +1,4 @@
-"""checkpoint.py: checkpoints with missing or damaged files are named, and passed over only when that is allowed."""
+"""checkpoint.py: checkpoints with missing or damaged files are named. Older ones are read only if that is allowed."""
 
 import json
 import os
@@ -14,6 +14,10 @@ from tiue_jax.training.checkpoint import BrokenCheckpointError, Checkpoints
 BEST = ("eval/distance", "min")
 
 
+def accept(config: dict) -> None:
+    """Lets a run go on from a checkpoint with any settings."""
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """A run's folder with the checkpoints 1, 2 and 3, the first of which is the best."""
@@ -25,7 +29,7 @@ def three(tmp_path_factory):
 
 
 def flip_a_bit(folder: Path) -> None:
-    """In the middle of the largest file, where the numbers are."""
+    """Flips a bit in the middle of the largest file, which holds the arrays."""
     largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 16
@@ -33,13 +37,14 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def cut(folder: Path) -> None:
+    """Truncates the files of the arrays."""
     for path in (folder / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def change(name: str, old: str, new: str) -> Callable[[Path], object]:
-    """A text in a file, which stays valid JSON."""
+    """Changes a text in a JSON file."""
 
     def damage(folder: Path) -> None:
         text = (folder / name).read_text()
@@ -69,10 +74,10 @@ def change(name: str, old: str, new: str) -> Callable[[Path], object]:
     ],
     ids="bit cut state arrays metadata config checksums position setting checksum metric number bytes empty".split(),
 )
-def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(three, tmp_path, damage):
+def test_a_broken_newest_checkpoint_is_named_and_passed_over_only_when_allowed(three, tmp_path, damage):
     workdir = shutil.copytree(three, tmp_path / "run")
     damage(workdir / "checkpoints" / "3")
-    wanted, accept = structs(make(0, width=64)), lambda config: None
+    wanted = structs(make(0, width=64))
     with Checkpoints(workdir, best=BEST) as checkpoints:
         with pytest.raises(
             BrokenCheckpointError, match="checkpoints/3 is broken: .*--allow_older resumes from step 2$"
@@ -82,7 +87,7 @@ def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(th
         restored = checkpoints.resume(wanted, accept, allow_older=True)
         assert (restored.step, restored.data) == (2, {"step": 2})
         assert_same(restored.state, make(2, width=64))
-        checkpoints.save(3, make(7, width=64), CONFIG, {"step": 3})  # the run comes to this step again
+        checkpoints.save(3, make(7, width=64), CONFIG, {"step": 3})  # the run does this step again
         checkpoints.wait()
         assert_same(checkpoints.resume(wanted, accept).state, make(7, width=64))
     assert [path.name[:2] for path in (workdir / "checkpoints_broken").iterdir()] == ["3-"]
@@ -90,7 +95,7 @@ def test_a_broken_newest_checkpoint_is_said_and_passed_over_only_when_allowed(th
 
 def test_when_all_are_broken_and_when_none_is_there(three, tmp_path):
     workdir = shutil.copytree(three, tmp_path / "run")
-    wanted, accept = structs(make(0, width=64)), lambda config: None
+    wanted = structs(make(0, width=64))
     for step in "123":
         flip_a_bit(workdir / "checkpoints" / step)
     with Checkpoints(workdir) as checkpoints:
@@ -116,7 +121,7 @@ def test_a_damaged_setting_or_position_is_named(three, tmp_path, name):
     workdir = shutil.copytree(three, tmp_path / "run")
     change(name, "0" if name == "config/metadata" else "3", "5")(workdir / "checkpoints" / "3")
     with Checkpoints(workdir) as checkpoints, pytest.raises(BrokenCheckpointError, match=f"when it was saved: {name};"):
-        checkpoints.resume(structs(make(0, width=64)), lambda config: None)
+        checkpoints.resume(structs(make(0, width=64)), accept)
 
 
 def test_a_checkpoint_without_checksums_of_its_json_is_read(three, tmp_path):
@@ -126,16 +131,16 @@ def test_a_checkpoint_without_checksums_of_its_json_is_read(three, tmp_path):
     path.write_text(json.dumps({name: value for name, value in saved.items() if "/" not in name}))
     assert len(json.loads(path.read_text())) == len(saved) - 2
     with Checkpoints(workdir) as checkpoints:
-        restored = checkpoints.resume(structs(make(0, width=64)), lambda config: None)
+        restored = checkpoints.resume(structs(make(0, width=64)), accept)
     assert (restored.step, restored.data) == (3, {"step": 3})
 
 
 def test_damaged_metrics_are_named_or_where_nothing_depends_on_them_warned_of(three, tmp_path, caplog):
     workdir = shutil.copytree(three, tmp_path / "run")
-    wanted, accept = structs(make(0, width=64)), lambda config: None
+    wanted = structs(make(0, width=64))
     for step in (1, 3):
         os.truncate(workdir / "checkpoints" / str(step) / "metrics" / "metrics", 10)
-    with Checkpoints(workdir) as checkpoints:  # no best is kept
+    with Checkpoints(workdir) as checkpoints:  # without a best checkpoint
         assert checkpoints.resume(wanted, accept).step == 3
     assert not caplog.records
 
@@ -153,4 +158,4 @@ def test_damaged_metrics_are_named_or_where_nothing_depends_on_them_warned_of(th
 
 def test_metrics_of_another_name_are_no_damage(three):
     with Checkpoints(three, best=("eval/other", "max")) as checkpoints:
-        assert checkpoints.resume(structs(make(0, width=64)), lambda config: None).step == 3
+        assert checkpoints.resume(structs(make(0, width=64)), accept).step == 3

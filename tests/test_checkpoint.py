@@ -1,6 +1,5 @@
-"""checkpoint.py: bitwise round trips while the state is donated, what is kept, weights alone, full disks, kills."""
+"""checkpoint.py: exact round trips while the state is donated, what is kept, weights alone, full disks, kills."""
 
-import os
 import resource
 import shutil
 import signal
@@ -18,8 +17,10 @@ import optax
 import pytest
 
 from tests import devices
+from tests.programs import save_by_two_processes, save_on_eight_devices
 from tiue_jax import sharding
-from tiue_jax.training.checkpoint import Checkpoints, NotSavedError, check_config, read_weights
+from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
+from tiue_jax.training.checkpoint_files import read_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"train": {"seed": 0, "prompts": ["a", "b"]}}
@@ -34,7 +35,10 @@ class State(NamedTuple):
 
 def make(seed: int, width: int = 4) -> State:
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
     params = {"down": {0: {"kernel": draw(3, width), "bias": draw(width)}, 1: {"scale": draw(width)}}}
     average = jax.tree.map(jnp.copy, params)
     return State(jnp.int32(seed), params, average, optax.chain(optax.identity(), optax.adam(1e-3)).init(params))
@@ -51,7 +55,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 def test_round_trip_is_bitwise_also_when_the_state_is_donated_at_once(tmp_path):
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    state = jax.tree.map(lambda x: jnp.tile(x, 2**16) if x.ndim == 1 else x, make(0))  # not written in an instant
+    # large enough that writing takes some time
+    state = jax.tree.map(lambda x: jnp.tile(x, 2**16) if x.ndim == 1 else x, make(0))
     expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, CONFIG, {"step": 7})
@@ -84,7 +89,7 @@ def test_keeps_the_best_too(tmp_path):
             checkpoints.save(step, make(step), CONFIG, {}, {"eval/distance": value, "eval/other": -step})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 3, 4]
-    with Checkpoints(tmp_path, total_limit=2, best=("eval/distance", "min")) as again:  # it reads the values back
+    with Checkpoints(tmp_path, total_limit=2, best=("eval/distance", "min")) as again:  # reads the values from the disk
         again.save(5, make(5), CONFIG, {})
         again.save(6, make(6), CONFIG, {}, {"eval/distance": distances[6]})
         again.wait()
@@ -122,19 +127,8 @@ def test_a_checkpoint_of_another_model_is_refused_naming_the_arrays(tmp_path):
             checkpoints.restore(1, structs(smaller))
 
 
-def test_a_changed_setting_is_refused_by_name():
-    saved = {"train": {"seed": 0, "log_every": 10, "prompts": ["a"]}, "distill": {"kl_weight": 0.1}}
-    check_config(saved, saved | {"train": {"seed": 0, "log_every": 10, "prompts": ("a",)}}, free={})
-    now = {"train": {"seed": 1, "log_every": 50, "prompts": ["a"]}, "distill": {"kl_weight": 0.1, "clip_weight": 0.0}}
-    with pytest.raises(ValueError) as error:
-        check_config(saved, now, free={"train.log_every": object})
-    assert "train.seed was 0, now 1" in str(error.value)
-    assert "distill.clip_weight was None, now 0.0" in str(error.value)
-    assert "log_every" not in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("told_by", ["wait", "check", "save"])
-def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, told_by):
+@pytest.mark.parametrize("method", ["wait", "check", "save"])
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(tmp_path, method):
     big = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(0).standard_normal((300, 300)), jnp.float32), make(0)
     )
@@ -146,11 +140,14 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, told_b
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))  # as a full disk: a write fails
         with pytest.raises(NotSavedError, match="cannot save a checkpoint in .*; the last good .* is .*/1$") as error:
             checkpoints.save(2, big, CONFIG, {"step": 2})
-            if told_by == "check":
+            if method == "check":
                 for _ in range(600):
                     checkpoints.check()
                     time.sleep(0.1)
-            checkpoints.wait() if told_by == "wait" else checkpoints.save(3, big, CONFIG, {"step": 3})
+            elif method == "wait":
+                checkpoints.wait()
+            else:
+                checkpoints.save(3, big, CONFIG, {"step": 3})
         assert "\n" not in str(error.value) and "File too large" in str(error.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -160,37 +157,15 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(tmp_path, told_b
         assert_same(again.restore(1, structs(make(1)))[0], make(1))
 
 
-ON_A_SMALL_DISK = """
-import sys
-import numpy as np
-from tiue_jax import sharding
-from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
-rng = np.random.default_rng(0)
-small, big = ({"x": rng.standard_normal((width, 1000), np.float32)} for width in (10, 4000))
-try:
-    with Checkpoints(sys.argv[1]) as checkpoints:
-        checkpoints.save(1, small, {}, {"step": 1})
-        checkpoints.wait()
-        checkpoints.save(2, big, {}, {"step": 2})
-        checkpoints.wait()
-except NotSavedError as error:
-    print(error)
-with Checkpoints(sys.argv[1]) as checkpoints:
-    here = sharding.structs(small, sharding.shardings(small, sharding.make_mesh()))
-    restored = checkpoints.resume(here, lambda config: None)
-    np.testing.assert_array_equal(restored.state["x"], small["x"])
-    print(restored.step)
-"""
-MOUNT = 'mount -t tmpfs -o size=4m none "$1" && exec "$2" -c "$3" "$1"'
+MOUNT = 'mount -t tmpfs -o size=4m none "$1" && exec "$2" -m tests.programs.save_on_a_small_disk "$1"'
 
 
 def test_a_disk_that_is_really_full(tmp_path):
     own = ["unshare", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True).returncode:
         pytest.skip("no disk of our own: unshare(1) is not allowed to mount here")
-    argv = [*own, "sh", "-c", MOUNT, "sh", str(tmp_path), sys.executable, ON_A_SMALL_DISK]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    argv = [*own, "sh", "-c", MOUNT, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     error, step = done.stdout.splitlines()
     assert error.startswith("cannot save a checkpoint in ") and "No space left on device" in error
@@ -198,27 +173,13 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-SAVES_UNTIL_KILLED = """
-import sys
-import numpy as np
-from tiue_jax.training.checkpoint import Checkpoints
-rng = np.random.default_rng(0)
-with Checkpoints(sys.argv[1], total_limit=2) as checkpoints:
-    start = checkpoints.latest() or 0
-    print("ready", flush=True)
-    for step in range(start + 1, start + 10_000):
-        state = {"x": np.full((400, 500), step, np.float32), "noise": rng.standard_normal((400, 500), np.float32)}
-        checkpoints.save(step, state, {"step": step}, {"step": step})
-"""
-
-
 def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     shapes = {name: jax.ShapeDtypeStruct((400, 500), jnp.float32) for name in ("x", "noise")}
     here = sharding.structs(shapes, sharding.shardings(shapes, sharding.make_mesh(devices=jax.devices()[:1])))
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "tests.programs.save_until_killed", tmp_path]
     last = unfinished = 0
     for wait in (0.5, 0.83, 1.11):
-        child = subprocess.Popen([sys.executable, "-c", SAVES_UNTIL_KILLED, tmp_path], env=env, stdout=subprocess.PIPE)
+        child = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE)
         assert child.stdout.readline() == b"ready\n"
         while not any(int(path.name) > last for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()):
             time.sleep(0.01)
@@ -237,50 +198,15 @@ def test_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert unfinished  # at least one was killed while it was saving
 
 
-ON_EIGHT_DEVICES = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from tiue_jax import sharding
-from tiue_jax.training.checkpoint import Checkpoints
-tree = {"kernel": np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256), "lora": np.ones(3, np.float32)}
-placement = sharding.shardings(tree, sharding.make_mesh(fsdp=8, data=1))
-with Checkpoints(sys.argv[1]) as checkpoints:
-    checkpoints.save(2, sharding.place(tree, placement), {}, {})
-"""
-
-
 def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
-    env = devices.environment(8)
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES, tmp_path], env=env, capture_output=True, text=True)
+    program = [sys.executable, "-m", "tests.programs.save_on_eight_devices", tmp_path]
+    done = subprocess.run(program, env=devices.environment(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shapes = {"kernel": jax.ShapeDtypeStruct((512, 256), jnp.float32), "lora": jax.ShapeDtypeStruct((3,), jnp.float32)}
-    here = sharding.structs(shapes, sharding.shardings(shapes, sharding.make_mesh(devices=jax.devices()[:1])))
+    expected = save_on_eight_devices.arrays()
+    here = sharding.shardings(expected, sharding.make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(tmp_path) as checkpoints:
-        restored, _ = checkpoints.restore(2, here)
-    np.testing.assert_array_equal(restored["kernel"], np.arange(512.0 * 256, dtype=np.float32).reshape(512, 256))
-
-
-BY_TWO_PROCESSES = """
-import faulthandler, sys
-faulthandler.dump_traceback_later(300, exit=True)  # a process that hangs says where
-import jax
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-from tests.test_checkpoint import many
-from tiue_jax import sharding
-from tiue_jax.training import checksums
-from tiue_jax.training.checkpoint import Checkpoints
-tree = many()
-placement = sharding.shardings(tree, sharding.make_mesh(data=1, fsdp=8), replicate_below=200)
-with Checkpoints(sys.argv[1]) as checkpoints:
-    checkpoints.save(1, sharding.place(tree, placement), {}, {"step": 1})
-    restored = checkpoints.resume(sharding.structs(tree, placement), lambda config: None)
-assert checksums.of_arrays(restored.state) == checksums.of_arrays(tree)
-"""
-
-
-def many() -> dict[str, np.ndarray]:
-    """Arrays of several shapes, of which those of 200 elements and more can be sharded over eight devices."""
-    return {str(i): np.random.default_rng(i).standard_normal((8 * (1 + i % 5), 16), np.float32) for i in range(100)}
+        restored, _ = checkpoints.restore(2, sharding.structs(expected, here))
+    assert_same(jax.tree.map(np.asarray, restored), expected)
 
 
 def test_two_processes_save_one_checkpoint(tmp_path):
@@ -288,11 +214,12 @@ def test_two_processes_save_one_checkpoint(tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     env = devices.environment(4)
-    argv = [sys.executable, "-c", BY_TWO_PROCESSES, tmp_path, address]
+    argv = [sys.executable, "-m", "tests.programs.save_by_two_processes", tmp_path, address]
     both = [subprocess.Popen([*argv, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
     errors = [process.communicate(timeout=400)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    here = sharding.shardings(many(), sharding.make_mesh(devices=jax.devices()[:1]))
+    expected = save_by_two_processes.arrays()
+    here = sharding.shardings(expected, sharding.make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.resume(sharding.structs(many(), here), lambda config: None)
-    assert_same(jax.tree.map(np.asarray, restored.state), many())
+        restored = checkpoints.resume(sharding.structs(expected, here), lambda config: None)
+    assert_same(jax.tree.map(np.asarray, restored.state), expected)

@@ -1,4 +1,4 @@
-"""checksums.py: every change is seen, and writing and reading is none."""
+"""checksums.py: every change is seen, and a value has the same checksum after it was written and read."""
 
 import json
 import math

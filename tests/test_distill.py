@@ -1,4 +1,4 @@
-"""The training step on a tiny UNet, without torch: what it may touch, what it must leave, and its settings."""
+"""distill.py: the training step on a tiny UNet, what it changes and what it must not, and its settings."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from tiue_jax.models.unet import REMAT_POLICIES, UNet, UNetConfig
 from tiue_jax.plan import flops
 from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
-from tiue_jax.training import distill
+from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
 from tiue_jax.training.settings import DistillConfig
 
@@ -62,7 +62,9 @@ def frozen(params):
 
 
 def initial(config, params):
-    return jax.jit(functools.partial(distill.init_state, config))(params, distill.init_adapters(config, UNET, seed=0))
+    return jax.jit(functools.partial(train_state.init_state, config))(
+        params, train_state.init_adapters(config, UNET, seed=0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def update(distillation):
 
 
 def distance(a, b):
-    """max |a - b| over two trees, in numpy: a jax operation would be compiled for every shape."""
+    """max |a - b| over two trees. In numpy, since a jax operation would be compiled for each shape."""
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b)))
 
 
@@ -90,7 +92,7 @@ def norm(tree):
 
 
 def adapted(state):
-    """The state with adapters that have an effect: B is not zero."""
+    """The state with adapters that change the output, since B is not zero."""
     rng = np.random.default_rng(1)
     lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), state.lora)
     return state._replace(lora=lora)
@@ -133,7 +135,10 @@ def test_the_moving_average_after_one_and_two_steps(state, frozen, distillation,
     first, _ = update(adapted(state), frozen, BATCH, distillation.draw(jax.random.key(0), 2))
     second, _ = update(first, frozen, BATCH, distillation.draw(jax.random.key(1), 2))
     assert int(second.step) == 2
-    mix = lambda decay, old, new: decay * np.asarray(old) + (1 - decay) * np.asarray(new)
+
+    def mix(decay, old, new):
+        return decay * np.asarray(old) + (1 - decay) * np.asarray(new)
+
     assert distance(first.ema, jax.tree.map(functools.partial(mix, 1 / 10), state.params, first.params)) < 1e-6
     assert distance(second.ema, jax.tree.map(functools.partial(mix, 2 / 11), first.ema, second.params)) < 1e-6
     assert distance(second.ema, second.params) > 0
@@ -153,7 +158,11 @@ def test_dropped_text_is_the_null_prompt(state, frozen, distillation, update):
     draws = distillation.draw(jax.random.key(0), 2)
     nulls = {"text": jnp.broadcast_to(NULL, BATCH["text"].shape)}
     kept, dropped = (draws._replace(drop_text=jnp.asarray(flag)) for flag in (False, True))
-    loss = lambda batch, d: float(update(state, frozen, batch, d)[1]["loss_lora"])
+
+    def loss(batch, draws):
+        _, metrics = update(state, frozen, batch, draws)
+        return float(metrics["loss_lora"])
+
     assert loss(BATCH, kept) != loss(BATCH, dropped)
     assert loss(nulls, kept) == loss(nulls, dropped)
 
@@ -162,7 +171,7 @@ def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(p
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat="full")
     state = adapted(initial(config, params))
     frozen = Frozen(jax.tree.map(jnp.asarray, functional.cast(params, jnp.bfloat16)))
-    step = distill.make_train_step(config, UNET, Schedule(), encode_text)
+    step = Distillation(config, UNET, Schedule(), encode_text).train_step
     with jax.numpy_dtype_promotion("standard"):  # flax's norms mix bfloat16 and float32 inside
         new, metrics = jax.jit(step)(state, frozen, BATCH, jax.random.key(0))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new) if x.ndim)
@@ -182,9 +191,9 @@ def test_the_state_may_be_donated_and_the_teacher_lives_on(params, distillation,
     state = adapted(initial(CONFIG, frozen.unet))
     key = jax.random.key(7)
     _, expected = update(state, frozen, BATCH, distillation.draw(jax.random.fold_in(key, 0), 2))
-    # with remat, which must change no gradient
+    # remat must change no gradient
     config = dataclasses.replace(CONFIG, remat="full")
-    step = jax.jit(distill.make_train_step(config, UNET, Schedule(), encode_text), donate_argnums=0)
+    step = jax.jit(Distillation(config, UNET, Schedule(), encode_text).train_step, donate_argnums=0)
     new, first = step(state, frozen, BATCH, key)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     for name, value in expected.items():
@@ -213,9 +222,12 @@ def test_no_remat_policy_changes_a_gradient(state, frozen, distillation):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_sharding_adds_no_work(state, frozen, distillation, remat):
-    """Gathering the parameters block by block: no gradient of the frozen ones is computed, and nothing twice."""
+    """Parameters are gathered block by block. No gradient of the frozen ones is computed, and nothing twice."""
     args = state, frozen, BATCH, distillation.draw(jax.random.key(3), 2)
-    count = lambda: flops.flops(make(remat=remat).gradients, *args)
+
+    def count():
+        return flops.flops(make(remat=remat).gradients, *args)
+
     alone = count()
     mesh = AbstractMesh((1, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -238,7 +250,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(state, frozen):
         return jax.jit(distillation.gradients)(start, frozen, batch, draws)
 
     start, draws = adapted(state), make().draw(jax.random.key(5), 4)
-    # the bend of L_clip lies just above the batch's similarity, and so below that of one of the micro-batches
+    # A threshold just above the similarity of the batch is below that of one of the micro-batches.
     above = float(run(1, 0.0)[2]["clip_similarity"]) + 1e-3
     *expected, losses = run(1, above)
     *got, averaged = run(2, above)
@@ -262,7 +274,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(state, froze
         assert distance(getattr(skipped, name), getattr(state, name)) == 0, name
     after, metrics = update(skipped, frozen, BATCH, draws)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 2, 0)
-    expected, _ = update(state, frozen, BATCH, draws)  # as if the two had never been
+    expected, _ = update(state, frozen, BATCH, draws)  # as without the two skipped steps
     for name in kept:
         assert distance(getattr(after, name), getattr(expected, name)) == 0, name
 
@@ -278,7 +290,7 @@ def test_draws_cover_their_ranges():
     assert not np.array_equal(draws.noise, draws.diffusion_noise)
     drops = [bool(distillation.draw(jax.random.key(seed), 1).drop_text) for seed in range(64)]
     assert 16 < sum(drops) < 48
-    assert jax.config.jax_threefry_partitionable  # what makes the numbers independent of the sharding
+    assert jax.config.jax_threefry_partitionable  # the numbers do not depend on the sharding
 
 
 def test_guidance_folds_both_branches_into_one_batch():
@@ -316,7 +328,7 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
         np.testing.assert_allclose(metrics["loss"], metrics["loss_vsd"] + weight * metrics["loss_clip"], rtol=1e-5)
         norms.append(norm(grads))
     assert "loss_kl" not in metrics
-    assert norms[0] > 1e-4 and max(norms[2:]) < 1e-2 * norms[0]  # nothing but CLIP moves the student: B is 0
+    assert norms[0] > 1e-4 and max(norms[2:]) < 1e-2 * norms[0]  # B is 0, so only L_clip has a gradient
     np.testing.assert_allclose(norms[1], norms[0] / 2, rtol=1e-2)
     for path, grad in jax.tree_util.tree_leaves_with_path(lora_grads):
         assert np.any(np.asarray(grad)) == (path[-2].key == "lora_B"), jax.tree_util.keystr(path)
@@ -367,4 +379,4 @@ def test_settings_that_do_not_fit_the_models():
     with pytest.raises(ValueError, match="no guidance embedding, got time_cond_proj_dim 8"):
         Distillation(CONFIG, dataclasses.replace(UNET, time_cond_proj_dim=8), Schedule(), encode_text)
     with pytest.raises(ValueError, match="LoRA targets .*to_z.* match no linear or convolution layer of the UNet"):
-        distill.init_adapters(dataclasses.replace(CONFIG, lora_targets=("to_q", "to_z")), UNET, seed=0)
+        train_state.init_adapters(dataclasses.replace(CONFIG, lora_targets=("to_q", "to_z")), UNET, seed=0)

@@ -1,4 +1,4 @@
-"""distributed.py: joining, stopping together, the notice of preemption, and training in two real processes."""
+"""distributed.py, stop_request.py: joining, comparing, stopping together, and training in two real processes."""
 
 import http.server
 import re
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from tests import devices
-from tests.test_train import checkpoints, command, losses, write_model
+from tests.tiny_run import checkpoints, command, compile_cache, losses, write_model
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import distributed, stop_request
-from tiue_jax.training.checkpoint import read_weights
+from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.distributed import DisagreementError
 from tiue_jax.training.stop_request import StopRequest
 
@@ -65,7 +65,7 @@ def test_what_is_not_the_same_on_all_processes_is_named(monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """SIGINT as a terminal gives it: a shell's background jobs ignore it."""
+    """Handles SIGINT as in a terminal. The background jobs of a shell ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -77,7 +77,7 @@ def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
         assert not stop.reached(1) and stop.minutes_left is None
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # no end, however often
+        signal.raise_signal(signal.SIGTERM)  # only the first one counts
         assert stop.reached(2) and stop.cause() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -92,7 +92,7 @@ def test_a_time_limit_is_no_signal():
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """Compute Engine's: an error, then what is no HTTP, then no, then yes."""
+    """Stands in for Compute Engine's server. It answers with an error, with no HTTP, with no, and with yes."""
 
     answers = [b"HTTP/1.0 503\n\n", b"?\n\n", b"HTTP/1.0 200\n\nFALSE", b"HTTP/1.0 200\n\nTRUE\n"]
 
@@ -115,111 +115,62 @@ def test_the_notice_of_preemption_is_a_signal():
         server.shutdown()
 
 
-TOLD_AGAIN_AND_AGAIN = """
-import os, signal, sys
-from tiue_jax.cli import train
-from tiue_jax.training.checkpoint import Checkpoints
-save = Checkpoints.save
-def save_and_be_told(self, *args):
-    os.kill(os.getpid(), signal.SIGTERM)
-    save(self, *args)
-    os.kill(os.getpid(), signal.SIGTERM)
-Checkpoints.save = save_and_be_told
-sys.exit(train.main(sys.argv))
-"""
-
-
-@pytest.mark.slow
-def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(tmp_path):
-    model, workdir = write_model(tmp_path / "teacher"), tmp_path / "run"
-    argv = [sys.executable, "-c", TOLD_AGAIN_AND_AGAIN, *command(model, workdir, train__max_train_steps=9)[1:]]
-    done = subprocess.run(argv, env=devices.environment(1), capture_output=True, text=True)
-    assert done.returncode == 143, done.stderr
-    assert checkpoints(workdir) == [2, 3] and f"saved {workdir / 'checkpoints/3'}" in done.stdout
-
-
-# Process 1 is told to go, or killed, in its fourth call: the batch of step 3. Half a second a step from there on, since
-# jax needs a second or two to agree on the step to stop after.
-WORKER = """
-import faulthandler, os, signal, sys, time
-faulthandler.dump_traceback_later(900, exit=True)  # a process that hangs says where
-from tiue_jax.cli import train
-from tiue_jax import sharding
-from tiue_jax.training import checkpoint, workdir
-if sys.argv[-1] == "--stale":  # what a network file system may show to one of the hosts
-    sys.argv.pop()
-    checkpoint.Checkpoints.steps = lambda self: [7]
-workdir.SEEN_WITHIN_SECONDS = 0  # this disk shows a file at once
-ends = {"--preempt": signal.SIGTERM, "--kill": signal.SIGKILL}
-end = ends.get(sys.argv[-1])
-if end:
-    sys.argv.pop()
-place_rows, calls = sharding.place_rows, 0
-def place_rows_and_end(*args):
-    global calls
-    calls += 1
-    if end and calls > 3:
-        time.sleep(0.5)
-    if end and calls == 4 and "--process_id=1" in sys.argv:
-        os.kill(os.getpid(), end)
-    return place_rows(*args)
-sharding.place_rows = place_rows_and_end
-sys.exit(train.main(sys.argv))
-"""
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "teacher")
 
 
 def launch(
     model: Path, workdir: Path, processes: int, *more: str, last: tuple[str, ...] = (), **changed: object
 ) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of every process of a run on 8 devices in all; `last` are the last one's flags."""
+    """Runs training on 8 devices in all. Returns exit status, stdout and stderr of every process.
+
+    `more` are flags of every process, `last` of the last one.
+    """
     settings = {
         "train__mesh_data": 1,
-        "train__mesh_fsdp": 8,  # the state lies across both processes
+        "train__mesh_fsdp": 8,  # the state is sharded over both processes
         "train__mesh_replicate_below": 1000,
         "distill__num_inference_steps": 1,
         "distill__timestep_spacing": "trailing",
         "distill__lora_targets": "('to_q', 'to_v')",
-        "train__validation_prompts": "('a red apple',)",
-        "train__validation_num_inference_steps": 1,
-        "train__validation_every": 1000,
         "train__checkpoint_every": 1000,
     }
-    env = devices.environment(8 // processes)
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(model / "compiled"), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    env = devices.environment(8 // processes) | compile_cache(model / "compiled")
+    env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    argv = [sys.executable, "-c", WORKER, *command(model, workdir, **settings | changed)[1:]]
+    _, *arguments = command(model, workdir, **settings | changed)
+    program = [sys.executable, "-m", "tests.programs.train_one_of_several", *arguments]
     started = []
     for i in range(processes):
-        join = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
-        started.append(
-            subprocess.Popen(
-                [*argv, *join, *more, *(last if i == processes - 1 else ())] if processes > 1 else argv,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        flags = []
+        if processes > 1:
+            flags += [f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"]
+        flags += more
+        if i == processes - 1:
+            flags += last
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([*program, *flags], env=env, **pipes))
     with_output = [(process, *process.communicate(timeout=1000)) for process in started]
     return [(process.returncode, out, err) for process, out, err in with_output]
 
 
-def said(output: str) -> str:
-    """What a process printed, without what gloo writes of its own: in pieces, which its threads may mix."""
+def without_gloo(output: str) -> str:
+    """The output of a process without gloo's lines. Gloo writes them in pieces, which its threads may mix."""
     gloo = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+"
     return re.sub(gloo, "", output).strip()
 
 
 @pytest.mark.slow
-def test_processes_that_were_not_started_alike_say_so_and_end(tmp_path):
-    model, workdir, elsewhere = write_model(tmp_path / "teacher"), tmp_path / "run", tmp_path / "elsewhere"
+def test_processes_that_were_not_started_alike_say_so_and_end(model, tmp_path):
+    workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     other = tmp_path / "other.txt"
     other.write_text("a blue pear\n")
 
     def refused(*last: str) -> str:
-        """The one error that both processes end with."""
+        """The error that both processes end with."""
         ended = launch(model, workdir, 2, last=last)
         assert [status for status, _, _ in ended] == [2, 2], ended
         (error,) = {line for _, _, text in ended for line in text.splitlines() if line.startswith("error: ")}
@@ -240,13 +191,13 @@ def test_processes_that_were_not_started_alike_say_so_and_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_stop_die_and_resume_as_one(tmp_path):
-    model, workdir = write_model(tmp_path / "teacher"), tmp_path / "two"
+def test_two_processes_train_stop_die_and_resume_as_one(model, tmp_path):
+    workdir = tmp_path / "two"
     stopped = launch(model, workdir, 2, "--preempt", train__max_train_steps=1000)
     assert [status for status, _, _ in stopped] == [143, 143], stopped
     (_, first, _), (_, second, _) = stopped
     step = int(re.search(r"stopped by SIGTERM: saved .*/checkpoints/(\d+), resume", first)[1])
-    assert 3 <= step < 100 and said(second) == ""
+    assert 3 <= step < 100 and without_gloo(second) == ""
     assert not (workdir / "student").exists()
 
     (survived, first, _), (killed, _, _) = launch(
@@ -255,23 +206,24 @@ def test_two_processes_train_stop_die_and_resume_as_one(tmp_path):
     assert killed == -signal.SIGKILL and survived not in (0, 143)
     assert f"checkpoints/{step}\n" in first and not (workdir / "student").exists()
     later = checkpoints(workdir)[-1]
-    assert step < later <= step + 2  # that of the last step may not have been whole
+    assert step < later <= step + 2  # the checkpoint of the last step may not have been whole
 
     last = later + 2
-    finished = launch(model, workdir, 2, train__max_train_steps=last)
+    shown = {"train__validation_prompts": "('a red apple',)", "train__validation_num_inference_steps": 1}
+    finished = launch(model, workdir, 2, train__max_train_steps=last, train__validation_every=1000, **shown)
     assert [status for status, _, _ in finished] == [0, 0], finished
     (_, first, _), (_, second, _) = finished
-    assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and said(second) == ""
+    assert f"checkpoints/{later}\n" in first and f"done: {last} steps" in first and without_gloo(second) == ""
 
     ((status, _, error),) = launch(model, tmp_path / "one", 1, train__max_train_steps=last)
     assert status == 0, error
     expected, got = losses(tmp_path / "one"), losses(workdir)
     assert got.keys() == expected.keys() and max(got)[0] == last
-    # gloo adds the processes' parts in another order than the devices of one process are added in
+    # gloo adds the parts of the processes in another order than one process adds those of its devices
     for at, value in expected.items():
         np.testing.assert_allclose(got[at], value, rtol=2e-3, atol=1e-7, err_msg=str(at))
     student = Pipeline.from_pretrained(workdir / "student").unet.params
-    # read as this process holds it: the checkpoint is of the two, and on their devices
+    # read onto the device of this process: the checkpoint was saved on the devices of two
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), student)
     jax.tree.map(np.testing.assert_array_equal, student, read_weights(workdir, structs, step=last))
     assert [path.suffix for path in (workdir / "samples").iterdir()] == [".png"]

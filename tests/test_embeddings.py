@@ -22,7 +22,7 @@ from tiue_jax.data.loader import PromptBatches
 from tiue_jax.data.prompts import Prompts
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.training import distill
+from tiue_jax.training import distill, step_inputs
 from tiue_jax.weights import model_folder, pipeline_folder
 
 KEY = {"prompts": "p", "tokenizer": "t", "text_encoder": "e"}
@@ -217,9 +217,9 @@ def test_the_command_and_the_step_agree_on_the_embeddings(model, embedded):
     encoder = pipeline_folder.load_text_encoder(model)
     tokenize = Tokenizer(model / "tokenizer", tiny.CONTEXT)
     frozen = distill.Frozen(unet={"w": jnp.zeros(1)}, text_encoder=encoder.params)
-    in_step = distill.make_encode_text(encoder.graphdef, tokenize([""])[0])
+    in_step = step_inputs.make_encode_text(encoder.graphdef, tokenize([""])[0])
     expected = jax.jit(in_step)(frozen, {"input_ids": jnp.asarray(tokenize(["b", "a red apple"]))})
-    read = distill.make_read_text(made.null)(frozen, {"text": jnp.asarray(made.read([2, 0]))})
+    read = step_inputs.make_read_text(made.null)(frozen, {"text": jnp.asarray(made.read([2, 0]))})
     for one, other in zip(read, expected, strict=True):
         assert one.dtype == jnp.float32 and one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=2**-8, atol=1e-6)  # bfloat16's rounding

@@ -1,4 +1,4 @@
-"""The LoRA tree: what is trained, how it starts, and its names on disk."""
+"""lora.py: the tree of adapters, their first values, and their names on disk."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The losses against their formulas written out in numpy, and the properties the method asks of them."""
+"""losses.py: the losses against their formulas in numpy, and the properties that the method needs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""placement.py: what lies where, array by array and summed, against sums made by hand."""
+"""memory_table.py: every array and the sums over parts, against sums made by hand."""
 
 import io
 
@@ -13,7 +13,7 @@ from tests import tiny
 from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
-from tiue_jax.training import distill, memory_table
+from tiue_jax.training import distill, memory_table, train_state
 from tiue_jax.training.settings import DistillConfig
 
 MESH = AbstractMesh((2, 4), ("data", "fsdp"))
@@ -27,12 +27,12 @@ def structs(tree):
 @pytest.fixture(scope="module")
 def found():
     _, shapes = functional.abstract(UNet, tiny.UNET)
-    adapters = distill.init_adapters(CONFIG, tiny.UNET, 0)
+    adapters = train_state.init_adapters(CONFIG, tiny.UNET, 0)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     return (
         shapes,
         adapters,
-        memory_table.arrays(structs(distill.state_shapes(CONFIG, tiny.UNET)), structs(distill.Frozen(unet=half))),
+        memory_table.arrays(structs(train_state.state_shapes(CONFIG, tiny.UNET)), structs(distill.Frozen(unet=half))),
     )
 
 

@@ -1,4 +1,4 @@
-"""metrics.py: what lands in a run's folder, read back; that only process 0 writes; and what a full disk does."""
+"""metrics.py: the files of a run, read back; that only process 0 writes; and errors on a full disk."""
 
 import json
 import resource
@@ -62,7 +62,7 @@ def test_unwritable_folder(tmp_path):
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """From here on every write beyond the start of a file fails, as on a full disk."""
+    """Makes every write beyond the start of a file fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     yield
@@ -85,7 +85,7 @@ def many_scalars(metrics: MetricsWriter) -> None:
     ],
     ids=["scalars", "scalar", "flush", "image", "config"],
 )
-def test_a_full_disk_is_said_in_one_line(tmp_path, full_disk, write, path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, full_disk, write, path):
     with (
         pytest.raises(NotSavedError, match=rf"^cannot write {tmp_path}/{path}: File too large$"),
         MetricsWriter(tmp_path, start_step=1) as metrics,
@@ -93,7 +93,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, full_disk, write, path):
         write(metrics)
 
 
-def test_a_full_disk_at_the_end_is_said_unless_something_else_is(tmp_path, full_disk):
+def test_a_full_disk_at_the_end_is_reported_unless_another_error_is(tmp_path, full_disk):
     with pytest.raises(NotSavedError, match="cannot write .*tensorboard/events"):
         MetricsWriter(tmp_path, start_step=1).__exit__(None)
     with pytest.raises(ValueError, match="^the first$"), MetricsWriter(tmp_path, start_step=1):

@@ -1,3 +1,5 @@
+"""optim.py: learning rates, Adam and the moving average against their formulas."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

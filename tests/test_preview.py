@@ -1,4 +1,4 @@
-"""preview.py: the pictures of student and teacher, that none of it stays on the devices, and how they are laid out."""
+"""preview.py: the images of student and teacher, their layout, and that nothing stays on the devices."""
 
 import dataclasses
 import gc
@@ -28,7 +28,7 @@ def on_devices() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_pictures_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
+def test_images_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     train = TrainConfig(
         seed=3, validation_prompts=PROMPTS, validation_num_inference_steps=2, validation_guidance_scale=3.0
     )
@@ -53,7 +53,7 @@ def test_pictures_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     assert distance == images.distance(of_student, of_teacher) > 0
 
 
-def test_pictures_are_of_the_size_that_is_trained(folder):
+def test_images_are_of_the_size_that_is_trained(folder):
     train = TrainConfig(validation_prompts=PROMPTS, validation_num_inference_steps=1)
     distill = DistillConfig(num_inference_steps=2, compute_dtype="float32", latent_size=6)
     settings = Settings(ModelConfig(str(folder)), DataConfig("p.txt"), train, distill)

@@ -1,36 +1,140 @@
-"""settings.py and the files in configs/: read into dataclasses, with errors that name the setting."""
+"""settings.py, changed_settings.py and the recipes: read into dataclasses, with errors that name the setting."""
 
-import importlib.util
+import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
+from absl import flags
 from ml_collections import ConfigDict
 
-from tiue_jax.training.checkpoint import check_config
-from tiue_jax.training.settings import Settings
+from tiue_jax.cli import config_flags, train
+from tiue_jax.training.changed_settings import FREE, FREE_TO_MOVE, LENGTH, check_config, check_resumed
+from tiue_jax.training.settings import Settings, default_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*_tiue.py"))
+ROOT = Path(__file__).parents[1]
+RECIPES = config_flags.recipe_names()
+# The settings of a run of the emoji recipe, as its config.json had them in version 0.1.0. Never change this: later
+# versions must read it.
+VERSION_0_1_0 = json.loads("""
+{
+  "model": {
+    "pretrained_model_name_or_path": "emoji",
+    "clip_model_name_or_path": null,
+    "tiny_vae_name_or_path": null
+  },
+  "data": {"prompts": "emoji", "field": null, "embeddings": null},
+  "train": {
+    "seed": 0,
+    "batch_size": 16,
+    "max_train_steps": 1200,
+    "max_train_minutes": null,
+    "log_every": 10,
+    "checkpoint_every": 100,
+    "checkpoints_total_limit": 2,
+    "checkpoints_best_metric": null,
+    "max_skipped_steps": 10,
+    "validation_every": 100,
+    "validation_prompts": ["a red apple", "a dog face"],
+    "validation_num_inference_steps": 25,
+    "validation_guidance_scale": 4.0,
+    "mesh_data": 1,
+    "mesh_fsdp": -1,
+    "mesh_replicate_below": 65536,
+    "mesh_replicate_frozen": false
+  },
+  "distill": {
+    "num_inference_steps": 4,
+    "timestep_spacing": "leading",
+    "teacher_guidance_scale": 2.5,
+    "lora_guidance_scale": 1.0,
+    "min_timestep": 20,
+    "max_timestep": 980,
+    "timestep_weighting": "uniform",
+    "lora_rank": 32,
+    "lora_alpha": 54.0,
+    "lora_targets": ["to_q", "to_v", "conv1"],
+    "kl_weight": 0.1,
+    "kl_batch_size": 8.0,
+    "clip_weight": 0.0,
+    "clip_decay_steps": null,
+    "clip_threshold": 0.35,
+    "clip_normalize": true,
+    "text_dropout": 0.1,
+    "ema_decay": 0.99,
+    "student_learning_rate": 5e-05,
+    "student_learning_rate_schedule": "linear",
+    "lora_learning_rate": 0.001,
+    "lora_learning_rate_schedule": "constant",
+    "warmup_steps": 0,
+    "max_train_steps": 1200,
+    "max_grad_norm": 1.0,
+    "adam_b1": 0.9,
+    "adam_b2": 0.999,
+    "adam_eps": 1e-08,
+    "compute_dtype": "float32",
+    "gradient_accumulation_steps": 1,
+    "remat": "none",
+    "latent_size": null
+  }
+}
+""")
 
 
-def load(path: Path) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+def read(*argv: str) -> Settings:
+    """The settings of a command line."""
+    return config_flags.parse(["train.py", *argv], flags.FlagValues(), required=("config",))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_files(path):
-    config = load(path)
-    assert config.is_locked
-    settings = Settings.from_config(config.to_dict())
+def flat(sections: dict) -> dict[str, object]:
+    """{"train": {"seed": 0}} as {"train.seed": 0}."""
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_found_by_name_and_by_path(name):
+    settings = read("--config", name)
+    assert settings == read(f"--config={name}") == read("--config", str(ROOT / "configs" / f"{name}.py"))
     assert json.loads(json.dumps(settings.to_dict())) == settings.to_dict()
+    assert Settings.from_dict(settings.to_dict()) == settings
     assert settings.distill.max_train_steps == settings.train.max_train_steps
-    assert f"--config configs/{path.name}" in path.read_text()  # the launch command
-    for name, section in settings.to_dict().items():  # every setting can be overridden on the command line
-        assert set(section) - {"max_train_steps"} == set(config[name]) - {"max_train_steps"}
+    source = (config_flags.RECIPES / f"{name}.py").read_text()
+    assert f"--config {name} " in source  # the docstring has the command
+    assert read("--config", name, "--config.train.profile_steps=3").train.profile_steps == 3
+
+
+def without_defaults() -> ConfigDict:
+    """The config that recipes change, with None for every setting."""
+    sections = default_config().to_dict()
+    return ConfigDict({section: dict.fromkeys(values) for section, values in sections.items()}).lock()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_lists_only_what_differs_from_the_defaults(name, monkeypatch):
+    for recipe in RECIPES:  # a recipe may start from another one
+        module = importlib.import_module(f"tiue_jax.recipes.{recipe}")
+        if hasattr(module, "default_config"):
+            monkeypatch.setattr(module, "default_config", without_defaults)
+    set_by_recipe = flat(importlib.import_module(f"tiue_jax.recipes.{name}").get_config().to_dict())
+    defaults = flat(default_config().to_dict())
+    listed = {setting for setting, value in set_by_recipe.items() if value is not None}
+    assert "model.pretrained_model_name_or_path" in listed
+    assert [setting for setting in listed if set_by_recipe[setting] == defaults[setting]] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_print_config_prints_every_setting(name, capsys):
+    assert train.main(["train.py", "--config", name, "--print_config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    values, defaults = flat(read("--config", name).to_dict()), flat(default_config().to_dict())
+    assert {line.split(" = ")[0] for line in lines} == defaults.keys() == values.keys() - {"distill.max_train_steps"}
+    for line in lines:
+        setting, _, rest = line.partition(" = ")
+        value, _, default = rest.partition("  # default: ")
+        assert value == repr(values[setting])
+        assert default == "" or default == repr(defaults[setting]) != value
+    assert any("# default: " in line for line in lines)
 
 
 CONFIG = {
@@ -73,6 +177,7 @@ CONFIG = {
         ({"train": {"validation_num_inference_steps": 0}}, "validation_num_inference_steps must be an integer >= 1"),
         ({"train": {"validation_guidance_scale": math.nan}}, "validation_guidance_scale must be finite, got nan"),
         ({"train": {"max_train_minutes": 0.0}}, "train.max_train_minutes must be > 0 or None, got 0.0"),
+        ({"train": {"profile_steps": 0}}, "train.profile_steps must be an integer >= 1 or None, got 0"),
         ({"distill": {"num_inference_steps": 0}}, "num_inference_steps must be >= 1, got 0"),
     ],
 )
@@ -85,7 +190,7 @@ def test_a_longer_run_resumes_only_where_nothing_falls_towards_its_end():
     def lengthened(distill):
         short, long = ({**CONFIG, "train": {"max_train_steps": n}, "distill": distill} for n in (5, 9))
         now = Settings.from_config(long)
-        check_config(Settings.from_config(short).to_dict(), now.to_dict(), now.free_on_resume)
+        check_resumed(Settings.from_config(short).to_dict(), now)
 
     lengthened({})
     for distill in ({"lora_learning_rate_schedule": "cosine"}, {"clip_weight": 0.1}):
@@ -99,9 +204,35 @@ def test_embeddings_may_move_but_not_come_or_go():
         was, now = (
             Settings.from_config({**CONFIG, "data": {"prompts": "p", "embeddings": e}}) for e in (before, after)
         )
-        check_config(was.to_dict(), now.to_dict(), now.free_on_resume)
+        check_resumed(was.to_dict(), now)
 
     moved("a/e", "b/e")
     for before, after in ((None, "b/e"), ("a/e", None), ("", "b/e")):
         with pytest.raises(ValueError, match=f"data.embeddings was {before!r}, now {after!r}"):
             moved(before, after)
+
+
+def test_a_changed_setting_is_refused_by_name():
+    saved = {"train": {"seed": 0, "log_every": 10, "prompts": ["a"]}, "distill": {"kl_weight": 0.1}}
+    check_config(saved, saved | {"train": {"seed": 0, "log_every": 10, "prompts": ("a",)}}, free={})
+    now = {"train": {"seed": 1, "log_every": 50, "prompts": ["a"]}, "distill": {"kl_weight": 0.1, "clip_weight": 0.0}}
+    with pytest.raises(ValueError) as error:
+        check_config(saved, now, free={"train.log_every": object})
+    assert "train.seed was 0, now 1" in str(error.value)
+    assert "distill.clip_weight was None, now 0.0" in str(error.value)
+    assert "log_every" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_settings_that_are_free_on_resume_exist():
+    known = flat(Settings.from_dict(VERSION_0_1_0).to_dict())
+    assert set(FREE) | set(FREE_TO_MOVE) <= known.keys() and set(LENGTH) <= set(FREE)
+
+
+def test_a_run_of_an_older_version_is_read_and_goes_on():
+    settings = Settings.from_dict(VERSION_0_1_0)
+    assert settings.train.validation_prompts == ("a red apple", "a dog face")
+    added = {"train.profile_steps": None}
+    assert flat(settings.to_dict()) == flat(VERSION_0_1_0) | added
+    check_resumed(VERSION_0_1_0, settings)
+    profiled = {**VERSION_0_1_0, "train": VERSION_0_1_0["train"] | {"profile_steps": 5}}
+    check_resumed(VERSION_0_1_0, Settings.from_dict(profiled))

@@ -1,6 +1,5 @@
-"""train.py end to end on a tiny random model: what a run leaves, resuming, stopping, being killed, and its errors."""
+"""cli/train.py end to end on a tiny random model: what a run leaves, resuming, stopping, being killed, full disks."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -8,40 +7,32 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from tests import devices, tiny
+from tests import devices
 from tests.events import scalars
+from tests.tiny_run import ROOT, assert_same_end, checkpoints, command, compile_cache, losses, saved, write_model
 from tiue_jax.cli import embed, prepare, train
 from tiue_jax.images import read_png
-from tiue_jax.models.clip import CLIPTextModel
-from tiue_jax.models.unet import UNet
-from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.schedule import Schedule
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.metrics import MetricsWriter
-from tiue_jax.weights.pipeline_folder import save_pipeline
-
-ROOT = Path(__file__).parents[1]
-UNET = dataclasses.replace(  # the smallest there is: the step must compile quickly
-    tiny.UNET, block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",)
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """All runs of this module, also those in other processes, share what XLA compiled."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.1}
+    """All runs of this module share their compiled programs, also those in other processes."""
+    settings = {
+        "jax_enable_compilation_cache": True,  # conftest.py forbids it
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -57,59 +48,12 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "teacher")
 
 
-def write_model(folder: Path) -> Path:
-    """The teacher, and a file of prompts in its folder."""
-    save_pipeline(
-        folder,
-        unet=(UNET, tiny.random_params(UNet, UNET, 0)),
-        vae=(tiny.VAE, tiny.random_params(AutoencoderKL, tiny.VAE, 1)),
-        text_encoder=(tiny.TEXT, tiny.random_params(CLIPTextModel, tiny.TEXT, 2)),
-        tokenizer_dir=tiny.write_tokenizer(folder.parent / "tokenizer"),
-        schedule=Schedule(),
-    )
-    (folder / "prompts.txt").write_text("".join(f"a red {c}\n" for c in "abcdefghijk"))
-    return folder
-
-
-def command(model: Path, workdir: Path, **changed: object) -> list[str]:
-    """The arguments of a short run; `changed` overrides settings, `section__name=value`."""
-    settings = {
-        "model__pretrained_model_name_or_path": model,
-        "data__prompts": model / "prompts.txt",
-        "train__batch_size": 8,
-        "train__max_train_steps": 4,
-        "train__log_every": 1,
-        "train__checkpoint_every": 2,
-        "train__validation_every": 3,
-        "train__validation_prompts": "()",
-        "distill__num_inference_steps": 2,
-        "distill__lora_rank": 4,
-        "distill__lora_targets": "('to_q', 'to_v', 'conv1')",  # the tiny UNet has not all of the recipe's
-        "distill__student_learning_rate_schedule": "constant",  # a falling one fixes max_train_steps on resume
-    } | changed
-    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    return ["train.py", "--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", str(workdir), *flags]
-
-
-def saved(workdir: Path, step: int) -> dict:
-    """The whole state in a checkpoint."""
-    return ocp.PyTreeCheckpointHandler().restore(workdir / "checkpoints" / str(step) / "state")
-
-
-def checkpoints(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
-def losses(workdir: Path) -> dict[tuple[int, str], float]:
-    return {(step, tag): value for step, tag, value in scalars(workdir) if tag.startswith("train/loss")}
-
-
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
-    """An uninterrupted run, with pictures."""
+    """An uninterrupted run, with images and a profile."""
     workdir = tmp_path_factory.mktemp("whole")
     shown = {"train__validation_prompts": "('a red apple','b','')", "train__validation_num_inference_steps": 2}
-    assert train.main(command(model, workdir, **shown)) == 0
+    assert train.main(command(model, workdir, train__profile_steps=1, **shown)) == 0
     return workdir
 
 
@@ -123,13 +67,15 @@ def test_what_a_run_leaves(whole, model):
     distances = {s: v for s, tag, v in scalars(whole) if tag == "eval/teacher_distance"}
     assert distances.keys() == {3, 4} and all(0 < v < 1 for v in distances.values())
     assert sorted(step for step, tag in losses(whole) if tag == "train/loss_vsd") == [1, 2, 3, 4]
-    pictures = sorted((whole / "samples").iterdir())
+    images = sorted((whole / "samples").iterdir())
     placed = [line.split("\t") for line in (whole / "memory_table.tsv").read_text().splitlines()]
     assert placed[0][0] == "part" and {"student", "teacher", "LoRA, Adam nu"} <= {part for part, *_ in placed[1:]}
-    assert [p.name for p in pictures] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]
-    pixels, metadata = read_png(pictures[-1])
+    assert [p.name for p in images] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]
+    pixels, metadata = read_png(images[-1])
     assert pixels.shape == (2 * 128 + 2, 3 * 128 + 4, 3)
     assert metadata == {"step": "4", "prompts": "a red apple; b; "}
+    (profile,) = (whole / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")  # where TensorBoard looks
+    assert profile.stat().st_size > 1000
 
 
 def test_the_exported_student_is_the_average_and_samples(whole, model):
@@ -174,42 +120,30 @@ def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, 
     assert "settings differ" in (error := capsys.readouterr().err) and "distill.kl_weight was 0.1, now 0.2" in error
 
 
-def assert_same_end(workdir: Path, other: Path) -> None:
-    """The same parameters, average, optimizer states, counters and position in the data after step 4, bit for bit."""
-    state, expected = saved(workdir, 4), saved(other, 4)
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
-    position = lambda folder: (folder / "checkpoints" / "4" / "data" / "metadata").read_text()
-    assert position(workdir) == position(other) and json.loads(position(other))["step"] == 4
-
-
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-from tiue_jax.cli import train
-from tiue_jax.training.checkpoint import Checkpoints
-save = Checkpoints.save
-def save_and_die(self, step, *args):
-    save(self, step, *args)
-    if step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    self.wait()
-Checkpoints.save = save_and_die
-train.main(sys.argv)
-"""
-
-
 @pytest.mark.slow
 def test_killed_while_saving_and_resumed_is_bitwise_the_uninterrupted_run(whole, model, tmp_path):
-    cache = jax.config.jax_compilation_cache_dir
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": cache}
-    argv = [sys.executable, "-c", KILLED_WHILE_SAVING, *command(model, tmp_path)[1:]]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    env = os.environ | compile_cache(jax.config.jax_compilation_cache_dir)
+    argv = [sys.executable, "-m", "tests.programs.train_killed_while_saving", *command(model, tmp_path)[1:]]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoints(tmp_path) == [2] and not (tmp_path / "student").exists()
     assert train.main(command(model, tmp_path)) == 0
     assert_same_end(tmp_path, whole)
     later = {at: value for at, value in losses(whole).items() if at[0] > 2}
     assert later.items() <= losses(tmp_path).items()
+
+
+def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(model, tmp_path, monkeypatch, capsys):
+    save = Checkpoints.save
+
+    def save_between_signals(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        save(self, *args)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", save_between_signals)
+    assert train.main(command(model, tmp_path, train__max_train_steps=9)) == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path) == [2, 3] and f"saved {tmp_path / 'checkpoints/3'}" in capsys.readouterr().out
 
 
 def test_a_broken_checkpoint_is_passed_over_with_a_flag(whole, model, tmp_path, capsys):
@@ -229,7 +163,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
 
     def save_on_a_full_disk(self, step, *args):
         if step == 4:
-            self.wait()  # the one before is whole
+            self.wait()  # the checkpoint before is whole
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
         save(self, step, *args)
 
@@ -242,7 +176,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(whole, mod
     assert error.startswith("error: cannot save a checkpoint in ") and "File too large" in error
     assert error.endswith(f"the last good checkpoint is {tmp_path / 'checkpoints/2'}")
     monkeypatch.undo()
-    assert train.main(command(model, tmp_path)) == 0  # there is room again
+    assert train.main(command(model, tmp_path)) == 0  # now there is space
     assert_same_end(tmp_path, whole)
 
 
@@ -269,66 +203,6 @@ def test_a_time_limit_ends_a_run_with_everything_it_leaves(model, tmp_path):
     assert checkpoints(tmp_path) == [1] and (tmp_path / "student" / "tiue_config.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"train__batch_siz": 8}, "batch_siz"),
-        ({"train__batch_size": "many"}, "--config.train.batch_size=many"),
-        ({"train__mesh_data": 3}, "mesh axes must multiply to the number of devices"),
-        ({"train__checkpoints_total_limit": 0}, "checkpoints_total_limit must be >= 1"),
-        ({"distill__num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
-        ({"distill__num_inference_steps": 1001}, "must be between 1 and 1000, got 1001"),
-        ({"distill__clip_weight": 0.1}, "needs model.clip_model_name_or_path, got None"),
-        ({"model__pretrained_model_name_or_path": "./no-such-model"}, "unknown model './no-such-model'"),
-        ({"data__prompts": "nowhere.txt"}, "no prompt file at nowhere.txt"),
-    ],
-)
-def test_bad_settings_are_one_line_and_exit_status_2(model, tmp_path, capsys, changed, message):
-    assert train.main(command(model, tmp_path / "run", **changed)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--workdir", "x"], "--config is missing"),
-        (["--config", str(ROOT / "configs/emoji_tiue.py")], "--workdir is missing"),
-        (["--config", "configs/nothing.py", "--workdir", "x"], "configs/nothing.py"),
-        (["--config", "configs/nothing.py", "--config.train.seed=1", "--workdir", "x"], "configs/nothing.py"),
-        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "--foo=1"], "foo"),
-        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "stray"], "stray"),
-        (["--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", "x", "--config.train=3"], "train"),
-    ],
-)
-def test_bad_command_lines(argv, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["train.py", *argv]) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith("error: ") and message in output.err and output.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_workdir_that_cannot_be_written(model, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert train.main(command(model, tmp_path / "file" / "run")) == 2
-    assert "file" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_student_folder_that_holds_something_else_is_found_before_the_run(model, tmp_path, capsys):
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "notes.txt").touch()
-    assert train.main(command(model, tmp_path)) == 2
-    assert "student: not empty and no model_index.json in it" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-
-
-def test_help(capsys):
-    assert train.main(["train.py", "--help"]) == 0
-    assert "--config configs/emoji_tiue.py" in capsys.readouterr().out
-
-
 def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(model, tmp_path, monkeypatch):
     compiled, read, steps = [], [], []
     get, call = jax.device_get, jax.stages.Compiled.__call__
@@ -343,7 +217,7 @@ def test_between_logs_nothing_is_compiled_or_read_back_and_the_state_is_donated(
 
     def on_step(self, state, *others):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            jnp.sum(np.ones(3))  # the loop itself forbids what is not asked for
+            jnp.sum(np.ones(3))  # the loop forbids such transfers
         result = call(self, state, *others)
         assert all(x.is_deleted() for x in jax.tree.leaves(state))
         assert not any(x.is_deleted() for x in jax.tree.leaves(others))
@@ -375,7 +249,7 @@ def test_a_prepared_corpus_and_its_embeddings_give_the_same_step(whole, model, t
     first = {at: value for at, value in losses(whole).items() if at[0] == 1}
     got = losses(tmp_path / "run")
     assert got.keys() == first.keys()
-    for at, value in first.items():  # the cache holds bfloat16
+    for at, value in first.items():  # the embeddings are stored in bfloat16
         np.testing.assert_allclose(got[at], value, rtol=2e-2, atol=1e-6, err_msg=str(at))
 
     (model / "prompts.txt").with_name("other.txt").write_text("b\n")
@@ -397,6 +271,6 @@ def test_eight_devices_then_four_then_one_give_the_same_losses_as_one(whole, mod
     assert train.main(command(model, tmp_path)) == 0 and checkpoints(tmp_path) == [3, 4]  # the newest two
     expected, got = losses(whole), losses(tmp_path)
     assert got.keys() == expected.keys()
-    # float32 sums in another order; Adam's first steps, which divide by a small second moment, enlarge that
+    # The order of float32 sums differs. Adam's first steps divide by a small second moment, which enlarges that.
     for at, value in expected.items():
         np.testing.assert_allclose(got[at], value, rtol=2e-3, atol=1e-7, err_msg=str(at))

@@ -1,4 +1,4 @@
-"""workdir.py: a run's folder on a disk, and in a bucket, where what is new is copied."""
+"""workdir.py: a run's folder on a disk, and in a bucket, to which new files are copied."""
 
 import json
 import threading
@@ -12,7 +12,7 @@ from tests import finished_run, tiny
 from tests.bucket import in_place_of_gcs
 from tiue_jax import files
 from tiue_jax.convert import export
-from tiue_jax.training import checkpoint, distributed
+from tiue_jax.training import checkpoint, checkpoint_files, distributed
 from tiue_jax.training import workdir as workdir_module
 from tiue_jax.training.workdir import Workdir
 
@@ -20,7 +20,7 @@ from tiue_jax.training.workdir import Workdir
 def test_on_a_disk_it_is_the_folder_itself(tmp_path):
     with Workdir(str(tmp_path / "run")) as workdir:
         assert workdir.local == tmp_path / "run" and str(workdir.path) == str(tmp_path / "run")
-        assert not workdir.local.exists()  # whoever writes first makes it
+        assert not workdir.local.exists()  # the first writer makes it
         workdir.local.mkdir()
         (workdir.local / "a.txt").write_text("a")
     assert (tmp_path / "run" / "a.txt").read_text() == "a"
@@ -92,7 +92,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
 
 @pytest.fixture
 def claim_together(monkeypatch):
-    """Claims folders as that many processes would, which are threads here; raises what the first of them raises."""
+    """Claims folders as several processes would, in threads. Returns the exception of each, or None."""
     me = threading.local()
     monkeypatch.setattr(jax, "process_index", lambda: me.index)
     monkeypatch.setattr(workdir_module, "SEEN_WITHIN_SECONDS", 0)
@@ -145,13 +145,13 @@ def test_one_process_shares_with_nobody(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_a_run_in_a_bucket_are_in_the_bucket(bucket, monkeypatch):
-    """As far as orbax is told: it reads and writes with Google's own libraries, which no folder can stand in for."""
+    """Checks the folder that orbax gets. Orbax writes with Google's libraries, and no folder can stand in for them."""
     managed = []
     manager = SimpleNamespace(damaged={}, latest_step=lambda: None)
-    monkeypatch.setattr(checkpoint, "_Manager", lambda folder, *how: managed.append(folder) or manager)
+    monkeypatch.setattr(checkpoint, "CheckpointManager", lambda folder, *how: managed.append(folder) or manager)
     assert str(checkpoint.Checkpoints("gs://bucket/run").folder) == "gs://bucket/run/checkpoints" == str(managed[0])
     with pytest.raises(FileNotFoundError, match="no checkpoint in gs://bucket/run/checkpoints"):
-        checkpoint.saved_steps("gs://bucket/run")
+        checkpoint_files.saved_steps("gs://bucket/run")
     (bucket / "run" / "checkpoints" / "3").mkdir(parents=True)
     (bucket / "run" / "checkpoints" / "3" / "commit_success.txt").touch()  # in a bucket orbax cannot rename
-    assert checkpoint.saved_steps("gs://bucket/run") == [3]
+    assert checkpoint_files.saved_steps("gs://bucket/run") == [3]

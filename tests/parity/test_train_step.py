@@ -20,7 +20,7 @@ from tests.parity.conftest import from_torch, spread_
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
-from tiue_jax.training import distill
+from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
 from tiue_jax.training.settings import DistillConfig
 
@@ -65,7 +65,10 @@ def worst(ours, theirs) -> tuple[float, float]:
 @functools.cache
 def compiled(model: str):
     cfg, prediction_type = MODELS[model]
-    encode_text = lambda frozen, batch: (batch["text"], jnp.asarray(NULL))
+
+    def encode_text(frozen, batch):
+        return batch["text"], jnp.asarray(NULL)
+
     schedule = Schedule(prediction_type=prediction_type)
     distillation = Distillation(CONFIG, cfg, schedule, encode_text)
     return distillation, jax.jit(distillation.gradients)
@@ -90,7 +93,7 @@ class Pair:
         _, self.lora_shapes = lora.split(functional.abstract(UNet, cfg, lora=config.lora)[1])
         teacher, adapters = self.their_weights()
         self.frozen = Frozen(jax.tree.map(jnp.asarray, teacher))
-        state = distill.init_state(config, teacher, distill.init_adapters(config, cfg, seed=0))
+        state = train_state.init_state(config, teacher, train_state.init_adapters(config, cfg, seed=0))
         self.state = state._replace(lora=jax.tree.map(jnp.asarray, adapters))
 
     def their_weights(self) -> tuple:

@@ -15,18 +15,18 @@ RECIPES = Path(recipes.__file__).parent
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package, which `--config` takes by name."""
+    """The recipes of the package, which `--config` finds by name."""
     return sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]) -> Settings:
-    """Parses a command line into `values`, in which the command has defined its flags.
+    """Parses a command line with `--config`, and reads the settings.
 
     A config file is Python code, and it is run.
 
     Args:
         argv: the command and its arguments.
-        values: gets the flag `config` as well.
+        values: the flags that the command has defined. They get their values, and the flag `config` is added.
         required: names of flags that must be given.
 
     Raises:
@@ -40,7 +40,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
     except (SyntaxError, ImportError) as error:
         raise ValueError(f"config file: {error}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # all that ml_collections says of one
+        unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # ml_collections says only its name
         if unknown and isinstance(error, AttributeError | KeyError):
             raise ValueError(f"command line: no setting {unknown[1]!r} in the config") from error
         raise ValueError(f"command line: {error}") from error
@@ -54,7 +54,12 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
 
 
 def _with_recipe_path(argument: str, before: str) -> str:
-    """The argument, with the path of a recipe in place of its name if it is the value of --config."""
+    """Replaces the name of a recipe by its path, if the argument gives --config its value.
+
+    Args:
+        argument: an argument of the command line.
+        before: the argument before it.
+    """
     flag, _, value = argument.rpartition("=")
     if flag not in ("--config", "-config") and before not in ("--config", "-config"):
         return argument

@@ -21,7 +21,7 @@ import numpy as np
 from tiue_jax import images
 from tiue_jax.cli.command_line import BAD_INPUT, print_error
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.training import checkpoint
+from tiue_jax.training import checkpoint_files
 
 TEACHER_STEPS = 25
 PROMPTS = (
@@ -67,7 +67,7 @@ def distil(workdir: Path, minutes: float) -> None:
 def distilled(teacher: Pipeline, student: Pipeline, workdir: Path) -> Pipeline:
     """The averaged weights of a run's last checkpoint, sampled as the shipped student is."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher.unet.params)
-    params = checkpoint.read_weights(workdir, structs)
+    params = checkpoint_files.read_weights(workdir, structs)
     return dataclasses.replace(student, name=str(workdir), unet=teacher.unet._replace(params=params))
 
 

@@ -14,7 +14,7 @@ from tiue_jax.models import functional, lora
 from tiue_jax.models.presets import Configs
 from tiue_jax.models.unet import UNet
 from tiue_jax.sampling.settings import Sampling
-from tiue_jax.training.checkpoint import read_weights, saved_steps
+from tiue_jax.training.checkpoint_files import read_weights, saved_steps
 from tiue_jax.training.settings import Settings, student_config, student_sampling
 from tiue_jax.weights import hub, layout
 from tiue_jax.weights.pipeline_folder import (

@@ -6,7 +6,7 @@ The same command starts a run and resumes it. On a Cloud TPU slice, every host r
     gcloud compute tpus tpu-vm ssh $TPU --zone=$ZONE --worker=all --command="cd tiue-jax && .venv/bin/python train.py \\
         --config configs/sd21_tiue.py --workdir gs://$BUCKET/runs/sd21 --config.data.prompts=gs://$BUCKET/journeydb"
 
-On one host of eight 80 GB GPUs, where each GPU can hold the whole state:
+On one host of eight 80 GB GPUs, each of which can hold the whole state:
 
     tiue train --config sd21_tiue --workdir runs/sd21 --config.data.prompts=data/journeydb \\
         --config.train.mesh_data=8 --config.train.mesh_fsdp=1
@@ -15,14 +15,14 @@ On one host of eight 80 GB GPUs, where each GPU can hold the whole state:
 the activations and changes nothing but rounding. docs/pods.md describes the whole way: machines, prompts, planning,
 training, watching, resuming and the exported student.
 
-What to expect: `train/loss_vsd` starts at 0, where both teachers agree, and says nothing about quality. Look at
+What to expect: `train/loss_vsd` starts at 0, since both teachers agree then, and says nothing about quality. Look at
 `samples/` instead: every 1,000 steps it shows the student's images above its teacher's. This recipe has not been run at
 full size, nor on a TPU or a GPU. The training step is tested against PyTorch on small models.
 
 The paper trains on 1,418,723 JourneyDB captions for 3 epochs: 66,500 steps of 64 prompts, 8 on each of 8 devices. Here
 64 is the global batch size. The mathematics does not depend on the number of devices that share it.
 
-Timesteps are spaced "leading", as in the paper. The last decoder pass then weighs almost nothing: 0.012, where the
+Timesteps are spaced "leading", as in the paper. The last decoder pass then weighs almost nothing: 0.012; the
 first weighs 2.5. `--config.distill.timestep_spacing=trailing` gives every pass a real weight.
 """
 

@@ -1,4 +1,4 @@
-"""32-bit checksums of what a checkpoint holds: orbax writes none, and a flipped bit would be read as a weight."""
+"""32-bit checksums of the contents of a checkpoint. Orbax writes none, and a flipped bit would be read as a weight."""
 
 import json
 import zlib
@@ -11,25 +11,24 @@ import numpy as np
 
 
 def of_arrays(tree: Any) -> dict[str, int]:
-    """A checksum of every array, by its dotted path; the same however the array is sharded."""
-    # one after the other: of hundreds at once each process might begin with another, and wait for the others' in vain
+    """A checksum of every array, by dotted path. It does not depend on the array's sharding."""
+    # One array at a time. Of hundreds at once, each process might begin with another array and wait for the others.
     return {dotted(path): int(jax.device_get(_sum(x))) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def of_json(value: Mapping[str, Any]) -> int:
-    """A checksum of what can be written as JSON; the same after it was written and read."""
+    """A checksum of a value that can be written as JSON. It is the same after the value was written and read."""
     return zlib.crc32(json.dumps(value).encode())
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """The path of a leaf as text, the same for a tuple, a named tuple and orbax's record of them."""
-    name = lambda part: str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
-    return ".".join(map(name, path))
+    """The path of a leaf as text: the same for a tuple, a named tuple, and orbax's record of either."""
+    return ".".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
 @jax.jit
 def _sum(x: jax.Array) -> jax.Array:
-    """The sum of a hash of every element's bits and place; one-to-one for each, so that no single change is missed."""
+    """The sum of a hash of each element's bits and position. The hash is one-to-one, so any single change is seen."""
     place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
     mixed = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32) + place * np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the last steps of MurmurHash3

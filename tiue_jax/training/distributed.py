@@ -1,6 +1,6 @@
-"""Several processes as one run: joining, agreeing, and reading back what all hold together.
+"""Several processes as one run: joining, comparing values, waiting for each other, and gathering arrays.
 
-With one process everything here does the obvious without any communication.
+With one process no function here communicates.
 """
 
 import json
@@ -19,24 +19,24 @@ BARRIER_MINUTES = 60
 
 
 class DisagreementError(ValueError):
-    """Processes that were not started alike. Raised on all of them, which may end in an orderly way."""
+    """Processes that were not started alike. It is raised on all processes, so that all can end in the normal way."""
 
 
 def initialize(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes, where there are any: call it before anything else that uses jax.
+    """Joins the other processes, if there are any. Call it before anything else that uses jax.
 
-    Without arguments the environment decides (Cloud TPU, SLURM, Open MPI, Kubernetes, JAX_COORDINATOR_ADDRESS): jax
-    knows them. On a machine where it finds none this is a run of one process.
+    Give all three arguments or none. Without them jax reads the environment: Cloud TPU, SLURM, Open MPI, Kubernetes, or
+    JAX_COORDINATOR_ADDRESS. If it finds none of these, the run has one process.
 
     Args:
-        coordinator_address: host:port of process 0; all three are given or none.
-        num_processes: how many there are.
-        process_id: which one this is, 0 ... num_processes - 1.
+        coordinator_address: host:port of process 0.
+        num_processes: number of processes.
+        process_id: number of this process, from 0 to num_processes - 1.
 
     Raises:
-        ValueError: only some of the three, or one that is out of its range.
+        ValueError: only some of the three are given, or one is out of its range.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
@@ -54,8 +54,8 @@ def initialize(
 
 
 def _cluster_found() -> bool:
-    """Whether jax.distributed.initialize() would find its arguments in the environment."""
-    from jax._src.clusters import ClusterEnv  # no public way to ask without its raising where there is none
+    """Says whether jax.distributed.initialize() would find its arguments in the environment."""
+    from jax._src.clusters import ClusterEnv  # the public function raises if there is no cluster
 
     known = ClusterEnv._cluster_types
     return "JAX_COORDINATOR_ADDRESS" in os.environ or any(
@@ -64,10 +64,10 @@ def _cluster_found() -> bool:
 
 
 def failed(status: int) -> int:
-    """The exit status, after an error that other processes may not share.
+    """Ends this process at once, if there are others. Otherwise returns `status`, the exit status.
 
-    With several processes this one ends here and now: an orderly end would wait for the others, which wait for this one
-    in their next step. When it is gone, jax ends them too.
+    It is for an error that the other processes may not have. A normal end would wait for them, and they would wait for
+    this process in their next step. When this process is gone, jax ends the others too.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
@@ -77,17 +77,21 @@ def failed(status: int) -> int:
 
 
 def all_agree(fact: bool) -> bool:
-    """Whether it is so on all processes; all must ask."""
-    return fact if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(fact)).all())
+    """Says whether `fact` is true on all processes. All must call it."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(multihost_utils.process_allgather(np.asarray(fact)).all())
 
 
 def from_process_0(value: float) -> float:
-    """The float32 value that process 0 has; all must ask."""
-    return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+    """The value of process 0, rounded to float32 if there are several processes. All must call it."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process says, plain values as JSON returns them, in the processes' order; all must call it."""
+    """The value of each process, in the order of the processes. All must call it, with plain values for JSON."""
     if jax.process_count() == 1:
         return [value]
     barrier("gather")
@@ -98,26 +102,31 @@ def gather(value: Any) -> list[Any]:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises DisagreementError naming every fact that is not the same on all processes; all must call it."""
+    """Checks that facts, by name, are the same on all processes. All must call it.
+
+    Raises:
+        DisagreementError: naming every fact that differs, with its values on process 0 and on the first other process.
+    """
     everyone = gather({name: repr(value) for name, value in facts.items()})
     problems = []
     for name in sorted(set().union(*everyone)):
-        values = [told.get(name, "missing") for told in everyone]
-        if other := next((i for i, value in enumerate(values) if value != values[0]), 0):
-            problems.append(f"{name}: {values[0]} on process 0, {values[other]} on process {other}")
+        values = [facts_there.get(name, "missing") for facts_there in everyone]
+        others = [process for process, value in enumerate(values) if value != values[0]]
+        if others:
+            problems.append(f"{name}: {values[0]} on process 0, {values[others[0]]} on process {others[0]}")
     if problems:
         raise DisagreementError(f"expected the same on all processes, got {'; '.join(problems)}")
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here: within an hour, where a collective waits half a minute on CPUs."""
+    """Waits until all processes have called it, for up to an hour. On CPUs a collective waits only half a minute."""
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_MINUTES * 60_000)
 
 
 def to_process_0(tree: Any) -> Any:
-    """A tree of arrays that lie on all processes' devices as numpy arrays, on process 0; None on the others.
+    """A tree of arrays on the devices of all processes as numpy arrays, on process 0; None on the other processes.
 
-    All must call it. Other processes hold one whole array at a time and never the whole tree.
+    All must call it. The other processes hold one whole array at a time, and never the whole tree.
     """
     here = jax.process_index() == 0
 

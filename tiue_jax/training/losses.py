@@ -1,7 +1,7 @@
-"""The losses of TiUE's distillation (arXiv 2505.21960): arrays in, (scalar float32, metrics) out.
+"""The losses of TiUE's distillation (arXiv 2505.21960), as functions from arrays to a float32 scalar and metrics.
 
-No network is called here, and nothing but jax is imported. Shapes: b batch, k timesteps, h w c latents, p the width of
-CLIP's shared space. All reductions run in float32 whatever the dtype that comes in.
+No network is called here, and nothing but jax and numpy is imported. Shapes: b batch, k timesteps, h w c latents, p the
+width of CLIP's shared space. All reductions are in float32 for every dtype of the arguments.
 """
 
 import jax
@@ -18,7 +18,15 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def timestep_weight(weighting: str, sqrt_one_minus_alphas_cumprod: jax.Array) -> jax.Array:
-    """The weight of each sample's timestep in L_vsd, in the shape of its argument: 1 - abar_t, or 1."""
+    """The weight of each sample's timestep in L_vsd: 1 - abar_t, or 1 if `weighting` is "uniform".
+
+    Args:
+        weighting: one of TIMESTEP_WEIGHTINGS.
+        sqrt_one_minus_alphas_cumprod: sqrt(1 - abar_t), of any shape, which the result has too.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
     if weighting == "one_minus_alphas_cumprod":
         return jnp.square(sqrt_one_minus_alphas_cumprod)
     if weighting == "uniform":
@@ -29,9 +37,14 @@ def timestep_weight(weighting: str, sqrt_one_minus_alphas_cumprod: jax.Array) ->
 def vsd(latents: jax.Array, teacher: jax.Array, lora: jax.Array, weight: jax.Array) -> Loss:
     """Variational score distillation: 0.5 mean((z_0 - stopgrad(z_0 - g))^2) with g = weight (e_teacher - e_lora).
 
-    latents z_0, and the guided noise predictions of the teacher and the LoRA teacher, [b h w c]; weight [b 1 1 1]. The
-    gradient with respect to z_0 is g over the number of elements. Where a prediction is not finite g is clamped
-    (nan_to_num: one bad sample must not stop a run); `vsd_nonfinite` is the share of such elements, so that it shows.
+    The gradient with respect to z_0 is g over the number of elements. Elements of g that are not finite are replaced
+    by finite ones (nan_to_num), so that one bad sample does not stop a run. The metric `vsd_nonfinite` is their share.
+
+    Args:
+        latents: the student's z_0 [b h w c].
+        teacher: guided noise prediction of the teacher [b h w c].
+        lora: guided noise prediction of the LoRA teacher [b h w c].
+        weight: see `timestep_weight` [b 1 1 1].
     """
     latents, teacher, lora = (x.astype(jnp.float32) for x in (latents, teacher, lora))
     direction = weight * (teacher - lora)
@@ -62,10 +75,14 @@ def clip(
     threshold: float = 0.35,
     whole_similarity: jax.Array | None = None,
 ) -> Loss:
-    """relu(threshold - mean cosine similarity) of CLIP's projected features [b p], un-normalised.
+    """relu(threshold - mean cosine similarity) of CLIP's projected features.
 
-    Where these are a part of a batch, `whole_similarity`, the mean over all of it, decides on which side of the bend
-    the loss is: then the parts' losses and gradients have the whole batch's as their mean.
+    Args:
+        text_features: of the prompts [b p], not normalised.
+        image_features: of the images [b p], not normalised.
+        threshold: the similarity above which the loss is 0.
+        whole_similarity: for a micro-batch, the mean similarity of the whole batch. It then decides if the loss is 0.
+            So the mean of the micro-batches' losses and gradients is the loss and the gradient of the whole batch.
     """
     text, image = (x.astype(jnp.float32) for x in (text_features, image_features))
     norms = jnp.linalg.norm(text, axis=-1) * jnp.linalg.norm(image, axis=-1)
@@ -76,11 +93,12 @@ def clip(
 
 
 def clip_pixels(images: jax.Array, size: int, normalize: bool = True) -> jax.Array:
-    """Images [b h w 3] in [-1, 1] as CLIP's image tower takes them, float32 [b size size 3].
+    """Images [b h w 3] in [-1, 1] as inputs of CLIP's image tower, float32 [b size size 3].
 
-    Bicubic with Keys' a = -0.5 and antialiasing when shrinking: the filter of CLIP's own PIL preprocessing. PyTorch's
-    `interpolate(mode="bicubic")`, which the reference uses, has a = -0.75 and does not antialias by default, so its
-    pixels differ. The reference also omits CLIP's mean and standard deviation; CLIP was trained with them.
+    They are resized by a bicubic filter with Keys' a = -0.5, with antialiasing if they shrink: the filter of CLIP's PIL
+    preprocessing. PyTorch's `interpolate(mode="bicubic")`, which the reference uses, has a = -0.75 and by default no
+    antialiasing, so its pixels differ. With `normalize`, CLIP's mean and standard deviation are applied. The reference
+    does not apply them, but CLIP was trained with them.
     """
     images = (images.astype(jnp.float32) + 1) / 2
     images = jax.image.resize(images, (images.shape[0], size, size, 3), "bicubic")
@@ -90,7 +108,13 @@ def clip_pixels(images: jax.Array, size: int, normalize: bool = True) -> jax.Arr
 
 
 def lora(prediction: jax.Array, noise: jax.Array, sqrt_alphas_cumprod: jax.Array) -> Loss:
-    """The LoRA teacher's denoising loss, mean((sqrt(abar_t) (e_lora - n))^2): [b h w c], [b h w c], [b 1 1 1]."""
+    """The LoRA teacher's denoising loss, mean((sqrt(abar_t) (e_lora - n))^2).
+
+    Args:
+        prediction: the noise prediction e_lora [b h w c].
+        noise: the noise n in the noisy latents [b h w c].
+        sqrt_alphas_cumprod: sqrt(abar_t) [b 1 1 1].
+    """
     error = sqrt_alphas_cumprod * (prediction.astype(jnp.float32) - noise.astype(jnp.float32))
     loss = jnp.mean(jnp.square(error))
     return loss, {"loss_lora": loss}

@@ -1,4 +1,4 @@
-"""What lies where during training: every array of the state and of the frozen models, and its bytes on each device."""
+"""A table of every array of the training state and of the frozen models, with its bytes on each device."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,8 +9,9 @@ import jax
 from rich.table import Table
 
 from tiue_jax.files import writing_aside
+from tiue_jax.training import checksums
 
-# the fields of distill.TrainState and distill.Frozen, as a table calls them; the two "unet" are one in the teacher
+# Names in the table for the fields of TrainState and distill.Frozen. Teacher and LoRA teacher share "unet".
 _PARTS = {
     "params": "student",
     "ema": "student, moving average",
@@ -34,8 +35,8 @@ class Array(NamedTuple):
     name: str  # dotted
     shape: tuple[int, ...]
     dtype: str
-    spec: str  # mesh axis by axis of the array, "-" where it is not sharded
-    size: int  # bytes of the whole
+    spec: str  # the mesh axis that shards each axis of the array, "-" for none
+    size: int  # bytes of the whole array
     bytes_per_device: int
 
 
@@ -44,9 +45,9 @@ class Part(NamedTuple):
 
     name: str
     dtype: str
-    arrays: int
-    sharded: int  # arrays that are
-    size: int  # bytes of the whole
+    arrays: int  # number of arrays
+    sharded: int  # number of sharded arrays
+    size: int  # bytes of the whole part
     bytes_per_device: int
 
 
@@ -56,15 +57,15 @@ def arrays(*trees: Any) -> list[Array]:
 
 
 def parts(found: Iterable[Array]) -> list[Part]:
-    """Sums by part, in the order of their first array."""
+    """The sums over each part, in the order of the parts' first arrays."""
     by_part: dict[str, list[Array]] = {}
     for array in found:
         by_part.setdefault(array.part, []).append(array)
-    return [_sum(name, "/".join(dict.fromkeys(x.dtype for x in own)), own) for name, own in by_part.items()]
+    return [_sum(name, "/".join(dict.fromkeys(x.dtype for x in group)), group) for name, group in by_part.items()]
 
 
 def table(found: Sequence[Array]) -> Table:
-    """One row for each part and one for their sum, to print with rich."""
+    """A table with a row for each part and one for their sum, to print with rich."""
     rows = Table(box=None, pad_edge=False, header_style="bold")
     rows.add_column("part")
     for column in ("dtype", "arrays", "sharded", "MB", "MB per device"):
@@ -77,7 +78,7 @@ def table(found: Sequence[Array]) -> Table:
 
 
 def write(path: str | Path, found: Iterable[Array]) -> None:
-    """Every array as a line of tab-separated values."""
+    """Writes a file with each array as a line of tab-separated values, below a line of their names."""
     lines = ["\t".join(Array._fields)]
     for array in found:
         shape = "x".join(map(str, array.shape)) or "scalar"
@@ -86,20 +87,20 @@ def write(path: str | Path, found: Iterable[Array]) -> None:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _sum(name: str, dtype: str, own: Sequence[Array]) -> Part:
+def _sum(name: str, dtype: str, group: Sequence[Array]) -> Part:
     return Part(
         name=name,
         dtype=dtype,
-        arrays=len(own),
-        sharded=sum(array.spec != "-" for array in own),
-        size=sum(array.size for array in own),
-        bytes_per_device=sum(array.bytes_per_device for array in own),
+        arrays=len(group),
+        sharded=sum(array.spec != "-" for array in group),
+        size=sum(array.size for array in group),
+        bytes_per_device=sum(array.bytes_per_device for array in group),
     )
 
 
 def _array(path: tuple[Any, ...], leaf: Any) -> Array:
-    field, *rest = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-    if moment := next((name for name in ("mu", "nu") if name in rest), None):  # optax wraps them in states of its own
+    field, *rest = checksums.dotted(path).split(".")
+    if moment := next((name for name in ("mu", "nu") if name in rest), None):  # deep inside optax's states
         field, rest = f"{field}.{moment}", rest[rest.index(moment) + 1 :]
     elif field not in _PARTS:
         rest = [field, *rest]

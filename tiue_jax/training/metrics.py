@@ -1,4 +1,4 @@
-"""What a run shows while it runs: TensorBoard scalars and pictures, and its settings as config.json. Process 0 only."""
+"""The files that show a run's progress: TensorBoard scalars and images, and the settings as config.json."""
 
 import contextlib
 import json
@@ -20,21 +20,26 @@ from tiue_jax.files import write_json
 from tiue_jax.images import write_png
 from tiue_jax.training.checkpoint import NotSavedError
 
-FLUSH_SECONDS = 30  # scalars are on the disk after so long
+FLUSH_SECONDS = 30  # scalars are on the disk after at most this time
 
 
 class MetricsWriter:
-    """Writes below a run's folder: `tensorboard/`, `samples/` and `config.json`; a context manager that flushes.
+    """Writes `tensorboard/`, `samples/` and `config.json` in a run's folder; a context manager that flushes.
 
-    On every process but the first it writes nothing, so that callers need not ask which one they are. Events are
-    written at once: tensorboardX's own writer has a thread, which ends at a full disk, and then its queue blocks.
+    It writes on process 0 only. Other processes call the same methods, which then do nothing. Events are written at
+    once, since tensorboardX's writer has a thread that ends on a full disk, and then its queue blocks.
 
     Raises:
-        NotSavedError: whatever cannot be written, as on a full disk, naming the file; by all methods.
+        NotSavedError: naming the file that cannot be written, as on a full disk. Every method may raise it.
     """
 
     def __init__(self, workdir: str | Path, start_step: int = 0):
-        """`start_step` hides what an earlier, interrupted run logged after the checkpoint that this one resumes."""
+        """Opens a new file of events.
+
+        Args:
+            workdir: the run's folder.
+            start_step: the step of the checkpoint that the run resumes. TensorBoard hides what was logged after it.
+        """
         self._workdir = Path(workdir)
         self._events: RecordWriter | None = None
         self._flushed = -math.inf
@@ -57,11 +62,11 @@ class MetricsWriter:
                 with _writing(self._path):
                     self._events.close()
             except NotSavedError:
-                if kind is None:  # else what went wrong first is to be said
+                if kind is None:  # otherwise the first error is the one to report
                     raise
 
     def config(self, settings: Mapping[str, Any]) -> None:
-        """The run's settings, as `config.json` and as text in TensorBoard."""
+        """Writes the run's settings, as `config.json` and as text in TensorBoard."""
         if self._events is not None:
             path = self._workdir / "config.json"
             with _writing(path):
@@ -70,14 +75,14 @@ class MetricsWriter:
             self._add(Event(summary=summary.text("config", text)), 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Values by tag, such as `train/loss_vsd`, after `step` updates."""
+        """Writes values by tag, such as `train/loss_vsd`, after `step` steps."""
         for tag, value in values.items():
             self._add(Event(summary=summary.scalar(tag, float(value))), step)
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes to the disk what was only noted."""
+        """Writes all events to the disk."""
         if self._events is not None:
             with _writing(self._path):
                 self._events.flush()
@@ -86,7 +91,11 @@ class MetricsWriter:
     def image(
         self, step: int, tag: str, image: np.ndarray, metadata: Mapping[str, object] | None = None
     ) -> Path | None:
-        """A picture, uint8 [h w 3], as `samples/{tag}_{step}.png` and in TensorBoard; the file's path."""
+        """Writes an image, uint8 [h w 3], as `samples/{tag}_{step}.png` and in TensorBoard.
+
+        Returns:
+            The path of the PNG file; None on other processes than 0.
+        """
         if self._events is None:
             return None
         path = self._workdir / "samples" / f"{tag.replace('/', '_')}_{step:07d}.png"
@@ -106,7 +115,7 @@ class MetricsWriter:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Any OSError as NotSavedError with one line that names the file."""
+    """Turns any OSError into NotSavedError, with one line that names the file."""
     try:
         yield
     except OSError as error:

@@ -10,10 +10,18 @@ LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 
 
 def learning_rate(kind: str, peak: float, *, warmup_steps: int = 0, total_steps: int | None = None) -> optax.Schedule:
-    """Learning rate by step: a linear rise over `warmup_steps`, then `peak`, or a fall to 0 at `total_steps`.
+    """The learning rate by step: a linear rise over `warmup_steps`, then `peak` or a fall to 0 at `total_steps`.
 
-    The rise starts at peak / warmup_steps, so that the first update is not lost. Raises ValueError for an unknown kind,
-    a rate that is not positive, and for a falling schedule without an end after its warm-up.
+    The rise starts at peak / warmup_steps, so that the first update has a rate above 0.
+
+    Args:
+        kind: "constant", or "linear" or "cosine", which fall.
+        peak: the learning rate after the rise.
+        warmup_steps: length of the rise.
+        total_steps: the step at which a falling rate is 0; not used by "constant".
+
+    Raises:
+        ValueError: an unknown kind, a rate that is not positive, or a falling rate whose end is not after the rise.
     """
     if kind not in LEARNING_RATE_SCHEDULES:
         raise ValueError(f"learning rate schedule must be one of {LEARNING_RATE_SCHEDULES}, got {kind!r}")
@@ -43,11 +51,11 @@ def adam(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam without weight decay on gradients clipped to a global norm (arXiv 1412.6980; the clipping comes first)."""
+    """Adam (arXiv 1412.6980) without weight decay, on gradients that are first clipped to a global norm."""
     chain = optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(learning_rate, b1=b1, b2=b2, eps=eps))
 
     def update(grads: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
-        # optax raises Python floats to the power of its int32 count, which strict promotion forbids
+        # Optax raises Python floats to the power of its int32 count. Strict promotion of dtypes forbids that.
         with jax.numpy_dtype_promotion("standard"):
             return chain.update(grads, state, params)
 
@@ -55,12 +63,17 @@ def adam(
 
 
 def ema_decay(step: jax.Array, decay: float = 0.9999) -> jax.Array:
-    """min(decay, (1 + step) / (10 + step)), `step` being the number of updates before this one: 0.1 at the first."""
+    """The decay of the moving average: min(decay, (1 + step) / (10 + step)), which is 0.1 at the first update.
+
+    Args:
+        step: number of updates before this one, int32 [].
+        decay: the upper limit.
+    """
     step = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
 def ema(average: Any, params: Any, step: jax.Array, decay: float = 0.9999) -> Any:
-    """The moving average of the weights after an update: decay * average + (1 - decay) * params, warmed up."""
+    """The moving average after an update, decay * average + (1 - decay) * params. See `ema_decay` for the decay."""
     rate = ema_decay(step, decay)
     return jax.tree.map(lambda old, new: old + (1 - rate) * (new - old), average, params)

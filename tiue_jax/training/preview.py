@@ -1,4 +1,4 @@
-"""What a run shows of its student while it trains: its pictures above its teacher's, for the same prompts and noise."""
+"""The images that a run shows: the student's above the teacher's, for the same prompts and noise."""
 
 import dataclasses
 from pathlib import Path
@@ -12,17 +12,17 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.training.settings import Settings, student_config, student_sampling
 
 GRID_COLUMNS = 8
-GRID_PIXELS = 128  # smaller pictures are enlarged to about this
+GRID_PIXELS = 128  # smaller images are enlarged to about this size
 
 
 class Preview:
-    """Samples the run's prompts on the devices of this process; the teacher's pictures are made at once.
+    """Samples the run's validation prompts, on the devices of this process. The teacher's are sampled once, here.
 
-    Between pictures nothing stays on the devices, which training fills: the text encoder and the VAE wait in the memory
-    of the host.
+    Between calls nothing stays on the devices, since training needs their memory. The text encoder and the VAE wait in
+    the memory of the host.
 
     Args:
-        folder: the teacher's.
+        folder: the teacher's pipeline folder.
         settings: of the run.
     """
 
@@ -46,10 +46,10 @@ class Preview:
         self._student.unet = self._student.unet._replace(params={})
 
     def __call__(self, unet: functional.Params) -> tuple[np.ndarray, float]:
-        """The pictures of a student as one, uint8 [h w 3], and how far they are from its teacher's (images.distance).
+        """Samples a student. Returns a grid, see `side_by_side`, and the distance to the teacher (images.distance).
 
         Args:
-            unet: its parameters, numpy arrays.
+            unet: the student's parameters, numpy arrays.
         """
         graph = self._student.unet
         self._student.unet = graph._replace(params=functional.cast(unet, self._dtype))
@@ -61,11 +61,16 @@ class Preview:
 
 
 def side_by_side(students: np.ndarray, teachers: np.ndarray) -> np.ndarray:
-    """Rows of the student's images, each above the row of its teacher's: uint8 [n h w 3] twice -> [H W 3]."""
+    """A grid of images, uint8 [h w 3]: each row of the student's above the row of the teacher's.
+
+    Args:
+        students: the student's images, uint8 [n h w 3].
+        teachers: the teacher's images of the same prompts, uint8 [n h w 3].
+    """
     columns = min(GRID_COLUMNS, len(students))
     rows = []
     for start in range(0, len(students), columns):
-        for pictures in (students[start : start + columns], teachers[start : start + columns]):
-            blank = np.full((columns - len(pictures), *pictures.shape[1:]), 255, np.uint8)
-            rows += [pictures, blank]
+        for row in (students[start : start + columns], teachers[start : start + columns]):
+            blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
+            rows += [row, blank]
     return images.grid(np.concatenate(rows), columns, upscale=max(1, GRID_PIXELS // students.shape[1]))

@@ -1,10 +1,10 @@
-"""Settings of a training run, read once from a config file into frozen dataclasses.
+"""Settings of a training run, with their defaults: four frozen dataclasses, one for each section of a recipe.
 
-The four sections are those of the files in configs/. Below train.py nobody sees a config object.
+A recipe changes `default_config()`. The command line reads it once into `Settings`, and no other module sees the
+ml_collections config.
 """
 
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ from tiue_jax.schedule import SPACINGS
 from tiue_jax.sharding import REPLICATE_BELOW
 from tiue_jax.training import losses, optim
 
-# What a run measures of its student at every validation, and which end is the better one.
+# Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
 EVAL_METRICS = {"eval/teacher_distance": "min"}
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Where the weights come from.
+    """The models. Each is the name of a known model, a repository on the hub or a folder, see hub.resolve.
 
     Attributes:
-        pretrained_model_name_or_path: the teacher, which the student starts from: what hub.resolve takes.
-        clip_model_name_or_path: a CLIP in transformers' layout, tokenizer included, for L_clip, such as
-            "clip-vit-base-patch32": what hub.resolve takes, and so the next.
+        pretrained_model_name_or_path: the teacher, from which the student starts.
+        clip_model_name_or_path: a CLIP in transformers' layout with its tokenizer, for L_clip, such as
+            "clip-vit-base-patch32".
         tiny_vae_name_or_path: an AutoencoderTiny, which decodes the student's latents for L_clip, such as "taesd".
     """
 
@@ -49,9 +49,11 @@ class DataConfig:
     """The prompts.
 
     Attributes:
-        prompts: a file of them, text or JSON lines, or a folder that data.prepare made, for millions of them.
+        prompts: a file of prompts, as text or JSON lines; a folder that `tiue data prepare` made, for millions of
+            prompts; or the name of a model that comes with prompts.
         field: the prompt's field in JSON lines, such as "Task2.Caption"; None for text.
-        embeddings: a folder that data.embed made of these prompts, read instead of encoding them in the step.
+        embeddings: a folder that `tiue data embed` made of these prompts. The step reads the text embeddings from it
+            and does not encode text. None encodes the prompts in the step.
     """
 
     prompts: str
@@ -61,27 +63,31 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Attributes:
-        seed: of the student's noise, the timesteps, the LoRA teacher's start and the order of the prompts.
-        batch_size: prompts a step, on all devices together.
-        max_train_steps: number of updates of the whole run.
-        max_train_minutes: stop after so long, even if max_train_steps are not done; None is no limit.
+        seed: of the student's noise, the timesteps, the LoRA teacher's first adapters and the order of the prompts.
+        batch_size: prompts per step, on all devices together.
+        max_train_steps: number of steps of the whole run.
+        max_train_minutes: stop after this time, even if max_train_steps are not done; None sets no limit.
         log_every: steps between scalars in TensorBoard.
+        profile_steps: write a JAX profile of this many steps to `tensorboard/` in the run's folder; None writes none.
+            It begins with the third step after each start of the run, when nothing is compiled any more. See
+            training/profile.py.
         checkpoint_every: steps between checkpoints.
-        checkpoints_total_limit: how many of the newest to keep; None is all.
-        checkpoints_best_metric: also keep the checkpoint that is best by this, one of EVAL_METRICS; None keeps none.
-            The training losses are no choice: L_vsd starts at 0 and says nothing about quality.
-        max_skipped_steps: stop after so many steps in a row whose loss or gradient is not finite. Their updates are
-            skipped. Looked at when something is logged.
-        validation_every: steps between grids of student beside teacher.
-        validation_prompts: what they show.
-        validation_num_inference_steps: the teacher's DDIM steps in them.
-        validation_guidance_scale: and its guidance.
-        mesh_data, mesh_fsdp: sizes of the mesh axes; -1 takes the devices that the other leaves.
+        checkpoints_total_limit: how many of the newest checkpoints are kept; None keeps all.
+        checkpoints_best_metric: also keep the best checkpoint by this metric, one of EVAL_METRICS; None keeps none.
+            A training loss cannot be chosen: L_vsd starts at 0 and says nothing about quality.
+        max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite. Such steps make no
+            update. They are counted when something is logged.
+        validation_every: steps between grids that show the student's images above the teacher's.
+        validation_prompts: the prompts of the grids; without any there are no grids.
+        validation_num_inference_steps: the teacher's DDIM steps in the grids.
+        validation_guidance_scale: the teacher's guidance scale in the grids.
+        mesh_data: size of the mesh axis that repeats the parameters; -1 takes the devices that mesh_fsdp leaves.
+        mesh_fsdp: size of the mesh axis that shards the parameters; -1 takes the devices that mesh_data leaves.
         mesh_replicate_below: arrays of fewer elements are not sharded over fsdp.
-        mesh_replicate_frozen: every device holds the whole teacher and text encoder, which then need no gathering.
+        mesh_replicate_frozen: every device holds the whole teacher and text encoder, so that they are never gathered.
     """
 
     seed: int = 0
@@ -89,6 +95,7 @@ class TrainConfig:
     max_train_steps: int = 66_500
     max_train_minutes: float | None = None
     log_every: int = 50
+    profile_steps: int | None = None
     checkpoint_every: int = 1_000
     checkpoints_total_limit: int | None = 3
     checkpoints_best_metric: str | None = None
@@ -109,10 +116,19 @@ class TrainConfig:
         object.__setattr__(self, "validation_prompts", tuple(prompts))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed must be between 0 and {2**32 - 1}, got {self.seed}")
-        every = ("log_every", "checkpoint_every", "validation_every")
-        for name in ("batch_size", "max_train_steps", "max_skipped_steps", "validation_num_inference_steps", *every):
+        for name in (
+            "batch_size",
+            "max_train_steps",
+            "max_skipped_steps",
+            "log_every",
+            "checkpoint_every",
+            "validation_every",
+            "validation_num_inference_steps",
+        ):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"train.{name} must be an integer >= 1, got {value!r}")
+        if self.profile_steps is not None and (type(self.profile_steps) is not int or self.profile_steps < 1):
+            raise ValueError(f"train.profile_steps must be an integer >= 1 or None, got {self.profile_steps!r}")
         if not math.isfinite(self.validation_guidance_scale):
             raise ValueError(f"train.validation_guidance_scale must be finite, got {self.validation_guidance_scale}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
@@ -135,44 +151,44 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """Settings of the distillation; the defaults are the reference recipe for an 866M-parameter UNet.
+    """The distillation. The defaults are the recipe of the paper for an 866M-parameter UNet.
 
     Raises:
         ValueError: a setting out of its range, with its name, its value and what was expected.
     """
 
-    num_inference_steps: int = 4  # K, decoder passes
+    num_inference_steps: int = 4  # K, the number of decoder passes
     timestep_spacing: str = "leading"  # or "trailing", "linspace"; with "leading" the last pass weighs almost nothing
-    teacher_guidance_scale: float = 4.5  # classifier-free guidance of the frozen teacher; 1 is none
-    lora_guidance_scale: float = 4.5
-    min_timestep: int = 20  # the teachers are compared at timesteps from here ...
-    max_timestep: int = 980  # ... to here, included
+    teacher_guidance_scale: float = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
+    lora_guidance_scale: float = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
+    min_timestep: int = 20  # the first timestep at which the teachers are compared
+    max_timestep: int = 980  # the last timestep at which the teachers are compared
     timestep_weighting: str = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
     lora_rank: int = 64
     lora_alpha: float = 108.0  # the adapters' scale is alpha / rank
     lora_targets: tuple[str, ...] = ("to_q", "to_v")  # ends of the names of linear and convolution layers, as in peft
     kl_weight: float = 0.1  # lambda_kl; 0 leaves the term out
-    kl_batch_size: float = 8.0  # the KL term is its mean over the batch times this, see losses.kl
-    clip_weight: float = 0.0  # of L_clip at step 0, falling linearly to 0; 0 leaves the term out
-    clip_decay_steps: int | None = None  # the step at which it is 0; max_train_steps where None
-    clip_threshold: float = 0.35  # tau: the similarity above which CLIP is satisfied
-    clip_normalize: bool = True  # CLIP's mean and standard deviation on its pictures, which the reference leaves out
+    kl_batch_size: float = 8.0  # the KL term is its mean over the batch times this number, see losses.kl
+    clip_weight: float = 0.0  # of L_clip at step 0, from where it falls linearly to 0; 0 leaves the term out
+    clip_decay_steps: int | None = None  # the step at which the weight of L_clip is 0; None is max_train_steps
+    clip_threshold: float = 0.35  # tau: the similarity above which L_clip is 0
+    clip_normalize: bool = True  # apply CLIP's mean and standard deviation to its images; the reference does not
     text_dropout: float = 0.1  # probability that the LoRA teacher's update uses the null prompt, for the whole batch
     ema_decay: float = 0.9999  # upper limit of the moving average's decay; 0 makes it a copy of the weights
     student_learning_rate: float = 1e-6
     student_learning_rate_schedule: str = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
     lora_learning_rate: float = 1e-3
-    lora_learning_rate_schedule: str = "constant"
-    warmup_steps: int = 0  # linear warm-up of both rates
-    max_train_steps: int | None = None
+    lora_learning_rate_schedule: str = "constant"  # see student_learning_rate_schedule
+    warmup_steps: int = 0  # linear warm-up of both learning rates
+    max_train_steps: int | None = None  # a recipe does not set it: it is train.max_train_steps
     max_grad_norm: float = 1.0  # global norm to which each of the two gradients is clipped
     adam_b1: float = 0.9
     adam_b2: float = 0.999
     adam_eps: float = 1e-8
     compute_dtype: str = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
-    gradient_accumulation_steps: int = 1  # micro-batches, one after the other, that a batch is split into
-    remat: str = "none"  # what the backward pass computes again: see models.unet.REMAT_POLICIES
-    latent_size: int | None = None  # height and width of the latents; the UNet's own sample_size where None
+    gradient_accumulation_steps: int = 1  # micro-batches that a batch is split into, computed one after the other
+    remat: str = "none"  # activations that the backward pass computes again: see models.unet.REMAT_POLICIES
+    latent_size: int | None = None  # height and width of the latents; None is the UNet's sample_size
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
@@ -204,12 +220,12 @@ class DistillConfig:
             raise ValueError(f"max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}")
         if self.clip_weight and not (self.clip_decay_steps or self.max_train_steps):
             raise ValueError(f"clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither")
-        self.learning_rates()
-        self.lora  # noqa: B018 (validates rank and targets)
+        self.learning_rates()  # raises ValueError on a wrong rate or schedule
+        LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank or target
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """From a plain mapping; ValueError names each setting that does not exist."""
+        """Reads a plain mapping. ValueError naming each setting that does not exist, or is out of its range."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"unknown distillation settings {unknown}, expected some of {sorted(known)}")
@@ -217,44 +233,34 @@ class DistillConfig:
 
     @property
     def lora(self) -> LoRAConfig:
+        """The adapters of the LoRA teacher."""
         return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
 
     def clip_weight_at(self, step: jax.Array) -> jax.Array:
         """The weight of L_clip at a step, float32 []."""
         end = self.clip_decay_steps or self.max_train_steps
-        assert end is not None  # __post_init__ saw to it
+        assert end is not None  # checked in __post_init__
         return self.clip_weight * jnp.maximum(0.0, 1 - step.astype(jnp.float32) / end)
 
     def learning_rates(self) -> tuple[optax.Schedule, optax.Schedule]:
-        """Learning rates of the student and of the LoRA teacher by step."""
-        rate = functools.partial(optim.learning_rate, warmup_steps=self.warmup_steps, total_steps=self.max_train_steps)
+        """Learning rates of the student and of the LoRA teacher, as functions of the number of updates."""
+
+        def schedule(kind: str, peak: float) -> optax.Schedule:
+            return optim.learning_rate(kind, peak, warmup_steps=self.warmup_steps, total_steps=self.max_train_steps)
+
         return (
-            rate(self.student_learning_rate_schedule, self.student_learning_rate),
-            rate(self.lora_learning_rate_schedule, self.lora_learning_rate),
+            schedule(self.student_learning_rate_schedule, self.student_learning_rate),
+            schedule(self.lora_learning_rate_schedule, self.lora_learning_rate),
         )
 
     def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
         """The optimizers of the student and of the LoRA teacher."""
         settings = {"b1": self.adam_b1, "b2": self.adam_b2, "eps": self.adam_eps, "max_grad_norm": self.max_grad_norm}
-        of_student, of_lora = self.learning_rates()
-        return optim.adam(of_student, **settings), optim.adam(of_lora, **settings)
+        student_rate, lora_rate = self.learning_rates()
+        return optim.adam(student_rate, **settings), optim.adam(lora_rate, **settings)
 
 
-_DERIVED = ("distill", "max_train_steps")  # follows the train section's
-
-# What may change when a run is resumed, since it changes no update.
-_FREE = {
-    *("data.prompts", "data.field"),  # they may have moved; the data position knows them by their fingerprint
-    *(f"train.{name}" for name in ("max_train_steps", "max_train_minutes", "log_every")),
-    *(f"train.checkpoint{name}" for name in ("_every", "s_total_limit", "s_best_metric")),
-    "train.max_skipped_steps",
-    *(f"train.mesh_{name}" for name in ("data", "fsdp", "replicate_below", "replicate_frozen")),
-    *(f"train.validation_{name}" for name in ("every", "prompts", "num_inference_steps", "guidance_scale")),
-    "distill.gradient_accumulation_steps",
-    "distill.remat",
-}
-# Known by a hash too, so they may move; but with a path in the place of None, or the reverse, another step is compiled.
-_FREE_TO_MOVE = {"data.embeddings": str}
+_DERIVED = ("distill", "max_train_steps")  # section and name of the setting that repeats train.max_train_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +274,16 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a plain nested mapping. ValueError naming what is missing, unknown or out of range."""
+        """Reads a nested mapping of plain values, without `distill.max_train_steps`.
+
+        Raises:
+            ValueError: naming the sections or settings that are missing, unknown or out of range.
+        """
         sections: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
         if set(config) != set(sections):
             raise ValueError(f"expected the config sections {sorted(sections)}, got {sorted(config)}")
         for name, section in config.items():
-            fields = [f for f in dataclasses.fields(sections[name]) if (name, f.name) != _DERIVED]
+            fields = [field for field in dataclasses.fields(sections[name]) if (name, field.name) != _DERIVED]
             if unknown := sorted(set(section) - {field.name for field in fields}):
                 raise ValueError(f"unknown settings {unknown} in section {name!r}")
             required = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -285,40 +295,28 @@ class Settings:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`, such as a run's config.json. ValueError as `from_config`."""
+        """Reads the result of `to_dict`, such as a run's config.json.
+
+        A setting that was added later, and so is not in an old file, gets its default. ValueError as `from_config`.
+        """
         section, derived = _DERIVED
-        as_written = {name: value for name, value in config.get(section, {}).items() if name != derived}
-        return cls.from_config({**config, section: as_written})
+        given = {name: value for name, value in config.get(section, {}).items() if name != derived}
+        return cls.from_config({**config, section: given})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: sections of plain values."""
-        as_json = lambda value: list(value) if isinstance(value, tuple) else value
+        """The sections as nested mappings of plain values, for JSON."""
         return {
-            section: {name: as_json(value) for name, value in fields.items()}
-            for section, fields in dataclasses.asdict(self).items()
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in dataclasses.asdict(self).items()
         }
-
-    @property
-    def free_on_resume(self) -> dict[str, type]:
-        """The settings, with dots, that a resumed run may have changed, and among what type of value: object is any.
-
-        The length of the run is among them only where no learning rate and no loss weight falls towards its end.
-        """
-        distill = self.distill
-        schedules = {distill.student_learning_rate_schedule, distill.lora_learning_rate_schedule}
-        clip_falls = bool(distill.clip_weight) and distill.clip_decay_steps is None
-        free = _FREE | {"distill.max_train_steps"}
-        if schedules != {"constant"} or clip_falls:
-            free -= {"train.max_train_steps", "distill.max_train_steps"}
-        types: dict[str, type] = dict.fromkeys(free, object)
-        return types | _FREE_TO_MOVE
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every setting with its default, in the sections that Settings has; locked. A recipe changes it and returns it.
+    """Every setting with its default, in the sections of Settings. A recipe changes it and returns it.
 
-    A setting that must be given is None here. So is an optional one; its type is known, so that a command line can set
-    it. `distill.max_train_steps` is left out, since it always is `train.max_train_steps`.
+    The config is locked: a setting that does not exist cannot be set. A setting without a default, and one whose
+    default is None, is an empty placeholder of its type, so that a command line can set it. `distill.max_train_steps`
+    is left out, since it is always `train.max_train_steps`.
     """
     config = ml_collections.ConfigDict()
     for section in dataclasses.fields(Settings):
@@ -330,20 +328,20 @@ def default_config() -> ml_collections.ConfigDict:
                 continue
             value = None if field.default is dataclasses.MISSING else field.default
             if value is None:
-                kind = next(kind for kind in typing.get_args(types[field.name]) or (types[field.name],))
-                value = config_dict.placeholder(kind)
+                optional_of = typing.get_args(types[field.name])  # (int, NoneType) of `int | None`
+                value = config_dict.placeholder(optional_of[0] if optional_of else types[field.name])
             values[field.name] = value
         config[section.name] = ml_collections.ConfigDict(values)
     return config.lock()
 
 
 def student_sampling(settings: Settings) -> Sampling:
-    """How a run's student is sampled."""
+    """The sampling settings of a run's student."""
     distill = settings.distill
     return Sampling("tiue", distill.num_inference_steps, timestep_spacing=distill.timestep_spacing)
 
 
 def student_config(settings: Settings, unet: UNetConfig) -> UNetConfig:
-    """The UNet's configuration of a run's student: the teacher's, with the size that the run trains at."""
+    """The configuration of a run's student: that of the teacher's UNet, with the latent size of the training."""
     size = settings.distill.latent_size
     return unet if size is None else dataclasses.replace(unet, sample_size=size)

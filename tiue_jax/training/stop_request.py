@@ -1,4 +1,7 @@
-"""Requests to end a run early: a signal, a notice of the cloud or a time limit. All processes end at one step."""
+"""Requests to end a run early: a signal, a notice from the cloud, or a time limit.
+
+All processes of a run end after the same step.
+"""
 
 import contextlib
 import http.client
@@ -20,16 +23,16 @@ PREEMPTED = "http://metadata.google.internal/computeMetadata/v1/instance/preempt
 
 
 class StopRequest:
-    """Why a run should end before its last step, such that all processes end after the same one. A context manager.
+    """Collects requests to end a run early; a context manager.
 
-    The reasons are SIGINT (Ctrl-C) and SIGTERM at any process, which is also how a cluster says that it will take a
-    machine back, Compute Engine's own notice of that, and a time limit, by the clock of process 0. With one process the
-    next step is the last. With several, jax spreads the notice and chooses a step that none has passed. A second Ctrl-C
-    acts at once; SIGTERM, which a cluster may send again and again, never does.
+    A request is SIGINT (Ctrl-C) or SIGTERM at any process, Compute Engine's notice that it takes the machine back, or a
+    time limit by the clock of process 0. A cluster that takes a machine back sends SIGTERM, perhaps many times. With
+    one process, the run ends after the step in progress. With several, jax tells all processes and chooses a step that
+    none has passed. A second Ctrl-C ends the process at once. A second SIGTERM changes nothing.
     """
 
     def __init__(self, minutes: float | None = None):
-        """`minutes` from now is the time limit."""
+        """Sets the time limit, `minutes` from now; None sets none."""
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._received: list[int] = []
         self._before: dict[int, Any] = {}
@@ -37,8 +40,9 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self._several = jax.distributed.is_initialized()
-        # then, be it with one process, SIGTERM is jax's own notice, which a handler here would take away from it
-        for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
+        # If jax.distributed is initialized, even with one process, jax handles SIGTERM. It must keep its handler.
+        handled = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
+        for number in handled:
             self._before[number] = signal.signal(number, self._remember)
         self._ended = threading.Event()
         if MACHINE.is_file() and MACHINE.read_text().startswith("Google"):
@@ -59,11 +63,11 @@ class StopRequest:
 
     @property
     def minutes_left(self) -> float | None:
-        """Until the time limit."""
+        """Minutes until the time limit; None without a limit."""
         return None if self._deadline is None else (self._deadline - time.monotonic()) / 60
 
     def reached(self, step: int) -> bool:
-        """Whether to end after this step; the same on all processes, which must all ask after every step."""
+        """Says whether to end after this step: the same on all processes. All must call it after every step."""
         if self._deadline is not None and not self._time_is_up and time.monotonic() >= self._deadline:
             self._time_is_up = True
             if self._several and jax.process_index() == 0:
@@ -73,14 +77,23 @@ class StopRequest:
         return self._time_is_up or bool(self._received)
 
     def cause(self) -> signal.Signals | None:
-        """Once a stop was reached: the signal it was for, SIGTERM for any of several processes, None for the time."""
+        """The signal that ended the run, after `reached` was true. None if the time limit ended it.
+
+        With several processes it is SIGTERM for every signal. All must call it.
+        """
         if not self._several:
             return signal.Signals(self._received[0]) if self._received else None
         return None if from_process_0(self._time_is_up) else signal.SIGTERM
 
 
 def watch_preemption(ended: threading.Event, url: str = PREEMPTED, every: float = 1.0) -> None:
-    """Sends this process SIGTERM when Compute Engine says that it takes the machine back; asks until `ended`."""
+    """Sends SIGTERM to this process when Compute Engine says that it takes the machine back.
+
+    Args:
+        ended: ends the watch when it is set.
+        url: Compute Engine's answer is read from there.
+        every: seconds between two questions.
+    """
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     while not ended.wait(every):
         with (

@@ -1,4 +1,4 @@
-"""The folder that a run works in: on a disk that all its hosts share, or in a bucket (gs://)."""
+"""The folder of a run: on a disk that all hosts share, or in a bucket (gs://)."""
 
 import fcntl
 import os
@@ -14,19 +14,19 @@ from tiue_jax import files
 from tiue_jax.training import distributed
 from tiue_jax.weights.layout import MODEL_INDEX
 
-SEEN_WITHIN_SECONDS = 60  # for so long a network file system may remember that a folder was not there
+SEEN_WITHIN_SECONDS = 60  # a network file system may cache for some time that a folder does not exist
 
 
 class Workdir:
-    """A run's folder; a context manager that publishes what is left at the end.
+    """A run's folder; a context manager that calls `publish` at the end.
 
     Attributes:
         path: the folder. All processes write checkpoints there.
-        local: where process 0 writes everything else: the folder itself, or for a bucket a temporary one, of which
-            `publish` copies to the bucket what is new.
+        local: the folder in which process 0 writes everything else. It is `path` on a disk. For a bucket it is a
+            temporary folder, from which `publish` copies new files to the bucket.
 
     Raises:
-        ValueError: a bucket, and the package that reads it is not installed.
+        ValueError: the path is in a bucket, and the package that reads it is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -47,14 +47,13 @@ class Workdir:
             os.close(self._locked)
 
     def claim(self) -> None:
-        """All processes of this run share the folder, and no other run takes it until this one ends.
+        """Locks the folder against other runs, and checks that all processes share it. All processes must call it.
 
-        Another run would clear away what is being saved. Buckets have no locks against that. All processes must call
-        it.
+        Two runs in one folder would delete each other's unfinished checkpoints. A bucket cannot be locked.
 
         Raises:
-            OSError: another run works in it, or it cannot be written.
-            DisagreementError: it is not the folder of process 0; on all processes.
+            OSError: another run works in the folder, or it cannot be written.
+            DisagreementError: on all processes, if one has another folder than process 0.
         """
         if jax.process_index() == 0 and self._aside is None:
             self._lock()
@@ -68,7 +67,7 @@ class Workdir:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another run works in this folder", str(self.local)) from error
-        except OSError:  # a file system without locks
+        except OSError:  # this file system has no locks
             pass
 
     def _check_shared(self) -> None:
@@ -81,18 +80,22 @@ class Workdir:
             until = time.monotonic() + SEEN_WITHIN_SECONDS
             while not (seen := (self.path / mark).exists()) and time.monotonic() < until:
                 time.sleep(1)
-            looked = distributed.gather([str(self.path if self._aside else self.local.absolute()), seen])
+            found = distributed.gather([str(self.path if self._aside else self.local.absolute()), seen])
         finally:
             if jax.process_index() == 0:
                 (self.path / mark).unlink()
-        if apart := [f"process {i} in {folder}" for i, (folder, seen) in enumerate(looked) if not seen]:
+        if apart := [f"process {i} in {folder}" for i, (folder, seen) in enumerate(found) if not seen]:
+            folder_of_process_0, _ = found[0]
             raise distributed.DisagreementError(
-                f"expected a run's folder that all processes share, got {mark} written by process 0 in {looked[0][0]} "
-                f"and not found by {', '.join(apart)}"
+                f"expected a run's folder that all processes share, got {mark} written by process 0 in "
+                f"{folder_of_process_0} and not found by {', '.join(apart)}"
             )
 
     def publish(self) -> None:
-        """Copies new and changed files to the bucket; of a model's folder its index, which makes it one, last."""
+        """Copies new and changed files to the bucket.
+
+        The index of a model's folder is copied last. Without it the folder is no model.
+        """
         if self._aside is None or jax.process_index() > 0:
             return
         found = [file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(".tmp")]
