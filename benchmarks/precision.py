@@ -80,7 +80,7 @@ def rows(model: str, prompts: list[str]) -> dict[str, str]:
         unet = pipe.unet.bind(p)
         if kind == "tiue":
             return student.generate(unet, noise, text, form)
-        return samplers.ddim(unet, noise, text, null, pipe.schedule, steps, GUIDANCE)
+        return samplers.ddim(samplers.Inputs(unet, noise, text, pipe.schedule, steps, null, GUIDANCE))
 
     draw = jax.jit(lambda p, z: images.to_uint8(pipe.vae.bind(p).decode(z / pipe.vae.cfg.scaling_factor).astype("f4")))
 

@@ -45,6 +45,10 @@ def nchw(x) -> torch.Tensor:
     return torch.tensor(np.array(x)).permute(0, 3, 1, 2)
 
 
+def run(sampler, graphdef, params, *inputs):
+    return jax.jit(lambda params: sampler(samplers.Inputs(functional.bind(graphdef, params), *inputs)))(params)
+
+
 def check(name: str, ours: jax.Array, theirs: torch.Tensor) -> None:
     error = relative_error(ours, theirs.permute(0, 2, 3, 1))
     print(f"{name}: max relative error {error:.1e}")
@@ -88,19 +92,23 @@ def test_guidance_embedding(dim):
 def test_lcm(name, cfg, k, guidance_scale, prediction_type, monkeypatch):
     theirs, graphdef, params = build(cfg)
     noise, text, null = inputs()
-    fresh = np.random.default_rng(1).standard_normal((2, k - 1, 8, 8, 4), np.float32)
+    keys = samplers.image_keys(0, np.arange(2), np.zeros(2, int))
+    added = np.asarray(samplers.step_noise(keys, k - 1, (8, 8, 4)))
     schedule = Schedule(prediction_type=prediction_type)
 
     @jax.jit
     def sample(params, w):
         w = 1 if guidance_scale == 1 else w
-        network = samplers.lcm_network(functional.bind(graphdef, params), null, w)
-        return samplers.lcm(network, noise, fresh, text, schedule, k)
+        unet = functional.bind(graphdef, params)
+        return samplers.lcm(samplers.Inputs(unet, noise, text, schedule, k, null, w, keys=keys))
 
     scheduler = LCMScheduler(**BETAS, prediction_type=prediction_type)
     scheduler.set_timesteps(k)
-    injected = iter(fresh.swapaxes(0, 1))
-    draw = lambda *args, **kwargs: nchw(next(injected))
+    injected = iter(added.swapaxes(0, 1))
+
+    def draw(*args, **kwargs):
+        return nchw(next(injected))
+
     monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", draw)
     x, y, y_null = nchw(noise), torch.tensor(text), torch.tensor(null)
     with torch.no_grad():
@@ -142,7 +150,7 @@ def test_turbo(k, prediction_type):
     theirs, graphdef, params = build()
     noise, text, _ = inputs()
     schedule = Schedule(prediction_type=prediction_type)
-    ours = jax.jit(lambda p: samplers.turbo(functional.bind(graphdef, p), noise, text, schedule, k))(params)
+    ours = run(samplers.turbo, graphdef, params, noise, text, schedule, k)
     scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing", prediction_type=prediction_type)
     scheduler.set_timesteps(k)
     x = nchw(noise) * scheduler.init_noise_sigma
@@ -156,7 +164,7 @@ def test_turbo(k, prediction_type):
 def test_swiftbrush():
     theirs, graphdef, params = build()
     noise, text, _ = inputs()
-    ours = jax.jit(lambda p: samplers.one_step(functional.bind(graphdef, p), noise, text, Schedule()))(params)
+    ours = run(samplers.one_step, graphdef, params, noise, text, Schedule(), 1)
     with torch.no_grad():
         output = theirs(nchw(noise), 999, torch.tensor(text)).sample
     scheduler = DDPMScheduler(**BETAS, clip_sample=False)
@@ -202,11 +210,13 @@ def test_faster_diffusion(keys, spacing, prediction_type, noise_injection):
     theirs, graphdef, params = build()
     noise, text, null = inputs()
     schedule = Schedule(timestep_spacing=spacing, prediction_type=prediction_type)
-    ours = jax.jit(
-        lambda p, w: samplers.faster_diffusion(
-            functional.bind(graphdef, p), noise, text, null, schedule, 8, w, keys, noise_injection
-        )
-    )(params, np.float32(3.0))
+
+    @jax.jit
+    def sample(params, w):
+        inputs = samplers.Inputs(functional.bind(graphdef, params), noise, text, schedule, 8, null, w, key_steps=keys)
+        return samplers.faster_diffusion(inputs, noise_injection)
+
+    ours = sample(params, np.float32(3.0))
 
     halves, scheduler = Halves(theirs), DDIMScheduler.from_config(schedule.to_dict())
     scheduler.set_timesteps(8)
