@@ -109,9 +109,9 @@ class Pipeline:
             ValueError: an argument, a file, a tensor or a config field is wrong; names it in one line.
         """
         vae_dtype = dtype if vae_dtype is None else vae_dtype
-        for what, given in (("dtype", dtype), ("vae_dtype", vae_dtype)):
-            if given not in DTYPES:
-                raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
+        for argument, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{argument} must be among {list(DTYPES)}, got {value!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
         folder = hub.resolve(name, dtype)
         model_folder.check_pipeline(folder)
@@ -137,7 +137,7 @@ class Pipeline:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images the UNet was trained on."""
+        """Height and width in pixels of the images that the UNet was trained on."""
         return pipeline_folder.image_size(self.unet.cfg, self.vae.cfg)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:

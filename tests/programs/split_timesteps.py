@@ -74,8 +74,9 @@ class Recorded(Pipeline):
         program = super().program(settings)
 
         def run(*args: Any) -> tuple[jax.Array, jax.Array]:
-            self.text = program.lower(*args).compile().as_text()
-            return program(*args)
+            compiled = program.lower(*args).compile()
+            self.text = compiled.as_text()
+            return compiled(*args)
 
         return run
 
