@@ -86,7 +86,7 @@ def rows(model: str, prompts: list[str]) -> dict[str, str]:
         unet = pipe.unet.bind(p)
         if kind == "tiue":
             return student.generate(unet, noise, text, form)
-        return samplers.ddim(unet, noise, text, null, pipe.schedule, steps, GUIDANCE)
+        return samplers.ddim(samplers.Inputs(unet, noise, text, pipe.schedule, steps, null, GUIDANCE))
 
     @jax.jit
     def decode_image(p: Any, z: jax.Array) -> jax.Array:

@@ -131,9 +131,11 @@ def our_functions(shape: Shape) -> dict[str, Callable[..., Any]]:
     return {
         TIUE: lambda p, x, y, null: student.generate(bind(p), x, y, form),
         REPEATED: lambda p, x, y, null: repeated(bind(p), x, y),
-        ONE_STEP: lambda p, x, y, null: samplers.one_step(bind(p), x, y, schedule),
-        LOOP: lambda p, x, y, null: samplers.ddim(bind(p), x, y, null, schedule, K, 1.0),
-        GUIDED: lambda p, x, y, null: samplers.ddim(bind(p), x, y, null, schedule, shape.guided_steps, GUIDANCE),
+        ONE_STEP: lambda p, x, y, null: samplers.one_step(samplers.Inputs(bind(p), x, y, schedule, 1)),
+        LOOP: lambda p, x, y, null: samplers.ddim(samplers.Inputs(bind(p), x, y, schedule, K)),
+        GUIDED: lambda p, x, y, null: samplers.ddim(
+            samplers.Inputs(bind(p), x, y, schedule, shape.guided_steps, null, GUIDANCE)
+        ),
     }
 
 

@@ -1,4 +1,4 @@
-"""compile_cache.py: compiled programs are kept where they should be, and only there."""
+"""compile_cache.py: the folder of compiled programs, and commands that use it."""
 
 import os
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 
 from tests import tiny
 from tiue_jax import compile_cache
-from tiue_jax.cli import sample, train
+from tiue_jax.cli import train
 
-ROOT = Path(sample.__file__).parent
+ROOT = Path(__file__).parents[1]
 OPTIONS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size")
 
 
 @pytest.fixture
 def cache_home(tmp_path, monkeypatch):
-    """An empty folder for the user's caches, and jax as it is where no test switched its cache off."""
+    """An empty folder for the user's caches, and jax with its cache on, which conftest.py switches off."""
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
@@ -35,7 +35,7 @@ def test_the_folder_is_the_users_own(cache_home):
     assert list((cache_home / "tiue_jax" / "xla").iterdir()) == []
 
 
-def test_what_the_user_told_jax_is_left_alone(cache_home):
+def test_the_users_environment_comes_first(cache_home):
     jax.config.update("jax_compilation_cache_dir", "/somewhere/else")
     assert compile_cache.enable() == Path("/somewhere/else")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -60,43 +60,50 @@ def test_a_folder_that_cannot_be_written_is_a_warning_in_one_line(cache_home, ca
 
 def test_a_user_without_a_home_is_a_warning_in_one_line(cache_home, capsys, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+
+    def no_home(path):
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
     assert compile_cache.enable() is None
     assert capsys.readouterr().err == "warning: compiled programs are not kept: ~/.cache: no home folder for ~\n"
 
 
-def test_training_can_do_without():
+def test_training_has_a_flag_to_switch_it_off():
     given = ["train.py", f"--config={ROOT}/configs/emoji_tiue.py", "--workdir=runs/x"]
     assert train.read_flags(given).keep_compiled
     assert not train.read_flags([*given, "--no_compile_cache"]).keep_compiled
 
 
-RUN = """
-import sys, jax
-from tiue_jax.cli import sample
-hits = []
-jax.monitoring.register_event_listener(lambda event, **about: hits.append(event.endswith("/cache_hits")))
-assert sample.main(["sample.py", *sys.argv[1:]]) == 0
-print(sum(hits), "hits")
-"""
-
-
 def test_the_second_run_of_a_command_does_not_compile(tmp_path):
     model = tiny.write_pipeline(tmp_path / "model", {"sampler": "tiue", "num_inference_steps": 1})
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # the tiny model takes less than the usual second
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # the tiny model compiles in less than the usual second
 
-    def hits(*more):
-        command = [sys.executable, "-c", RUN, "--model", model, "--prompt", "red", "--out", tmp_path / "a.png"]
-        done = subprocess.run([*command, *map(str, more)], env=env, capture_output=True, text=True, check=True)
+    def hits(*arguments, **variables):
+        command = [
+            sys.executable,
+            "-m",
+            "tests.programs.count_cache_hits",
+            "--model",
+            model,
+            "--out",
+            tmp_path / "a.png",
+        ]
+        done = subprocess.run(
+            [*command, "--prompt", "red", *map(str, arguments)],
+            cwd=ROOT,
+            env=env | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return int(done.stdout.split()[-2])
 
-    assert hits("--no_compile_cache") == 0 and not (tmp_path / "caches").exists()
-    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "users")
-    assert hits("--no_compile_cache") == 0 and not (tmp_path / "users").exists()
-    del env["JAX_COMPILATION_CACHE_DIR"]
+    assert hits("--no_compile_cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "users")) == 0
+    assert not (tmp_path / "users").exists() and not (tmp_path / "caches").exists()
     assert hits() == 0
-    kept = sorted((tmp_path / "caches" / "tiue_jax" / "xla").glob("jit_sample-*-cache"))
+    kept = sorted((tmp_path / "caches" / "tiue_jax" / "xla").glob("jit_text_to_images-*-cache"))
     assert len(kept) == 1
     assert hits("--prompt", "apple", "--batch_size", 1, "--seed", 3) == 1

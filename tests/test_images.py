@@ -1,10 +1,12 @@
+"""Grids and PNG files."""
+
 import numpy as np
 import pytest
 
 from tiue_jax import images
 
 
-def pictures(n, h=4, w=6, seed=0):
+def random_images(n, h=4, w=6, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8)
 
 
@@ -13,7 +15,7 @@ def test_to_uint8_maps_the_range_and_clips():
 
 
 def test_grid_places_images_row_by_row_and_leaves_white():
-    x = pictures(5)
+    x = random_images(5)
     y = images.grid(x, columns=3, gap=1)
     assert y.shape == (2 * 4 + 1, 3 * 6 + 2, 3) and y.dtype == np.uint8
     np.testing.assert_array_equal(y[:4, :6], x[0])
@@ -22,7 +24,7 @@ def test_grid_places_images_row_by_row_and_leaves_white():
 
 
 def test_grid_is_square_by_default_and_enlarges():
-    y = images.grid(pictures(4), gap=0, upscale=3)
+    y = images.grid(random_images(4), gap=0, upscale=3)
     assert y.shape == (2 * 4 * 3, 2 * 6 * 3, 3)
     np.testing.assert_array_equal(y[0:3, 0:3], np.broadcast_to(y[0, 0], (3, 3, 3)))
 
@@ -30,11 +32,11 @@ def test_grid_is_square_by_default_and_enlarges():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: images.grid(pictures(0)), "at least one image"),
-        (lambda: images.grid(pictures(2).astype(np.float32)), "float32"),
-        (lambda: images.grid(pictures(2), columns=0), "columns must be >= 1, got 0"),
-        (lambda: images.grid(pictures(2), gap=-1), "gap must be >= 0, got -1"),
-        (lambda: images.grid(pictures(2), upscale=0), "upscale must be an integer >= 1, got 0"),
+        (lambda: images.grid(random_images(0)), "at least one image"),
+        (lambda: images.grid(random_images(2).astype(np.float32)), "float32"),
+        (lambda: images.grid(random_images(2), columns=0), "columns must be >= 1, got 0"),
+        (lambda: images.grid(random_images(2), gap=-1), "gap must be >= 0, got -1"),
+        (lambda: images.grid(random_images(2), upscale=0), "upscale must be an integer >= 1, got 0"),
     ],
 )
 def test_grid_names_what_is_wrong(call, message):
@@ -43,7 +45,7 @@ def test_grid_names_what_is_wrong(call, message):
 
 
 def test_png_carries_its_metadata(tmp_path):
-    x = pictures(1)[0]
+    x = random_images(1)[0]
     metadata = {"prompt": "a red apple", "seed": 0, "other": "りんご"}
     images.write_png(tmp_path / "a.png", x, metadata)
     pixels, text = images.read_png(tmp_path / "a.png")
@@ -55,10 +57,10 @@ def test_png_carries_its_metadata(tmp_path):
 
 def test_png_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="missing/a.png"):
-        images.write_png(tmp_path / "missing" / "a.png", pictures(1)[0])
+        images.write_png(tmp_path / "missing" / "a.png", random_images(1)[0])
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(OSError, match="folder.png"):
-        images.write_png(tmp_path / "folder.png", pictures(1)[0])
-    with pytest.raises(TypeError):  # not a picture: Pillow fails in the middle of writing
+        images.write_png(tmp_path / "folder.png", random_images(1)[0])
+    with pytest.raises(TypeError):  # Pillow fails in the middle of writing
         images.write_png(tmp_path / "b.png", np.zeros((4, 4, 3), np.complex64))
     assert [p.name for p in tmp_path.iterdir()] == ["folder.png"]

@@ -1,9 +1,10 @@
+"""The pipeline: images, batches, compilations, errors, and folders."""
+
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from tests import devices, tiny
+from tests.programs import sample_on_eight_devices
 from tiue_jax import images, pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import samplers
+from tiue_jax.sampling import batches, samplers
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights.tensor_files import WEIGHTS
@@ -29,9 +31,41 @@ def folder(tmp_path_factory):
     return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "student", STUDENT)
 
 
+@contextlib.contextmanager
+def compilations():
+    """Records the log messages of XLA compilations, one for each."""
+    finished = []
+
+    def record(entry):
+        if entry.getMessage().startswith("Finished XLA compilation"):
+            finished.append(entry.getMessage())
+        return True
+
+    handler = logging.Handler(logging.WARNING)
+    handler.addFilter(record)
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield finished
+    finally:
+        logger.removeHandler(handler)
+
+
 @pytest.fixture(scope="module")
-def pipe(folder):
-    return Pipeline.from_pretrained(folder)
+def pipe_and_compilations(folder):
+    """The pipeline after calls for one to nine images, and the compilations of these calls."""
+    pipe = Pipeline.from_pretrained(folder)
+    with compilations() as finished:
+        for number in range(1, 10):
+            assert len(pipe(["red"] * number, seed=number)) == number
+    return pipe, finished
+
+
+@pytest.fixture(scope="module")
+def pipe(pipe_and_compilations):
+    """A pipeline for all tests. The student's programs for batches of 1, 2, 4 and 8 are compiled."""
+    return pipe_and_compilations[0]
 
 
 @pytest.fixture
@@ -51,7 +85,7 @@ def assert_close(a, b):
 
 
 def by_hand(pipe, seed, sampler):
-    """The picture of "red apple" from the parts: `sampler` takes the UNet, the noise, the text and the empty text."""
+    """The image of "red apple" from the parts: `sampler` takes the UNet, the noise, the text and the empty text."""
 
     @jax.jit
     def draw(unet_params, vae_params, text, null):
@@ -64,42 +98,54 @@ def by_hand(pipe, seed, sampler):
 
 
 def test_images_are_what_the_parts_give(pipe):
-    schedule = Schedule(timestep_spacing="trailing")
+    def tiue(unet, noise, text, null):
+        return samplers.tiue(samplers.Inputs(unet, noise, text, Schedule(timestep_spacing="trailing"), 3))
+
     got = pipe(["red apple"], seed=3)
-    assert got.shape == (1, 16, 16, 3) and got.std() > 5  # a picture, not a plain colour
-    assert_close(got, by_hand(pipe, 3, lambda unet, noise, text, null: samplers.tiue(unet, noise, text, schedule, 3)))
+    assert got.shape == (1, 16, 16, 3) and got.std() > 5  # not a plain colour
+    assert_close(got, by_hand(pipe, 3, tiue))
 
 
 def test_guidance_scale(pipe):
     def ddim(unet, noise, text, null):
-        return samplers.ddim(unet, noise, text, null, Schedule(), 2, 6.0)
+        return samplers.ddim(samplers.Inputs(unet, noise, text, Schedule(), 2, null, 6.0))
 
-    sample = lambda w: pipe(["red apple"], sampler="ddim", num_inference_steps=2, guidance_scale=w)
-    assert_close(sample(6), by_hand(pipe, 0, ddim))
-    different = [np.abs(sample(6).astype(int) - sample(w)).max() for w in (0, 1)]
+    def sample(w):
+        return pipe(["red apple"], sampler="ddim", num_inference_steps=2, guidance_scale=w).astype(int)
+
+    guided = sample(6)
+    assert_close(guided.astype(np.uint8), by_hand(pipe, 0, ddim))
+    different = [np.abs(guided - sample(w)).max() for w in (0, 1)]
     assert min(different) > 5 and different[0] != different[1]
 
 
 def test_an_image_does_not_depend_on_batch_order_or_company(pipe):
     prompts = ["red", "apple", "", "red apple", "pear"]
-    whole = pipe(prompts, num_images_per_prompt=2, batch_size=10)
+    whole = pipe(prompts, num_images_per_prompt=2)  # batches of 8 and 2
     assert len(np.unique(whole.reshape(10, -1), axis=0)) == 10
-    assert_close(pipe(prompts, num_images_per_prompt=2, batch_size=3), whole)  # 3 3 3 1
-    backwards = pipe(prompts[::-1], num_images_per_prompt=2, batch_size=10)
+    assert_close(pipe(prompts, num_images_per_prompt=2, batch_size=4), whole)  # 4 4 2
+    backwards = pipe(prompts[::-1], num_images_per_prompt=2)
     assert_close(backwards.reshape(5, 2, 16, 16, 3)[::-1].reshape(whole.shape), whole)
     assert_close(pipe(["pear"]), whole[8:9])
-    assert_close(pipe(["red", "red"]), whole[:2])  # a repeated prompt counts on
+    assert_close(pipe(["red", "red"]), whole[:2])  # the second "red" is image number 1 of the prompt
 
 
-def test_an_image_does_not_depend_on_the_number_of_devices(pipe, folder, tmp_path):
-    code = f"""
-import jax, numpy as np
-from tiue_jax.pipeline import Pipeline
-assert jax.device_count() == 8
-np.save({str(tmp_path / "eight.npy")!r}, Pipeline.from_pretrained({str(folder)!r})(["red", "apple", "pear"]))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=devices.environment(8))
-    assert_close(np.load(tmp_path / "eight.npy"), pipe(["red", "apple", "pear"], batch_size=3))
+@pytest.fixture(scope="module")
+def on_eight_devices(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eight") / "eight.npz"
+    devices.run_program("sample_on_eight_devices", folder, out, devices=8)
+    return np.load(out)
+
+
+def test_an_image_does_not_depend_on_the_number_of_devices(pipe, on_eight_devices):
+    assert_close(on_eight_devices["images"], pipe(sample_on_eight_devices.PROMPTS))
+
+
+def test_noise_does_not_depend_on_the_number_of_devices(on_eight_devices):
+    program = sample_on_eight_devices
+    initial, steps = jax.jit(program.noise)(program.PROMPT_IDS, program.NUMBERS)
+    np.testing.assert_array_equal(on_eight_devices["initial"], initial)
+    np.testing.assert_array_equal(on_eight_devices["steps"], steps)
 
 
 def test_seeds(pipe):
@@ -109,26 +155,20 @@ def test_seeds(pipe):
         assert (pipe(["red"], seed=seed) != zero).any()
 
 
-def test_compiles_once_for_prompts_seeds_guidance_latents_and_partial_batches(folder):
-    pipe = Pipeline.from_pretrained(folder)
+def test_compiles_once_for_prompts_seeds_guidance_latents_and_partial_batches(pipe):
     given = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
     how = {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 2}
-    for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 0.5)):
-        pipe(prompts, seed=seed, guidance_scale=scale, **how)
-    pipe(["red"] * 3, guidance_scale=2, latents=given, **how)
-    (compiled,) = pipe._compiled.values()
-    assert compiled._cache_size() == 1
+    with compilations() as finished:
+        for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 0.5)):
+            pipe(prompts, seed=seed, guidance_scale=scale, **how)
+        pipe(["red"] * 3, guidance_scale=2, latents=given, **how)
+    assert len(finished) == 1, finished
 
 
-def test_numbers_of_images_share_buckets(folder, caplog):
-    """Nine numbers of images, four sizes of batches, each compiled once; and nothing else is compiled on the way."""
-    pipe = Pipeline.from_pretrained(folder)
-    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
-        for number in range(1, 10):
-            assert len(pipe(["red"] * number, seed=number, num_inference_steps=1)) == number
-    messages = [record.getMessage() for record in caplog.records]
-    finished = [message for message in messages if message.startswith("Finished XLA compilation")]
-    assert len(finished) == 4 and all("sample" in message for message in finished), finished
+def test_numbers_of_images_share_buckets(pipe_and_compilations):
+    """Nine numbers of images and four sizes of batches: each size is compiled once, and nothing else is compiled."""
+    _, finished = pipe_and_compilations
+    assert len(finished) == 4 and all("text_to_images" in message for message in finished), finished
 
 
 @pytest.mark.parametrize(
@@ -137,7 +177,7 @@ def test_numbers_of_images_share_buckets(folder, caplog):
     + [(1, 8, 4, 4), (3, 6, 4, 4), (9, 6, 4, 8)],
 )
 def test_bucket(number, batch_size, devices, expected):
-    assert pipeline.bucket(number, batch_size, devices) == expected
+    assert batches.bucket(number, batch_size, devices) == expected
 
 
 def test_given_latents_take_the_place_of_the_seeds(pipe):
@@ -151,11 +191,13 @@ def test_given_latents_take_the_place_of_the_seeds(pipe):
 
 
 def test_lcm_draws_each_images_own_noise_between_steps(pipe):
-    """From the same initial latents other seeds give other pictures, and another batch size gives the same."""
+    """At the same initial latents, another seed gives other images, and another batch size gives the same images."""
     latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
-    run = lambda **kwargs: pipe(
-        ["red", "apple", "red"], sampler="lcm", num_inference_steps=3, latents=latents, **kwargs
-    )
+
+    def run(**kwargs):
+        how = {"sampler": "lcm", "num_inference_steps": 3, "latents": latents}
+        return pipe(["red", "apple", "red"], **how, **kwargs)
+
     whole = run(batch_size=3)
     assert_close(run(batch_size=2), whole)
     assert (run(batch_size=3, seed=1) != whole).any(axis=(1, 2, 3)).all()
@@ -168,13 +210,14 @@ def test_a_unet_that_embeds_guidance_is_sampled_as_lcm(pipe, tmp_path):
         pipe, sampling=Sampling("lcm"), unet=functional.Component(cfg, graphdef, tiny.random_params(UNet, cfg, 0))
     )
     told.save_pretrained(tmp_path / "lcm")
-    (tmp_path / "lcm" / "tiue_config.json").unlink()  # as any other model folder
+    (tmp_path / "lcm" / "tiue_config.json").unlink()  # only folders that we write have one
     again = Pipeline.from_pretrained(tmp_path / "lcm")
     assert again.settings() == Sampling("lcm", 4, 8.5)
-    one, other = (again(["red"], num_inference_steps=2, guidance_scale=w) for w in (8.5, 2.0))
+    with compilations() as finished:
+        one = again(["red"], num_inference_steps=2, guidance_scale=8.5)
+        other = again(["red"], num_inference_steps=2, guidance_scale=2.0)
     assert (one != other).any()
-    (compiled,) = again._compiled.values()
-    assert compiled._cache_size() == 1
+    assert len(finished) == 1, finished
     with pytest.raises(ValueError, match="must be 'lcm' for a UNet with time_cond_proj_dim, got 'ddim'"):
         again(["red"], sampler="ddim")
 
@@ -183,6 +226,20 @@ def test_a_unet_that_embeds_guidance_is_sampled_as_lcm(pipe, tmp_path):
 def test_every_sampler_at_other_sizes(pipe, sampler):
     got = pipe(["red"], sampler=sampler, num_inference_steps=1, height=12, width=20)
     assert got.shape == (1, 12, 20, 3)
+
+
+def test_a_new_row_of_the_registry_is_a_sampler(pipe, monkeypatch):
+    def scaled_noise(inputs):
+        return inputs.noise * inputs.guidance_scale * inputs.num_inference_steps
+
+    row = samplers.Sampler(scaled_noise, Schedule.timesteps, num_inference_steps=2, guidance_scale=3.0)
+    monkeypatch.setitem(samplers.SAMPLERS, "scaled_noise", row)
+    assert pipe.settings("scaled_noise") == Sampling("scaled_noise", 2, 3.0)
+    assert_close(
+        pipe(["red apple"], sampler="scaled_noise"), by_hand(pipe, 0, lambda unet, noise, text, null: 6 * noise)
+    )
+    with pytest.raises(ValueError, match="timestep_spacing is a setting of samplers .* with 'scaled_noise'"):
+        pipe.settings("scaled_noise", timestep_spacing="leading")
 
 
 def test_bfloat16_is_close_to_float32(folder, pipe):
@@ -194,7 +251,7 @@ def test_bfloat16_is_close_to_float32(folder, pipe):
 
 
 def test_a_student_that_diffusers_saved_is_still_one(folder, tmp_path):
-    """It keeps what the scheduler's configuration says and drops tiue_config.json."""
+    """diffusers drops tiue_config.json, and keeps the field `_tiue` of the scheduler's configuration."""
     saved = shutil.copytree(folder, tmp_path / "saved")
     (saved / "tiue_config.json").unlink()
     config = saved / "scheduler" / "scheduler_config.json"
@@ -211,7 +268,7 @@ def test_stream_yields_batches(pipe):
     assert [len(batch) for batch in pipe.stream(["red"], num_images_per_prompt=5, batch_size=2)] == [2, 2, 1]
 
 
-def test_long_prompts_are_cut_with_a_warning_that_says_what(pipe, caplog):
+def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
     with caplog.at_level(logging.WARNING, logger="tiue_jax"):
         tokens = pipe.tokenize(["red apple pear red", "red"])
     assert tokens.shape == (2, 8) and tokens.dtype == np.int32

@@ -13,8 +13,8 @@ from tiue_jax.models.platforms import compiler_options
 from tiue_jax.plan import chips, hlo
 
 
-def test_a_cpu_makes_what_parameters_become_when_it_is_needed():
-    """Without the options all eight products of parameters, 4 MB each, come first."""
+def test_a_cpu_transforms_parameters_when_they_are_needed():
+    """Without the options XLA computes all eight products of parameters first, 4 MB each."""
 
     def network(x, layers):
         for layer in layers:
@@ -23,25 +23,33 @@ def test_a_cpu_makes_what_parameters_become_when_it_is_needed():
 
     square, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1024, 1024), (1, 1024)))
     lowered = jax.jit(network).lower(row, [square] * 8)
-    temporaries = lambda options: lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
+    def temporaries(options):
+        return lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
+
     assert temporaries(compiler_options("cpu")) < temporaries({}) / 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
 def test_a_v6e_gathers_parameters_while_it_computes():
-    """Without the options it waits for each."""
+    """Without the options it waits for each gather."""
     mesh = sharding.make_mesh(1, 4, devices=chips.devices("v6e:2x2"))
-    place = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+
+    def split(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
 
     def network(x, layers):
         for layer in layers:
             x = jnp.tanh(x @ jax.lax.with_sharding_constraint(layer, sharding.replicated(mesh)))
         return x
 
-    lowered = jax.jit(network).lower(place(8192, 2048), [place(2048, 2048)] * 4)
-    background = lambda options: hlo.read(lowered.compile(compiler_options=options).as_text()).background_bytes
+    lowered = jax.jit(network).lower(split(8192, 2048), [split(2048, 2048)] * 4)
+
+    def background(options):
+        return hlo.read(lowered.compile(compiler_options=options).as_text()).background_bytes
+
     assert background({}) == 0
-    assert background(compiler_options("tpu")) >= 2 * 2048 * 2048 * 2 * 3 // 4  # of two layers at least
+    assert background(compiler_options("tpu")) >= 2 * 2048 * 2048 * 2 * 3 // 4  # at least two layers
 
 
 def test_other_platforms_take_no_options():

@@ -1,3 +1,5 @@
+"""Samplers on networks of which the result is known; tests/parity/test_samplers.py compares them with PyTorch."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,12 +8,12 @@ import pytest
 from tests.tiny import UNET
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
-from tiue_jax.sampling import samplers, settings
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
 
 
 class Linear:
-    """A UNet whose output is a known function of its inputs, so that samplers can be checked by hand."""
+    """A UNet with an output that is a simple function of its inputs, so that samplers can be checked by hand."""
 
     def encode(self, latents, t, text):
         return latents
@@ -40,14 +42,7 @@ def test_image_noise_depends_on_seed_prompt_and_number_only():
     assert abs(float(noise.std()) - 1) < 0.1
 
 
-def test_image_noise_is_the_same_on_several_devices():
-    """Sharded over a mesh or not, threefry gives every image the same numbers; here by jit against eager."""
-    ids, numbers = np.arange(6, dtype=np.uint32), np.zeros(6, np.int32)
-    jitted = jax.jit(lambda i, n: samplers.normal(samplers.image_keys(3, i, n), (4, 4, 4)))(ids, numbers)
-    np.testing.assert_array_equal(jitted, samplers.normal(samplers.image_keys(3, ids, numbers), (4, 4, 4)))
-
-
-def test_step_noise_is_an_images_own_at_every_step():
+def test_step_noise_is_different_for_each_image_and_step():
     keys = samplers.image_keys(0, np.array([7, 9], np.uint32), np.array([0, 0]))
     noise = samplers.step_noise(keys, 3, (8, 8, 4))
     assert noise.shape == (2, 3, 8, 8, 4) and samplers.step_noise(keys, 0, (8, 8, 4)).shape == (2, 0, 8, 8, 4)
@@ -57,16 +52,16 @@ def test_step_noise_is_an_images_own_at_every_step():
     assert np.abs(np.corrcoef(everything) - np.eye(8)).max() < 0.3
 
 
-def test_guidance_is_interleaved_so_that_a_sharded_batch_stays_where_it_is():
+def test_guidance_keeps_the_two_halves_of_a_sample_side_by_side():
     seen = []
 
     def network(latents, t, text):
         seen.append((latents, t, text))
         return jnp.stack([latents * text[:, :1, :1, None]] * 3, axis=1)  # [b k h w c], as from several timesteps
 
-    latents, text, null = (
-        np.arange(2.0, dtype=np.float32).reshape(2, *[1] * n) + i for n, i in ((3, 1), (2, 5), (2, 9))
-    )
+    latents = np.array([1, 2], np.float32).reshape(2, 1, 1, 1)
+    text = np.array([5, 6], np.float32).reshape(2, 1, 1)
+    null = np.array([9, 10], np.float32).reshape(2, 1, 1)
     got = samplers.guided(network, latents, np.array([3, 4]), text, null, 2.0)
     ((twice, t, texts),) = seen
     assert twice.ravel().tolist() == [1, 1, 2, 2] and t.tolist() == [3, 3, 4, 4]
@@ -105,40 +100,30 @@ def close(a, b):
 
 def test_faster_diffusion_with_every_step_a_key_is_ddim(unet):
     noise, text, null = batch()
-    both = jax.jit(
-        lambda w: (
-            samplers.faster_diffusion(unet, noise, text, null, Schedule(), 4, w, range(4), noise_injection=0),
-            samplers.ddim(unet, noise, text, null, Schedule(), 4, w),
-        )
-    )
+
+    @jax.jit
+    def both(w):
+        inputs = samplers.Inputs(unet, noise, text, Schedule(), 4, null, w, key_steps=tuple(range(4)))
+        return samplers.faster_diffusion(inputs, noise_injection=0), samplers.ddim(inputs)
+
     close(*both(3.0))
 
 
 def test_faster_diffusion_with_one_key_and_no_guidance_is_the_student(unet):
-    noise, text, null = batch()
-    schedule = Schedule(timestep_spacing="trailing")
-    both = jax.jit(
-        lambda: (
-            samplers.faster_diffusion(unet, noise, text, null, schedule, 4, 1, (0,), noise_injection=0),
-            samplers.tiue(unet, noise, text, schedule, 4),
-        )
-    )
-    close(*both())
+    noise, text, _ = batch()
+    inputs = samplers.Inputs(unet, noise, text, Schedule(timestep_spacing="trailing"), 4, key_steps=(0,))
+    close(*jax.jit(lambda: (samplers.faster_diffusion(inputs, noise_injection=0), samplers.tiue(inputs)))())
 
 
 def test_faster_diffusion_runs_the_encoder_at_key_steps_only(unet):
-    """Its work, counted in the traced program: one scan for each run of equal spans, one encoder in each."""
+    """Counts the scans of the traced function: one for neighbouring spans of one length, with one encoder in each."""
     noise, text, null = batch()
-    traced = jax.make_jaxpr(
-        lambda: samplers.faster_diffusion(unet, noise, text, null, Schedule(), 50, 7.5, settings.KEY_STEPS)
-    )()
+    key_steps = samplers.SAMPLERS["faster_diffusion"].key_steps
+    inputs = samplers.Inputs(unet, noise, text, Schedule(), 50, null, 7.5, key_steps=key_steps)
+    traced = jax.make_jaxpr(lambda: samplers.faster_diffusion(inputs))()
     scans = [eqn for eqn in traced.eqns if eqn.primitive.name == "scan"]
     assert [eqn.params["length"] for eqn in scans] == [3, 1, 2, 2, 1]  # spans 1 1 1 2 5 5 10 10 15
-    assert sum(eqn.params["length"] for eqn in scans) == len(settings.KEY_STEPS)
-
-
-def test_every_sampler_has_its_settings():
-    assert list(samplers.SAMPLERS) == list(settings.SAMPLERS)
+    assert sum(eqn.params["length"] for eqn in scans) == len(key_steps)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -148,7 +133,9 @@ def test_ddim_equals_a_written_out_loop(prediction_type, guidance_scale):
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((2, 4, 4, 4), np.float32)
     text, null = rng.standard_normal((2, 2, 3, 5), np.float32)
-    ours = jax.jit(lambda w: samplers.ddim(Linear(), noise, text, null, schedule, 5, w))(guidance_scale)
+    ours = jax.jit(lambda w: samplers.ddim(samplers.Inputs(Linear(), noise, text, schedule, 5, null, w)))(
+        guidance_scale
+    )
 
     abar, x = schedule.alphas_cumprod, jnp.asarray(noise)
     for t in schedule.timesteps(5):
@@ -165,7 +152,7 @@ def test_one_step_is_the_original_predicted_from_the_last_timestep():
     noise, text = np.ones((1, 2, 2, 4), np.float32), np.zeros((1, 2, 3), np.float32)
     a = Schedule().alphas_cumprod[999]
     expected = (1 - np.sqrt(1 - a) * 0.1) / np.sqrt(a)
-    latents = samplers.one_step(Linear(), jnp.asarray(noise), jnp.asarray(text), Schedule())
+    latents = samplers.one_step(samplers.Inputs(Linear(), jnp.asarray(noise), jnp.asarray(text), Schedule(), 1))
     np.testing.assert_allclose(latents, np.full_like(noise, expected), rtol=1e-5)
 
 
@@ -173,5 +160,5 @@ def test_tiue_is_the_closed_form_at_k_timesteps():
     noise, text = np.ones((1, 2, 2, 4), np.float32), np.ones((1, 2, 3), np.float32)
     form = Schedule().closed_form(4)
     expected = form.scale + sum(e * (0.1 + t / 1000) for e, t in zip(form.weights, form.timesteps, strict=True))
-    latents = samplers.tiue(Linear(), jnp.asarray(noise), jnp.asarray(text), Schedule(), 4)
+    latents = samplers.tiue(samplers.Inputs(Linear(), jnp.asarray(noise), jnp.asarray(text), Schedule(), 4))
     np.testing.assert_allclose(latents, np.full_like(noise, expected), rtol=1e-5)

@@ -1,8 +1,11 @@
+"""The settings of samplers: defaults, overrides, and errors."""
+
 import json
 
 import pytest
 
-from tiue_jax.sampling.settings import KEY_STEPS, SAMPLERS, Sampling
+from tiue_jax.sampling.samplers import SAMPLERS
+from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 
 
@@ -14,7 +17,7 @@ def test_defaults_of_every_sampler():
         "one_step": Sampling("one_step", 1),
         "turbo": Sampling("turbo", 1),
         "lcm": Sampling("lcm", 4, 1.0),
-        "faster_diffusion": Sampling("faster_diffusion", 50, 7.5, "leading", KEY_STEPS),
+        "faster_diffusion": Sampling("faster_diffusion", 50, 7.5, "leading", (0, 1, 2, 3, 5, 10, 15, 25, 35)),
     }
     assert Sampling("lcm").resolve(Schedule(), embeds_guidance=True) == Sampling("lcm", 4, 8.5)
     assert all(sampling.resolve(Schedule()) == sampling for sampling in resolved.values())

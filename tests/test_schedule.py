@@ -1,3 +1,5 @@
+"""The noise schedule, timesteps and the closed form; tests/parity/test_schedule.py compares them with diffusers."""
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -79,7 +81,7 @@ def test_config_of_another_solver():
 
 
 def test_configs_of_the_few_step_models():
-    """What SD-Turbo and LCM_Dreamshaper_v7 publish, less what every file has."""
+    """The published configs of SD-Turbo and LCM_Dreamshaper_v7, without the fields that all configs have."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
     turbo = {"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "use_karras_sigmas": False}
     turbo |= {"timestep_spacing": "trailing", "steps_offset": 1, "set_alpha_to_one": False, "sigma_max": None}
@@ -93,7 +95,7 @@ def test_configs_of_the_few_step_models():
     ("config", "message"),
     [
         ({"clip_sample": True}, "'clip_sample' is True"),
-        ({"_class_name": "DDIMScheduler"}, "'clip_sample' is True"),  # where a file leaves it out
+        ({"_class_name": "DDIMScheduler"}, "'clip_sample' is True"),  # the default of this class
         ({"steps_offset": -5}, "steps_offset must be an integer >= 0, got -5"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps must be an integer >= 1, got '1000'"),
         ({"beta_start": None}, "beta_start must be a number between 0 and 1, got None"),

@@ -1,4 +1,4 @@
-"""tokenizer.py: the ids that transformers gives, padded and cut, from any number of threads."""
+"""tokenizer.py: the token ids of transformers, padded and cut, also from several threads."""
 
 import logging
 from concurrent import futures
@@ -25,7 +25,7 @@ def test_the_ids_are_those_of_transformers(length):
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_what_is_cut_is_logged(tmp_path, caplog):
+def test_cut_text_is_logged(tmp_path, caplog):
     tokenize = Tokenizer(tiny.write_tokenizer(tmp_path / "tokenizer"), tiny.CONTEXT)
     with caplog.at_level(logging.WARNING, logger="tiue_jax"):
         assert tokenize(["red apple pear red", "red"]).shape == (2, tiny.CONTEXT)
@@ -33,7 +33,7 @@ def test_what_is_cut_is_logged(tmp_path, caplog):
     assert record.getMessage() == "prompt 'red apple pear red' is longer than 8 tokens, ignored: 'red'"
 
 
-def test_a_truncation_that_the_file_sets_does_not_matter(tmp_path):
+def test_truncation_in_the_tokenizers_file_is_ignored(tmp_path):
     theirs = CLIPTokenizer.from_pretrained(SHIPPED)
     theirs.backend_tokenizer.enable_truncation(4)
     theirs.backend_tokenizer.enable_padding(length=5)
@@ -42,7 +42,7 @@ def test_a_truncation_that_the_file_sets_does_not_matter(tmp_path):
     np.testing.assert_array_equal(Tokenizer(tmp_path, 77)(PROMPTS), Tokenizer(SHIPPED, 77)(PROMPTS))
 
 
-def test_threads_may_share_one():
+def test_threads_may_share_a_tokenizer():
     tokenize = Tokenizer(SHIPPED, 16)
     batches = [[f"{word} number {i}" for word in ("apple", "dog", "red " * 30)] for i in range(200)]
     with futures.ThreadPoolExecutor(8) as pool:

@@ -47,7 +47,7 @@ def test_tiny_decodes_the_latents_as_the_unet_scales_them(model, taesd, monkeypa
 
     @jax.jit
     def by_hand(unet, vae, text):
-        z = samplers.tiue(pipe.unet.bind(unet), latents, text, pipe.schedule, 1)
+        z = samplers.tiue(samplers.Inputs(pipe.unet.bind(unet), latents, text, pipe.schedule, 1))
         return pipe.vae.bind(vae).decode(z)  # not divided by Stable Diffusion's scaling factor
 
     want = images.to_uint8(by_hand(pipe.unet.params, pipe.vae.params, pipe.encode_prompts(["red"])))

@@ -1,4 +1,4 @@
-"""XLA's compiled programs kept on disk from one run to the next: jax's persistent compilation cache, switched on."""
+"""Switches JAX's persistent compilation cache on or off: compiled programs on disk, for the next run of a command."""
 
 import os
 import sys
@@ -9,22 +9,23 @@ import jax
 
 from tiue_jax.files import user_cache
 
-MAX_BYTES = 4 * 2**30  # of the folder, from which jax removes what was not used for longest
+MAX_BYTES = 4 * 2**30  # of the folder; JAX removes the programs that were not used for the longest time
 
 
 def disable() -> None:
-    """Neither reads nor keeps compiled programs, whatever the user's environment says."""
+    """Switches the cache off, whatever the user's environment says: no compiled program is read or written."""
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def enable() -> Path | None:
-    """Keeps compiled programs in `$XDG_CACHE_HOME/tiue_jax/xla`, ~/.cache/tiue_jax/xla by default. For command lines.
+    """Switches the cache on, for commands: in `$XDG_CACHE_HOME/tiue_jax/xla`, by default ~/.cache/tiue_jax/xla.
 
-    Where the user has told jax what to do, by JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE=false, that is
-    left alone. A folder that cannot be written costs one line on stderr, and the time to compile.
+    The user's environment comes first: JAX_COMPILATION_CACHE_DIR is the folder if it is set, and
+    JAX_ENABLE_COMPILATION_CACHE=false leaves the cache off. If the folder cannot be written, a warning of one line goes
+    to stderr, and the cache stays off.
 
     Returns:
-        The folder that is in use from now on, None where there is none.
+        The folder that is used from now on. None if the cache is off.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None

@@ -1,4 +1,4 @@
-"""Pictures as arrays: grids, enlarging, and PNG files that carry how they were made."""
+"""Images as arrays: rounding, grids, enlarging, and PNG files with metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +11,28 @@ from tiue_jax.files import writing_aside
 
 
 def to_uint8(images: Any) -> Any:
-    """Float32 images in [-1, 1], as a VAE decodes them, to uint8 in [0, 255], clipped and rounded; any shape.
+    """Rounds float32 images in [-1, 1], the range of a VAE, to uint8 in [0, 255]; values outside are clipped.
 
-    Arrays of numpy and of jax alike, traced ones too.
+    Takes numpy and jax arrays of any shape, also traced ones.
     """
     xp = images.__array_namespace__()
     return xp.clip(xp.round(images * 127.5 + 127.5), 0, 255).astype(xp.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, upscale: int = 1) -> np.ndarray:
-    """Lays images out row by row on white: uint8 [n h w 3] -> [H W 3].
+    """Lays images out row by row on white.
 
-    `columns` defaults to the smallest square that holds all; `gap` is the white space between images in pixels of the
-    result; `upscale` repeats each pixel that many times in both directions, for pictures too tiny to look at.
+    Args:
+        images: uint8 [n h w 3].
+        columns: images in a row. None is the smallest square that holds all images.
+        gap: white space between images, in pixels of the result.
+        upscale: repeats each pixel this many times in both directions, see `enlarge`.
+
+    Returns:
+        uint8 [H W 3].
+
+    Raises:
+        ValueError: no images, images of another type, or an argument out of range.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"a grid is made of uint8 images [n h w 3], got {images.dtype} {list(images.shape)}")
@@ -45,22 +54,32 @@ def grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, upscal
 
 
 def enlarge(images: np.ndarray, factor: int) -> np.ndarray:
-    """Repeats every pixel `factor` times in both directions: [... h w c] -> [... factor*h factor*w c]."""
+    """Repeats every pixel `factor` times in both directions: [... h w c] -> [... factor*h factor*w c].
+
+    Raises:
+        ValueError: `factor` is below 1.
+    """
     if factor < 1:
         raise ValueError(f"upscale must be an integer >= 1, got {factor}")
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def distance(images: np.ndarray, others: np.ndarray) -> float:
-    """The root mean square difference of two uint8 arrays of pixels; 0 is equal, 1 is black against white."""
+    """The root mean square difference of two uint8 arrays of one shape: 0 is equal, 1 is black against white."""
     difference = images.astype(np.float32) - others.astype(np.float32)
     return float(np.sqrt(np.mean(np.square(difference)))) / 255
 
 
 def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, object] | None = None) -> None:
-    """Writes uint8 [h w 3] as a PNG with `metadata` as text chunks (tEXt; iTXt where a value is not Latin-1).
+    """Writes an image as a PNG file, whole or not at all.
 
-    The file appears whole or not at all. Raises OSError naming the path where it cannot be written.
+    Args:
+        path: the file.
+        image: uint8 [h w 3].
+        metadata: written as text chunks: tEXt, or iTXt if a value is not Latin-1.
+
+    Raises:
+        OSError: the file cannot be written; names the path.
     """
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
@@ -70,6 +89,6 @@ def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, object
 
 
 def read_png(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
-    """The uint8 [h w 3] pixels of a PNG file and its text chunks."""
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")), dict(getattr(picture, "text", {}))
+    """Reads a PNG file: its pixels, uint8 [h w 3], and its text chunks."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")), dict(getattr(image, "text", {}))

@@ -1,19 +1,21 @@
-"""Prompts in, pictures out: tokenizer, text encoder, UNet (student or teacher), VAE, read from and written to a folder.
+"""Prompts in, images out: tokenizer, text encoder, UNet (student or teacher), and VAE.
 
-A folder has the layout of PyTorch diffusers' StableDiffusionPipeline, and loads there too. A student's also holds
-`tiue_config.json`, which says how it is to be sampled.
+    pipe = Pipeline.from_pretrained("emoji-tiue")
+    images = pipe(["a red apple", "a rocket"], seed=0)  # uint8 [2 h w 3]
+
+A pipeline is read from a folder in the layout of PyTorch diffusers' StableDiffusionPipeline, and diffusers loads the
+folders that are written here. The folder of a student also has `tiue_config.json`, with its sampler's settings.
 """
 
 import dataclasses
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tiue_jax import sharding, student
 from tiue_jax.models.clip import CLIPTextModel
@@ -23,7 +25,7 @@ from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
-from tiue_jax.sampling import text_to_image
+from tiue_jax.sampling import batches, text_to_image
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights import hub, pipeline_folder
@@ -33,14 +35,30 @@ from tiue_jax.weights.vae_choice import Autoencoder, find_vae
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
 
+# parameters by the names in text_to_image.PARTS, and a batch -> images uint8 [b h w 3], and which are finite, bool [b]
+Program = Callable[[Mapping[str, Any], text_to_image.Batch], tuple[jax.Array, jax.Array]]
+
 
 @dataclasses.dataclass
 class Pipeline:
     """Text-to-image Stable Diffusion, with a TiUE student or its teacher as the UNet.
 
-    Batches are split over all local devices, or over groups of `mesh_step` devices, each of which splits the student's
-    timesteps: the fewest seconds for one image. One function is compiled for each image size, sampler, number of steps
-    and bucket of batch sizes, and for guidance or none; guidance scale, seed, latents and prompts are its arguments.
+    One function is compiled for each sampler, number of steps, image size and bucket of batch sizes, with guidance and
+    without. Prompts, seed, guidance scale and initial latents are its arguments: new values need no compilation.
+
+    Attributes:
+        name: of the model, for error messages.
+        tokenizer_dir: folder with the tokenizer's files.
+        text_encoder, unet, vae: the models with their parameters, which are copied to all local devices.
+        schedule: the noise schedule that the UNet was trained with.
+        sampling: the settings of the sampler, where a call gives none.
+        vae_tiling: decodes large images in tiles, in the memory of one tile.
+        mesh_step: the number of devices that share the timesteps of one image, for sampler "tiue". Batches are split
+            over all local devices, in groups of `mesh_step`. More devices in a group make one image faster.
+
+    Raises:
+        ValueError: the models do not fit together, or an argument is wrong.
+        FileNotFoundError: no tokenizer in `tokenizer_dir`.
     """
 
     name: str
@@ -60,9 +78,10 @@ class Pipeline:
         self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
         self._mesh = sharding.make_mesh(step=self.mesh_step, devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
-        place = lambda part: part._replace(params=jax.device_put(part.params, everywhere))
-        self.text_encoder, self.unet, self.vae = place(self.text_encoder), place(self.unet), place(self.vae)
-        self._compiled: dict[text_to_image.Key, Callable[..., tuple[jax.Array, jax.Array]]] = {}
+        self.text_encoder = _placed(self.text_encoder, everywhere)
+        self.unet = _placed(self.unet, everywhere)
+        self.vae = _placed(self.vae, everywhere)
+        self._programs: dict[text_to_image.Key, Program] = {}
         self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
@@ -76,27 +95,28 @@ class Pipeline:
         vae_tiling: Tiling | None = None,
         mesh_step: int = 1,
     ) -> Self:
-        """Reads a pipeline folder, a shipped model or a hub repository (see hub.resolve).
+        """Reads a shipped model, a pipeline folder or a hub repository.
 
         Args:
-            name: what hub.resolve takes.
-            dtype: "float32" or "bfloat16", of the parameters and so of the computation.
-            vae: another autoencoder in place of the folder's: "tiny" for TAESD, or what hub.resolve takes.
-            vae_dtype: of the autoencoder, as `dtype` by default.
-            vae_tiling: decode pictures larger than a tile in tiles.
-            mesh_step: the number of devices that share the timesteps of one image; for sampler "tiue".
+            name: a shipped model or alias such as "emoji-tiue", a folder, or a hub repository (see hub.resolve).
+            dtype: "float32" or "bfloat16", of the parameters and of the computation.
+            vae: an autoencoder that replaces the model's: "tiny" for TAESD, or a name like `name`.
+            vae_dtype: "float32" or "bfloat16", of the autoencoder. None is `dtype`.
+            vae_tiling: decodes images larger than a tile in tiles.
+            mesh_step: the number of devices that share the timesteps of one image, for sampler "tiue".
 
         Raises:
-            FileNotFoundError, ValueError: one line naming the file, tensor or config field that is missing or wrong.
+            FileNotFoundError: a file is missing; names the file.
+            ValueError: an argument, a file, a tensor or a config field is wrong; names it in one line.
         """
         vae_dtype = dtype if vae_dtype is None else vae_dtype
-        for what, given in (("dtype", dtype), ("vae_dtype", vae_dtype)):
-            if given not in DTYPES:
-                raise ValueError(f"{what} must be among {list(DTYPES)}, got {given!r}")
+        for argument, value in (("dtype", dtype), ("vae_dtype", vae_dtype)):
+            if value not in DTYPES:
+                raise ValueError(f"{argument} must be among {list(DTYPES)}, got {value!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
         folder = hub.resolve(name, dtype)
         pipeline_folder.check_pipeline(folder)
-        # all that can be wrong with the small files is found before gigabytes are read
+        # Check the small files first: the weights may be gigabytes.
         configs = pipeline_folder.read_configs(folder)
         autoencoder = Autoencoder(folder / "vae", AutoencoderKL, configs.vae)
         if vae is not None:
@@ -115,11 +135,11 @@ class Pipeline:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images the UNet was trained on."""
+        """Height and width in pixels of the images that the UNet was trained on."""
         return pipeline_folder.image_size(self.unet.cfg, self.vae.cfg)
 
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids int32 [b l], padded to the text encoder's context; logs a warning for each prompt it cuts."""
+        """Token ids int32 [b l], padded to the text encoder's context. Logs a warning for each prompt that is cut."""
         return self.tokenizer(prompts)
 
     def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
@@ -127,7 +147,10 @@ class Pipeline:
         return self._encode(self.text_encoder.params, self.tokenize(prompts))
 
     def __call__(self, prompts: Sequence[str], **kwargs: Any) -> np.ndarray:
-        """All images of all prompts, uint8 [n h w 3], the images of one prompt together; arguments as `stream`."""
+        """All images of all prompts, uint8 [n h w 3]. The images of one prompt are neighbours.
+
+        Takes the arguments of `stream`, and raises the same errors.
+        """
         return np.concatenate(list(self.stream(prompts, **kwargs)))
 
     def stream(
@@ -146,31 +169,36 @@ class Pipeline:
         width: int | None = None,
         latents: np.ndarray | None = None,
     ) -> Iterator[np.ndarray]:
-        """Makes images batch by batch, in the order of the prompts: yields uint8 [n h w 3], n <= batch_size.
+        """Makes images batch by batch, in the order of the prompts.
 
-        An image depends on the seed, its prompt and its number among that prompt's images only, not on the batch size,
-        the number of devices or the other prompts, but for rounding. A prompt given twice counts its images on.
+        An image depends only on the seed, its prompt, and its number among the images of that prompt. Apart from
+        rounding, it does not depend on the batch size, the number of devices, or the other prompts. If a prompt is
+        given twice, the numbers of its images continue.
 
         Args:
-            prompts: at least one; "" is the unconditional image.
+            prompts: at least one text. "" is the unconditional image.
             seed: 0 ... 2^32 - 1.
             num_images_per_prompt: at least 1.
-            sampler: "tiue" (student), "ddim" (guided teacher), "one_step", or another of samplers.SAMPLERS; None is the
-                model's own, and so below.
-            num_inference_steps: K for "tiue".
-            guidance_scale: for "ddim", "lcm" and "faster_diffusion"; 1 is no guidance.
-            timestep_spacing: "leading", "trailing" or "linspace"; for "tiue", "ddim" and "faster_diffusion".
-            key_steps: for "faster_diffusion", the steps that run the encoder, from 0; a number n is every n-th.
-            batch_size: images at a time, 8 by default; rounded up to a multiple of the number of local devices, or of
-                groups of `mesh_step`. A call for fewer images takes the next power of two, so that few sizes are ever
-                compiled; the rest of a batch that is not full is made of copies and thrown away.
-            height, width: in pixels, multiples of the VAE's factor; the UNet's training size by default.
-            latents: float32 [n h w c], the initial standard normal noise of each image in order, in place of the
-                seed's; h and w are height and width over the VAE's factor.
+            sampler: a name in samplers.SAMPLERS: "tiue" for a student, "ddim" for its teacher, or another. None is the
+                model's sampler, and None in the next four arguments is the model's setting or the sampler's default.
+            num_inference_steps: the number of steps; K for "tiue".
+            guidance_scale: the scale of classifier-free guidance, for samplers that take it. 1 is no guidance.
+            timestep_spacing: "leading", "trailing" or "linspace", for samplers that take it.
+            key_steps: the steps at which "faster_diffusion" runs the encoder, from 0. One number n is every n-th step.
+            batch_size: images in a batch, by default 8. It is rounded up to a multiple of the number of devices, or of
+                groups of `mesh_step` devices. A call for fewer images takes the next power of two, so that few sizes
+                are compiled. A batch that is not full is filled with copies, which are thrown away.
+            height: in pixels, a multiple of the VAE's factor. None is the UNet's training size.
+            width: as `height`.
+            latents: the initial noise of each image, in order: float32 [n h w c], standard normal, with h and w the
+                height and width over the VAE's factor. None draws it from the seed.
+
+        Returns:
+            An iterator over batches of images, uint8 [n h w 3], n <= batch_size. Iterating raises FloatingPointError,
+            naming the image, if one has values that are NaN or infinite.
 
         Raises:
-            ValueError: naming the argument, its value and what was expected; before any work is done.
-            FloatingPointError: naming an image that came out as NaN or infinite; from the iterator.
+            ValueError: an argument is wrong. It is raised at the call, before any work is done.
         """
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
@@ -183,15 +211,19 @@ class Pipeline:
         shape = self.latents_shape(height, width)
         settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
         check_mesh_step(settings, self._mesh)
-        numbered = number_images(prompts, num_images_per_prompt)
+        numbered = batches.number_images(prompts, num_images_per_prompt)
         if latents is not None:
-            check_latents(latents, (len(numbered), *shape))
+            batches.check_latents(latents, (len(numbered), *shape))
         parts = sharding.batch_parts(self._mesh)
-        batch = bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, parts)
-        return self._stream(numbered, seed, settings, batch, shape, latents)
+        batch_size = batches.bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, parts)
+        return self._stream(numbered, seed, settings, batch_size, shape, latents)
 
     def latents_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Of one image of this size in pixels, the UNet's training size by default. ValueError as `stream`."""
+        """The shape [h w c] of the latents of an image of this size in pixels, by default the UNet's training size.
+
+        Raises:
+            ValueError: height or width is not a positive multiple of the VAE's factor.
+        """
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         factor = self.vae.cfg.factor
@@ -208,7 +240,11 @@ class Pipeline:
         timestep_spacing: str | None = None,
         key_steps: int | Sequence[int] | None = None,
     ) -> Sampling:
-        """What `stream` samples with when given these: the model's own settings where None. ValueError as `stream`."""
+        """The settings of `stream` at these arguments: the model's settings with those that are not None, resolved.
+
+        Raises:
+            ValueError: a setting is wrong, or is not one of the sampler's.
+        """
         return self.sampling.override(
             sampler=sampler,
             num_inference_steps=num_inference_steps,
@@ -218,11 +254,19 @@ class Pipeline:
         ).resolve(self.schedule, embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
 
     def save_pretrained(self, folder: str | Path, dtype: Any = np.float32, overwrite: bool = False) -> None:
-        """Writes the whole folder (see export.folder.save_pipeline). ValueError with a tiny autoencoder in it."""
+        """Writes the pipeline as a folder for `from_pretrained` and for PyTorch diffusers.
+
+        Args:
+            folder: a new or empty folder.
+            dtype: floating dtype of the weights on disk.
+            overwrite: replaces an older pipeline in the folder.
+
+        Raises:
+            FileExistsError: the folder may not be written.
+            ValueError: the VAE is a tiny autoencoder, or weights are not finite in `dtype`.
+        """
         if not isinstance(self.vae.cfg, VAEConfig):
-            raise ValueError(
-                f"{folder}: cannot write a pipeline whose vae is none, got a tiny autoencoder in its place"
-            )
+            raise ValueError(f"{folder}: cannot write a pipeline without its AutoencoderKL, got a tiny autoencoder")
         save_pipeline(
             folder,
             overwrite=overwrite,
@@ -235,75 +279,85 @@ class Pipeline:
             dtype=dtype,
         )
 
+    def program(self, settings: Sampling) -> Program:
+        """The jitted function from parameters and a batch to images (see text_to_image.make), kept for the next call.
+
+        Args:
+            settings: resolved, as `settings` returns them.
+        """
+        key = text_to_image.Key.of(settings)
+        if key not in self._programs:
+            parts = {name: getattr(self, name) for name in text_to_image.PARTS}
+            function = text_to_image.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
+            self._programs[key] = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
+        return self._programs[key]
+
     def _stream(
         self,
-        numbered: list[tuple[str, int]],
+        numbered: list[batches.NumberedPrompt],
         seed: int,
         settings: Sampling,
-        batch: int,
+        batch_size: int,
         shape: tuple[int, int, int],
         latents: np.ndarray | None,
     ) -> Iterator[np.ndarray]:
-        sample = self._program(settings)
+        """Makes the images in batches, from arguments that `stream` has checked.
+
+        Args:
+            numbered: the prompt and the number of each image, n of them.
+            seed: 0 ... 2^32 - 1.
+            settings: resolved.
+            batch_size: as batches.bucket rounds it.
+            shape: (h, w, c) of one image's latents.
+            latents: float32 [n h w c], or None.
+
+        Yields:
+            uint8 [b h w 3], the images of one batch, without those that only fill it.
+
+        Raises:
+            FloatingPointError: an image has values that are NaN or infinite.
+        """
+        program = self.program(settings)
         params = {name: getattr(self, name).params for name in text_to_image.PARTS}
-        split = sharding.batch_sharding(self._mesh)
-        distinct = list(dict.fromkeys(prompt for prompt, _ in numbered))
-        tokens = dict(zip(distinct, self.tokenize(distinct), strict=True))
-        null = self.tokenize([""])
+        prompts = list(dict.fromkeys(image.prompt for image in numbered))
+        ids = dict(zip(prompts, self.tokenize(prompts), strict=True))
+        null_ids = self.tokenize([""])
         guidance_scale = np.float32(1 if settings.guidance_scale is None else settings.guidance_scale)
-        for start in range(0, len(numbered), batch):
-            part = numbered[start : start + batch]
-            padded = part + part[-1:] * (batch - len(part))
-            noise = np.zeros((batch, *shape), np.float32)
+
+        for start in range(0, len(numbered), batch_size):
+            batch = numbered[start : start + batch_size]
+            count = len(batch)
+            filled = batch + batch[-1:] * (batch_size - count)
+            noise = np.zeros((batch_size, *shape), np.float32)
             if latents is not None:
-                noise[: len(part)] = latents[start : start + len(part)]
-            ids, prompt_ids, numbers, noise = jax.device_put(
-                (
-                    np.stack([tokens[prompt] for prompt, _ in padded]),
-                    np.array([zlib.crc32(prompt.encode()) for prompt, _ in padded], np.uint32),
-                    np.array([number for _, number in padded], np.uint32),
-                    noise,
-                ),
-                split,
-            )
+                noise[:count] = latents[start : start + count]
+            rows = {
+                "ids": np.stack([ids[image.prompt] for image in filled]),
+                "prompt_ids": np.array([zlib.crc32(image.prompt.encode()) for image in filled], np.uint32),
+                "numbers": np.array([image.number for image in filled], np.uint32),
+                "latents": noise,
+            }
             arguments = text_to_image.Batch(
-                ids=ids,
-                null_ids=null,
-                prompt_ids=prompt_ids,
-                numbers=numbers,
+                **jax.device_put(rows, sharding.batch_sharding(self._mesh)),
+                null_ids=null_ids,
                 seed=np.uint32(seed),
                 guidance_scale=guidance_scale,
-                latents=noise,
                 given=np.bool_(latents is not None),
             )
-            with jax.set_mesh(self._mesh):  # attention's kernels are split over it
-                pictures, finite = sample(params, arguments)
-            if not (good := np.asarray(finite)[: len(part)]).all():
-                first = start + int(np.argmin(good))
+            with jax.set_mesh(self._mesh):  # attention kernels are split over the ambient mesh
+                images, all_finite = program(params, arguments)
+            finite = np.asarray(all_finite)[:count]
+            if not finite.all():
+                first = start + int(np.argmin(finite))
                 raise FloatingPointError(
-                    f"image {first} of prompt {numbered[first][0]!r} is not finite: "
+                    f"image {first} of prompt {numbered[first].prompt!r} is not finite: "
                     "the weights, guidance_scale or dtype are to blame"
                 )
-            yield np.asarray(pictures)[: len(part)]
-
-    def _program(self, settings: Sampling) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """The compiled program of these settings (see program.make); kept for the next call."""
-        key = text_to_image.Key.of(settings)
-        if key not in self._compiled:
-            parts = {name: getattr(self, name) for name in text_to_image.PARTS}
-            function = text_to_image.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
-            self._compiled[key] = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
-        return self._compiled[key]
-
-
-def bucket(images: int, batch_size: int, devices: int = 1) -> int:
-    """The size of the batches for so many images: a power of two, but at most `batch_size`; of whole devices."""
-    batch = min(batch_size, 1 << (images - 1).bit_length())
-    return batch + -batch % devices
+            yield np.asarray(images)[:count]
 
 
 def check_mesh_step(settings: Sampling, mesh: Mesh) -> None:
-    """Raises ValueError where resolved settings do not go with a mesh whose axis `step` is larger than 1."""
+    """Raises ValueError if the mesh axis `step` is larger than 1 and resolved settings cannot be split over it."""
     if mesh.shape["step"] > 1:
         if settings.sampler != "tiue":
             raise ValueError(f"mesh_step is for sampler 'tiue', got {mesh.shape['step']} with {settings.sampler!r}")
@@ -311,23 +365,6 @@ def check_mesh_step(settings: Sampling, mesh: Mesh) -> None:
         student.check_step_axis(settings.num_inference_steps, mesh)
 
 
-def check_latents(latents: np.ndarray, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError where latents are not float32 of this shape [n h w c], or not finite."""
-    if latents.dtype != np.float32 or latents.shape != shape:
-        expected, got = (" ".join(map(str, dims)) for dims in (shape, latents.shape))
-        raise ValueError(
-            f"latents must be float32 [{expected}], [n h w c] with one for each image, got {latents.dtype} [{got}]"
-        )
-    if not np.isfinite(latents).all():
-        first = np.argwhere(~np.isfinite(latents))[0].tolist()
-        raise ValueError(f"latents must be finite, got {latents[tuple(first)]} at {first}")
-
-
-def number_images(prompts: Sequence[str], images_each: int) -> list[tuple[str, int]]:
-    """The images to make, in order: each one's prompt, and its number among all images of that prompt."""
-    seen: Counter[str] = Counter()
-    numbered = []
-    for prompt in prompts:
-        numbered += [(prompt, seen[prompt] + i) for i in range(images_each)]
-        seen[prompt] += images_each
-    return numbered
+def _placed(part: Component, sharding: NamedSharding) -> Component:
+    """The model with its parameters on the devices of a sharding."""
+    return part._replace(params=jax.device_put(part.params, sharding))

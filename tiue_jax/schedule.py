@@ -1,7 +1,7 @@
-"""Noise schedule, DDIM timesteps, and the closed form of the unrolled DDIM sampler. Arrays only.
+"""The noise schedule, the sampling timesteps, and the closed form of the unrolled DDIM sampler.
 
-Notation of method.md: abar is `alphas_cumprod`; t_K > ... > t_1 are the sampling timesteps. Everything that depends
-on the schedule alone is computed in float64 on the host.
+Notation of docs/method.md: abar is `alphas_cumprod`, and t_K > ... > t_1 are the sampling timesteps. Numbers that
+depend only on the schedule are computed once, on the host, in float64.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ import numpy as np
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# Latent consistency models, arXiv 2310.04378: the steps of the solver they were distilled with, and the constants of
-# their boundary condition. All published ones share them.
+# Latent consistency models (arXiv 2310.04378): the number of steps of the solver that they are distilled with, and the
+# constants of their boundary condition. All published models have the same.
 LCM_STEPS = 50
 LCM_TIMESTEP_SCALING = 10.0
 LCM_SIGMA_DATA = 0.5
 
-# scheduler_config.json fields that would change the mathematics; the other unknown ones belong to solvers not used here
+# Fields of scheduler_config.json that change the mathematics, with the one value that is supported. Other unknown
+# fields belong to solvers that are not used here.
 _FIXED: dict[str, Any] = {
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
@@ -32,18 +33,31 @@ _FIXED: dict[str, Any] = {
 
 
 class ClosedForm(NamedTuple):
-    """z_0 = scale * noise + sum_i weights[i] * outputs[i], and the single steps x <- c[i] x + d[i] outputs[i]."""
+    """A sampler that is linear in the noise and in the network's outputs (docs/method.md, section 2).
 
-    timesteps: np.ndarray  # int32 [k], descending
-    scale: float  # S, the product of all c
-    weights: np.ndarray  # float64 [k], E
-    c: np.ndarray  # float64 [k]
-    d: np.ndarray  # float64 [k]
+    The steps are x <- c[i] x + d[i] outputs[i]. Unrolled, they are z_0 = scale noise + sum_i weights[i] outputs[i].
+
+    Attributes:
+        timesteps: int32 [k], descending.
+        scale: S, the product of all c.
+        weights: E, float64 [k]. weights[i] is d[i] times the product of the c of later steps.
+        c: float64 [k].
+        d: float64 [k].
+    """
+
+    timesteps: np.ndarray
+    scale: float
+    weights: np.ndarray
+    c: np.ndarray
+    d: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The fields of diffusers' scheduler_config.json that DDIM (eta = 0) needs; the defaults are Stable Diffusion's."""
+    """The fields of diffusers' scheduler_config.json that DDIM (eta = 0) needs.
+
+    The defaults are those of Stable Diffusion. Raises ValueError for a field with a value that is not supported.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -71,18 +85,18 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """Reads a scheduler config of any diffusers solver (DDIM, PNDM, Euler, ...): only its noise schedule matters.
+        """Reads the noise schedule from the scheduler config of any diffusers solver (DDIM, PNDM, Euler, ...).
 
         Raises:
-            ValueError: a field whose value changes the mathematics in a way that is not supported.
+            ValueError: a field has a value that is not supported.
         """
         if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
-            config = {"clip_sample": True} | config  # so do these constructors
+            config = {"clip_sample": True} | config  # the default of these classes in diffusers
         for name, wanted in _FIXED.items():
             if config.get(name, wanted) != wanted:
                 raise ValueError(f"scheduler field {name!r} is {config[name]!r}: only {wanted!r} is supported")
         known = {field.name for field in dataclasses.fields(cls)}
-        # what diffusers' constructors fill in where a file leaves them out
+        # the defaults of diffusers' classes for fields that a file leaves out
         missing: dict[str, Any] = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
@@ -93,12 +107,12 @@ class Schedule:
         return cls(**missing | {name: value for name, value in config.items() if name in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """A scheduler_config.json for diffusers' DDIMScheduler."""
+        """The fields of a scheduler_config.json for diffusers' DDIMScheduler."""
         return {"_class_name": "DDIMScheduler", "clip_sample": False, "trained_betas": None, **dataclasses.asdict(self)}
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
-        """abar, float64 [num_train_timesteps]."""
+        """abar: the cumulative product of 1 - beta, float64 [num_train_timesteps]."""
         power = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = np.linspace(self.beta_start**power, self.beta_end**power, self.num_train_timesteps) ** (1 / power)
         return np.cumprod(1 - betas)
@@ -107,7 +121,7 @@ class Schedule:
         """The sampling timesteps as diffusers' DDIMScheduler spaces them, int32 [k], descending.
 
         Raises:
-            ValueError: num_inference_steps is not in 1 ... num_train_timesteps, or a timestep is outside the schedule.
+            ValueError: num_inference_steps is not in 1 ... num_train_timesteps, or a timestep is past the last one.
         """
         k, total = num_inference_steps, self.num_train_timesteps
         if not 1 <= k <= total:
@@ -127,9 +141,15 @@ class Schedule:
         return steps.astype(np.int32)
 
     def closed_form(self, num_inference_steps: int) -> ClosedForm:
-        """DDIM (eta = 0) unrolled over its k steps: it is linear in the noise and in the network's outputs.
+        """DDIM (eta = 0) at `num_inference_steps` timesteps, as single steps and unrolled.
 
-        See method.md, "The closed form"; the DDIM step is equation 12 of arXiv 2010.02502.
+        Each step goes from a timestep t to its successor s = t - num_train_timesteps // num_inference_steps. The last
+        successor may be negative: abar_s is then 1 or abar_0, as `set_alpha_to_one` says.
+
+        DDIM is equation 12 of arXiv 2010.02502. The coefficients are derived in docs/method.md, section 2.
+
+        Raises:
+            ValueError: as `timesteps`.
         """
         timesteps = self.timesteps(num_inference_steps)
         abar = self.alphas_cumprod
@@ -137,17 +157,28 @@ class Schedule:
         final = 1.0 if self.set_alpha_to_one else abar[0]
         return self._closed_form(timesteps, np.where(successors >= 0, abar[np.maximum(successors, 0)], final))
 
-    def euler_form(self, num_inference_steps: int) -> ClosedForm:
-        """Euler steps in sigma = sqrt(1 - abar) / sqrt(abar) at "trailing" timesteps, the last one to sigma 0.
+    def euler_timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """The timesteps of SD-Turbo: "trailing", whatever `timestep_spacing` is. int32 [k], descending.
 
-        In latents z, where Euler steps in z / sqrt(abar), they are DDIM steps from each timestep to the next (section
-        4.3 of arXiv 2010.02502). diffusers' EulerDiscreteScheduler with the configuration of SD-Turbo.
+        Raises:
+            ValueError: as `timesteps`.
         """
-        timesteps = dataclasses.replace(self, timestep_spacing="trailing").timesteps(num_inference_steps)
+        return dataclasses.replace(self, timestep_spacing="trailing").timesteps(num_inference_steps)
+
+    def euler_form(self, num_inference_steps: int) -> ClosedForm:
+        """Euler steps in sigma = sqrt(1 - abar) / sqrt(abar) at `euler_timesteps`, the last one to sigma 0.
+
+        diffusers' EulerDiscreteScheduler, as SD-Turbo configures it. Its latents are z / sqrt(abar). In the latents z,
+        an Euler step is the DDIM step from one timestep to the next (arXiv 2010.02502, section 4.3).
+
+        Raises:
+            ValueError: as `timesteps`.
+        """
+        timesteps = self.euler_timesteps(num_inference_steps)
         return self._closed_form(timesteps, np.append(self.alphas_cumprod[timesteps[1:]], 1.0))
 
     def lcm_timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """The timesteps of a latent consistency model, as diffusers' LCMScheduler picks them, int32 [k], descending.
+        """The timesteps of a latent consistency model, as in diffusers' LCMScheduler, int32 [k], descending.
 
         Raises:
             ValueError: num_inference_steps is not in 1 ... LCM_STEPS.
@@ -161,36 +192,51 @@ class Schedule:
 
     @staticmethod
     def lcm_boundary(timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """c_skip and c_out of the consistency function c_skip z + c_out z_0(z, t): timesteps [k] -> float64 [k]."""
+        """c_skip and c_out of the consistency function c_skip z + c_out z_0(z, t): timesteps [k] -> float64 [k] each.
+
+        The boundary condition of arXiv 2310.04378, with the time scaling of the published models.
+        """
         scaled = LCM_TIMESTEP_SCALING * timesteps
         total = scaled**2 + LCM_SIGMA_DATA**2
         return LCM_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
 
-    def _closed_form(self, timesteps: np.ndarray, a_s: np.ndarray) -> ClosedForm:
-        """The DDIM steps from timesteps [k], each to where abar is a_s [k]."""
-        a_t = self.alphas_cumprod[timesteps]
+    def _closed_form(self, timesteps: np.ndarray, abar_s: np.ndarray) -> ClosedForm:
+        """The DDIM steps from timesteps [k], each to the timestep s with abar_s [k].
+
+        A DDIM step predicts z_0 and the noise from the latents x and the network's output o, and mixes them again with
+        the noise level of s. For a network that predicts noise:
+
+            x_s = sqrt(abar_s) (x - sqrt(1 - abar_t) o) / sqrt(abar_t) + sqrt(1 - abar_s) o
+
+        This is x_s = c x + d o. For v-prediction, z_0 = sqrt(abar_t) x - sqrt(1 - abar_t) o and
+        noise = sqrt(abar_t) o + sqrt(1 - abar_t) x.
+        """
+        abar_t = self.alphas_cumprod[timesteps]
         if self.prediction_type == "epsilon":
-            c = np.sqrt(a_s / a_t)
-            d = np.sqrt(1 - a_s) - np.sqrt(a_s * (1 - a_t) / a_t)
+            c = np.sqrt(abar_s / abar_t)
+            d = np.sqrt(1 - abar_s) - np.sqrt(abar_s * (1 - abar_t) / abar_t)
         else:
-            c = np.sqrt(a_s * a_t) + np.sqrt((1 - a_s) * (1 - a_t))
-            d = np.sqrt((1 - a_s) * a_t) - np.sqrt(a_s * (1 - a_t))
-        after = np.append(np.cumprod(c[::-1])[::-1], 1.0)  # after[i] = product of c[i:]
-        return ClosedForm(timesteps, float(after[0]), d * after[1:], c, d)
+            c = np.sqrt(abar_s * abar_t) + np.sqrt((1 - abar_s) * (1 - abar_t))
+            d = np.sqrt((1 - abar_s) * abar_t) - np.sqrt(abar_s * (1 - abar_t))
+        products = np.append(np.cumprod(c[::-1])[::-1], 1.0)  # products[i] = c[i] c[i+1] ... c[k-1]
+        return ClosedForm(timesteps, scale=float(products[0]), weights=d * products[1:], c=c, d=d)
 
     def signal_and_noise(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """sqrt(abar_t) and sqrt(1 - abar_t) for integer t [b], float32 [b 1 1 1]."""
+        """sqrt(abar_t) and sqrt(1 - abar_t): integers t [b] -> float32 [b 1 1 1] each."""
         abar = self.alphas_cumprod
-        pick = lambda table: jnp.asarray(table, jnp.float32)[t][:, None, None, None]
-        return pick(np.sqrt(abar)), pick(np.sqrt(1 - abar))
+
+        def look_up(table: np.ndarray) -> jax.Array:
+            return jnp.asarray(table, jnp.float32)[t][:, None, None, None]
+
+        return look_up(np.sqrt(abar)), look_up(np.sqrt(1 - abar))
 
     def add_noise(self, latents: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise: float32 [b h w c], t [b]."""
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise: latents z_0 and noise [b h w c], t [b] -> [b h w c]."""
         signal, sigma = self.signal_and_noise(t)
         return signal * latents + sigma * noise
 
     def to_epsilon(self, output: jax.Array, latents: jax.Array, t: jax.Array) -> jax.Array:
-        """The network's output at (latents, t) as a noise prediction: [b h w c], t [b] -> [b h w c]."""
+        """The noise that the network's output at (latents, t) predicts: [b h w c], t [b] -> [b h w c]."""
         if self.prediction_type == "epsilon":
             return output
         signal, sigma = self.signal_and_noise(t)

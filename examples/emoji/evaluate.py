@@ -30,7 +30,7 @@ from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPConfig, CLIPModel
 from tiue_jax.models.functional import Component
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling.settings import SAMPLERS
+from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.weights import hub, model_folder
 
 PROMPTS = Path(__file__).parent / "eval_prompts.txt"

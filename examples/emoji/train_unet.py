@@ -146,7 +146,7 @@ def main() -> None:
 
     @jax.jit
     def sample(params):
-        z = samplers.ddim(functional.bind(graphdef, params), noise, shown, null, SCHEDULE, 20, 5.0)
+        z = samplers.ddim(samplers.Inputs(functional.bind(graphdef, params), noise, shown, SCHEDULE, 20, null, 5.0))
         return functional.bind(vae, vae_params).decode(z / vae_config.scaling_factor)
 
     def report(state: State) -> None:

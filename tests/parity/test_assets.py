@@ -25,7 +25,7 @@ def test_teacher_loads_in_torch_and_draws_the_same():
     @jax.jit
     def draw(params, text, null):
         unet, vae = (part.bind(p) for part, p in zip((ours.unet, ours.vae), params, strict=True))
-        z = samplers.ddim(unet, jnp.asarray(noise), text, null, ours.schedule, *settings.values())
+        z = samplers.ddim(samplers.Inputs(unet, jnp.asarray(noise), text, ours.schedule, null_text=null, **settings))
         return vae.decode(z / ours.vae.cfg.scaling_factor)
 
     params = ours.unet.params, ours.vae.params

@@ -1,4 +1,4 @@
-"""A folder that we wrote, in PyTorch: the same pictures; and what PyTorch writes is read back by us."""
+"""Folders that we write give the same images in PyTorch, and we read the folders that PyTorch writes."""
 
 import jax
 import numpy as np
@@ -29,8 +29,12 @@ def theirs(folder):
     return pipe
 
 
-def test_pytorch_makes_the_same_pictures(folder, theirs):
-    ours = Pipeline.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def ours(folder):
+    return Pipeline.from_pretrained(folder)
+
+
+def test_pytorch_makes_the_same_images(ours, theirs):
     got = ours(["red apple"], seed=4, sampler="ddim", num_inference_steps=4, guidance_scale=3.0)
     noise = np.array(samplers.normal(samplers.image_keys(4, np.array([RED_APPLE]), np.array([0])), (8, 8, 4)))
     latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
@@ -40,8 +44,7 @@ def test_pytorch_makes_the_same_pictures(folder, theirs):
     assert difference <= 1.01 / 255 and want.std() > 0.02
 
 
-def test_the_tokenizer_and_the_text_encoder_agree(folder, theirs):
-    ours = Pipeline.from_pretrained(folder)
+def test_the_tokenizer_and_the_text_encoder_agree(ours, theirs):
     prompts = ["Red  apple", "", "a pear, 2 plums", "zzz"]
     tokens = theirs.tokenizer(prompts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")
     np.testing.assert_array_equal(ours.tokenize(prompts), tokens.input_ids)
@@ -69,10 +72,10 @@ def test_what_pytorch_writes_is_read_back_bit_exact(folder, tmp_path, part, thei
     jax.tree.map(np.testing.assert_array_equal, back, ours)
 
 
-def test_the_scheduler_survives(folder, theirs, tmp_path):
+def test_the_scheduler_survives(ours, theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert (
         Schedule.from_dict(model_folder.read_config_dict(tmp_path / "scheduler", "scheduler_config.json")) == Schedule()
     )
     again = Pipeline.from_pretrained(tmp_path)
-    assert again.tokenize(["red apple"]).tolist() == Pipeline.from_pretrained(folder).tokenize(["red apple"]).tolist()
+    assert again.tokenize(["red apple"]).tolist() == ours.tokenize(["red apple"]).tolist()

@@ -1,4 +1,4 @@
-"""Alphas, timesteps and whole sampling runs against diffusers' DDIMScheduler."""
+"""Alphas, timesteps and whole loops against diffusers' DDIMScheduler."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def test_closed_form_is_the_schedulers_loop(schedule, spacing, k):
 
 
 def test_default_is_sd15s_scheduler():
-    """What SD 1.5's scheduler_config.json leaves out, PNDMScheduler's constructor fills in."""
+    """PNDMScheduler has the defaults for the fields that SD 1.5's scheduler_config.json leaves out."""
     config = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).config
     assert Schedule.from_dict(dict(config)) == Schedule()
 
@@ -49,7 +49,7 @@ def test_missing_fields_default_as_in_diffusers():
 
 
 @pytest.mark.parametrize("theirs", [DDIMScheduler, DDPMScheduler])
-def test_schedulers_that_clip_where_their_file_says_nothing_are_refused(theirs):
+def test_schedulers_that_clip_by_default_are_refused(theirs):
     assert theirs().config.clip_sample
     with pytest.raises(ValueError, match="'clip_sample' is True: only False is supported"):
         Schedule.from_dict({"_class_name": theirs.__name__})

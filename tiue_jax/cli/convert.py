@@ -21,7 +21,8 @@ from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling.settings import SAMPLERS, read_key_steps
+from tiue_jax.sampling.samplers import SAMPLERS
+from tiue_jax.sampling.settings import read_key_steps
 from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS
 from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
 

@@ -2,8 +2,8 @@
 
     tiue demo [--minutes 4] [--outdir runs/demo]
 
-Everything comes with the package: nothing is downloaded. The distillation is the shipped student's own recipe,
-emoji_tiue, stopped after a few minutes if it has not ended before.
+Models and prompts are part of the package: nothing is downloaded. The distillation runs the recipe of the shipped
+student, emoji_tiue, and stops after a few minutes.
 """
 
 import argparse
@@ -36,16 +36,17 @@ PROMPTS = (
 )
 
 
-def sample(what: str, pipeline: Pipeline, **settings: object) -> np.ndarray:
-    """One image of each prompt, uint8 [8 h w 3]; prints the seconds per image and the seconds spent compiling."""
+def sample(description: str, pipeline: Pipeline, **settings: object) -> np.ndarray:
+    """Samples one image of each prompt, uint8 [8 h w 3]. Prints the seconds per image and the seconds to compile."""
     start = time.perf_counter()
-    pipeline(PROMPTS, seed=1, **settings)
+    pipeline(PROMPTS, seed=1, **settings)  # compiles
     compiled = time.perf_counter()
-    pictures = pipeline(PROMPTS, seed=0, **settings)
+    drawn = pipeline(PROMPTS, seed=0, **settings)
     seconds = time.perf_counter() - compiled
-    once = compiled - start - seconds
-    print(f"  {what:<44} {seconds / len(PROMPTS):7.3f} s per image (and {once:.1f} s to compile, once)", flush=True)
-    return pictures
+    compiling = compiled - start - seconds
+    per_image = seconds / len(PROMPTS)
+    print(f"  {description:<44} {per_image:7.3f} s per image (and {compiling:.1f} s to compile, once)", flush=True)
+    return drawn
 
 
 def write(path: Path, rows: list[np.ndarray]) -> None:
@@ -57,7 +58,7 @@ def write(path: Path, rows: list[np.ndarray]) -> None:
 def distil(workdir: Path, minutes: float) -> None:
     """Runs `tiue train` from the start; its progress bar goes to the terminal."""
     if (workdir / "config.json").is_file():
-        shutil.rmtree(workdir)  # otherwise the same command would resume the last demo's run
+        shutil.rmtree(workdir)  # otherwise the command resumes the run of the last demo
     arguments = ["train", "--config", "emoji_tiue", "--workdir", str(workdir)]
     arguments += [f"--config.train.max_train_minutes={minutes}", "--config.train.validation_every=50"]
     print("  " + " ".join(["tiue", *arguments]), flush=True)
@@ -65,14 +66,19 @@ def distil(workdir: Path, minutes: float) -> None:
 
 
 def distilled(teacher: Pipeline, student: Pipeline, workdir: Path) -> Pipeline:
-    """The averaged weights of a run's last checkpoint, sampled as the shipped student is."""
+    """The student of a run's last checkpoint (averaged weights), with the sampler settings of `student`."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher.unet.params)
     params = checkpoint_files.read_weights(workdir, structs)
     return dataclasses.replace(student, name=str(workdir), unet=teacher.unet._replace(params=params))
 
 
 def run(minutes: float, outdir: Path) -> None:
-    """Samples, distils and samples again. ValueError or OSError if a folder cannot be written."""
+    """Samples, distils and samples again.
+
+    Raises:
+        ValueError, OSError: a folder cannot be written.
+        subprocess.CalledProcessError: the training run failed.
+    """
     workdir = outdir / "distillation"
 
     print(f"1. The shipped models, float32 on {jax.local_device_count()} x {jax.devices()[0].device_kind}")

@@ -1,11 +1,15 @@
-"""Samplers over a bound UNet: the loop-free student, its teacher, and the few-step models it is compared with.
+"""Samplers: the loop-free student, its teacher, and the few-step models that it is compared with.
 
-Each is a function of its own from noise to latents z_0, in the UNet's scaling; SAMPLERS has them by name. Steps that
-repeat are one `lax.scan`, so that the network is compiled once.
+A sampler is one function from `Inputs` to latents z_0, and one row of SAMPLERS with its defaults. To add a sampler,
+write both in this file: commands, settings and pipelines find it in SAMPLERS.
+
+Steps that repeat are one `lax.scan`, so that XLA compiles the network once. Letters in shapes: b batch, k timesteps,
+h w c latents, l text tokens, d their width.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,53 +19,71 @@ from jax.sharding import Mesh
 
 from tiue_jax import student
 from tiue_jax.models import layers
-from tiue_jax.models.unet import UNet
 from tiue_jax.schedule import ClosedForm, Schedule
-from tiue_jax.student import UNetLike
 
 # (latents [b h w c], t [b ...], text [b l d]) -> the network's outputs [b ... h w c]
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Inputs(NamedTuple):
-    """What one batch is sampled from; a sampler takes of it what it needs."""
+    """The inputs of a sampler. Each sampler uses those that it needs.
 
-    unet: Any  # models.unet.UNet, bound
-    noise: jax.Array  # float32 [b h w c], standard normal
-    keys: jax.Array  # [b], for whatever else is random (see image_keys)
-    text: jax.Array  # [b l d]
-    null_text: jax.Array  # [b l d]
-    guidance_scale: float | jax.Array
+    Attributes:
+        unet: a models.unet.UNet bound to its parameters.
+        noise: standard normal latents, float32 [b h w c].
+        text: text embeddings of the prompts [b l d].
+        schedule: the noise schedule, with its timestep spacing.
+        num_inference_steps: the number of steps.
+        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None if guidance_scale is 1.
+        guidance_scale: w of classifier-free guidance, see `guided`.
+        keys: random keys [b], for noise that is added between steps, see `image_keys`.
+        key_steps: the steps at which "faster_diffusion" runs the encoder, increasing from 0.
+        mesh: splits the timesteps of "tiue" over its axis `step`.
+    """
+
+    unet: Any
+    noise: jax.Array
+    text: jax.Array
     schedule: Schedule
     num_inference_steps: int
-    key_steps: tuple[int, ...]  # for faster_diffusion, empty elsewhere
-    mesh: Mesh | None = None  # for tiue, to split its timesteps over the axis `step`
+    null_text: jax.Array | None = None
+    guidance_scale: float | jax.Array = 1
+    keys: jax.Array | None = None
+    key_steps: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
 
 def image_keys(seed: int | jax.Array, prompt_ids: jax.Array, numbers: jax.Array) -> jax.Array:
     """A random key for each image: [b].
 
-    It depends on the seed, the image's prompt and its number among that prompt's images, and on nothing else: not on
-    the batch size, the number of devices, or the order of the prompts.
+    A key depends only on the seed, the image's prompt, and the image's number among the images of that prompt. It does
+    not depend on the batch size, the number of devices, or the order of the prompts.
 
     Args:
-        seed: any int >= 0; 0 is a seed like any other.
+        seed: an integer >= 0.
         prompt_ids: uint32 [b], a hash of each image's prompt.
-        numbers: int [b], which of its prompt's images each one is.
+        numbers: int [b], each image's number among the images of its prompt.
     """
-    one = lambda prompt_id, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), number)
-    return jax.vmap(one)(jnp.asarray(prompt_ids, jnp.uint32), jnp.asarray(numbers, jnp.uint32))
+
+    def image_key(prompt_id: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_id), number)
+
+    return jax.vmap(image_key)(jnp.asarray(prompt_ids, jnp.uint32), jnp.asarray(numbers, jnp.uint32))
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal latents of `shape` (h, w, c), one from each of the keys [b] (image_keys): float32 [b h w c]."""
+    """Standard normal noise of `shape` (h, w, c) from each key: keys [b] -> float32 [b h w c]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def step_noise(keys: jax.Array, steps: int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise for each image and step, from keys [b] with the step folded in: float32 [b steps h w c]."""
-    one = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), shape)
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(keys, jnp.arange(steps, dtype=jnp.uint32))
+    """Standard normal noise of `shape` (h, w, c) from each key at each step: keys [b] -> float32 [b steps h w c]."""
+
+    def one_step_noise(key: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, step), shape)
+
+    all_steps = jax.vmap(one_step_noise, in_axes=(None, 0))
+    return jax.vmap(all_steps, in_axes=(0, None))(keys, jnp.arange(steps, dtype=jnp.uint32))
 
 
 def guided(
@@ -69,144 +91,100 @@ def guided(
     latents: jax.Array,
     t: jax.Array,
     text: jax.Array,
-    null_text: jax.Array,
+    null_text: jax.Array | None,
     guidance_scale: float | jax.Array,
 ) -> jax.Array:
-    """Classifier-free guidance, o(null) + w (o(text) - o(null)) (arXiv 2207.12598), from one evaluation of 2b.
+    """Classifier-free guidance (arXiv 2207.12598; docs/method.md, section 6): o(null) + w (o(text) - o(null)).
 
-    The two lie side by side, sample by sample, rather than one batch after the other: where the batch is sharded each
-    device then holds both halves of its own samples, and nothing has to move. A plain number w = 1 is no guidance,
-    and evaluates b.
+    The network is evaluated once, on a batch of 2b. The two halves of each sample are neighbours in that batch: if the
+    batch is sharded, each device holds both halves of its samples, and no data moves between devices. If w is the
+    Python number 1 there is no guidance, and the network is evaluated on b.
 
     Args:
         network: see Network.
-        latents, t, text: its arguments, [b h w c], [b ...] and [b l d].
-        null_text: text embedding of the empty (or a negative) prompt [b l d].
-        guidance_scale: w; may be traced.
+        latents: [b h w c].
+        t: timesteps [b ...].
+        text: text embeddings of the prompts [b l d].
+        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None if guidance_scale is 1.
+        guidance_scale: w, a number or a traced scalar.
 
     Returns:
         [b ... h w c].
     """
     if isinstance(guidance_scale, int | float) and guidance_scale == 1:
         return network(latents, t, text)
-    twice = lambda x: jnp.repeat(x, 2, axis=0)
+    assert null_text is not None
     texts = jnp.stack([text, null_text], axis=1).reshape(-1, *text.shape[1:])  # [2b l d]
-    both = network(twice(latents), twice(t), texts)
-    both = both.reshape(-1, 2, *both.shape[1:])
+    both = network(jnp.repeat(latents, 2, axis=0), jnp.repeat(t, 2, axis=0), texts)
+    both = both.reshape(-1, 2, *both.shape[1:])  # [b 2 ... h w c]
     return both[:, 1] + guidance_scale * (both[:, 0] - both[:, 1])
 
 
-def tiue(
-    unet: UNetLike,
-    noise: jax.Array,
-    text: jax.Array,
-    schedule: Schedule,
-    num_inference_steps: int,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """The loop-free student: noise [b h w c], text [b l d] -> float32 [b h w c]. No guidance. See student.generate."""
-    return student.generate(unet, noise, text, schedule.closed_form(num_inference_steps), mesh)
+def tiue(inputs: Inputs) -> jax.Array:
+    """The loop-free student (arXiv 2505.21960), without guidance: float32 latents z_0 [b h w c].
 
-
-def ddim(
-    unet: UNetLike,
-    noise: jax.Array,
-    text: jax.Array,
-    null_text: jax.Array,
-    schedule: Schedule,
-    num_inference_steps: int,
-    guidance_scale: float | jax.Array,
-) -> jax.Array:
-    """DDIM (arXiv 2010.02502, eta = 0) with classifier-free guidance: the teacher.
-
-    Args:
-        unet: a bound UNet.
-        noise: [b h w c].
-        text: text embedding of the prompts [b l d].
-        null_text: text embedding of the empty (or a negative) prompt [b l d].
-        schedule: the noise schedule, with its timestep spacing.
-        num_inference_steps: number of steps.
-        guidance_scale: see guided.
-
-    Returns:
-        float32 latents z_0 [b h w c].
+    See student.generate. Raises ValueError if the axis `step` of `inputs.mesh` does not divide the number of steps.
     """
-    network: Network = lambda latents, t, text: guided(_float32(unet), latents, t, text, null_text, guidance_scale)
-    return _integrate(network, noise.astype(jnp.float32), text, schedule.closed_form(num_inference_steps))
+    form = inputs.schedule.closed_form(inputs.num_inference_steps)
+    return student.generate(inputs.unet, inputs.noise, inputs.text, form, inputs.mesh)
 
 
-def one_step(unet: UNetLike, noise: jax.Array, text: jax.Array, schedule: Schedule) -> jax.Array:
-    """The z_0 predicted at the last training timestep from pure noise: [b h w c], [b l d] -> float32 [b h w c].
+def ddim(inputs: Inputs) -> jax.Array:
+    """DDIM (arXiv 2010.02502, eta = 0) with classifier-free guidance: float32 latents z_0 [b h w c].
 
-    This is how SwiftBrush (arXiv 2312.05239) and its successors sample: (noise - sqrt(1 - abar) e) / sqrt(abar) for
-    networks that predict noise.
+    This is how the teacher is sampled.
     """
-    t = jnp.full((noise.shape[0],), schedule.num_train_timesteps - 1)
-    return schedule.to_original(unet(noise, t, text).astype(jnp.float32), noise.astype(jnp.float32), t)
+    form = inputs.schedule.closed_form(inputs.num_inference_steps)
+    return _integrate(_guided_network(inputs), inputs.noise.astype(jnp.float32), inputs.text, form)
 
 
-def turbo(unet: UNetLike, noise: jax.Array, text: jax.Array, schedule: Schedule, num_inference_steps: int) -> jax.Array:
-    """SD-Turbo (arXiv 2311.17042): Euler steps from the last training timestep to sigma 0, as its scheduler takes them.
+def one_step(inputs: Inputs) -> jax.Array:
+    """The z_0 that the network predicts from pure noise at the last training timestep: float32 [b h w c].
 
-    Timesteps are "trailing", whatever the schedule's spacing: one step is t = 999. The noise enters with its standard
-    deviation at that timestep, sqrt(1 - abar), where `one_step` takes it as it is. No guidance.
-
-    Returns:
-        float32 latents z_0 [b h w c], of noise [b h w c] and text [b l d].
+    This is how SwiftBrush (arXiv 2312.05239) and its successors sample. For a network that predicts noise e it is
+    (noise - sqrt(1 - abar) e) / sqrt(abar).
     """
-    form = schedule.euler_form(num_inference_steps)
-    sigma = np.sqrt(1 - schedule.alphas_cumprod[form.timesteps[0]])
-    return _integrate(_float32(unet), np.float32(sigma) * noise.astype(jnp.float32), text, form)
+    t = jnp.full((inputs.noise.shape[0],), inputs.schedule.num_train_timesteps - 1)
+    output = inputs.unet(inputs.noise, t, inputs.text).astype(jnp.float32)
+    return inputs.schedule.to_original(output, inputs.noise.astype(jnp.float32), t)
 
 
-def lcm(
-    network: Network,
-    noise: jax.Array,
-    fresh_noise: jax.Array,
-    text: jax.Array,
-    schedule: Schedule,
-    num_inference_steps: int,
-) -> jax.Array:
-    """Latent consistency model (arXiv 2310.04378, algorithm 3): predict z_0, noise it again, predict anew.
+def turbo(inputs: Inputs) -> jax.Array:
+    """SD-Turbo (arXiv 2311.17042), without guidance: float32 latents z_0 [b h w c].
 
-    Args:
-        network: the UNet as `lcm_network` gives it.
-        noise: [b h w c].
-        fresh_noise: what is added after each step but the last, [b k-1 h w c].
-        text: text embedding of the prompts [b l d].
-        schedule: the noise schedule; its spacing is not used (see Schedule.lcm_timesteps).
-        num_inference_steps: k.
-
-    Returns:
-        float32 latents z_0 [b h w c].
+    Euler steps from the last training timestep to sigma 0, as in SD-Turbo's scheduler; see Schedule.euler_form. The
+    initial latents are sqrt(1 - abar) noise. (`one_step` does not scale the noise.)
     """
-    timesteps = schedule.lcm_timesteps(num_inference_steps)
+    form = inputs.schedule.euler_form(inputs.num_inference_steps)
+    sigma = np.sqrt(1 - inputs.schedule.alphas_cumprod[form.timesteps[0]])
+    latents = np.float32(sigma) * inputs.noise.astype(jnp.float32)
+    return _integrate(_float32(inputs.unet), latents, inputs.text, form)
+
+
+def lcm(inputs: Inputs) -> jax.Array:
+    """Latent consistency model (arXiv 2310.04378, algorithm 3): float32 latents z_0 [b h w c].
+
+    Each step predicts z_0, and all steps but the last add noise to it, drawn from `inputs.keys`. The timesteps are
+    those of Schedule.lcm_timesteps, whatever the schedule's spacing.
+    """
+    assert inputs.keys is not None
+    schedule, steps, shape = inputs.schedule, inputs.num_inference_steps, inputs.noise.shape[1:]
+    network = _lcm_network(inputs)
+    timesteps = schedule.lcm_timesteps(steps)
     c_skip, c_out = schedule.lcm_boundary(timesteps)
-    after = np.append(schedule.alphas_cumprod[timesteps[1:]], 1.0)  # abar of the timestep that each step leads to
-    fresh = jnp.concatenate([fresh_noise, jnp.zeros_like(noise[:, None])], axis=1)  # nothing after the last
+    successors = np.append(schedule.alphas_cumprod[timesteps[1:]], 1.0)  # abar of the timestep that each step leads to
+    added_noise = jnp.moveaxis(step_noise(inputs.keys, steps - 1, shape), 1, 0)  # [k-1 b h w c]
+    added_noise = jnp.concatenate([added_noise, jnp.zeros_like(inputs.noise, jnp.float32)[None]])  # none at the end
 
     def step(latents: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         t, skip, out, signal, sigma, added = now
-        ts = jnp.full(latents.shape[:1], t)
-        original = schedule.to_original(network(latents, ts, text).astype(jnp.float32), latents, ts)
+        t = jnp.full(latents.shape[:1], t)
+        original = schedule.to_original(network(latents, t, inputs.text).astype(jnp.float32), latents, t)
         return signal * (out * original + skip * latents) + sigma * added, None
 
-    numbers = (jnp.asarray(x, jnp.float32) for x in (c_skip, c_out, np.sqrt(after), np.sqrt(1 - after)))
-    steps = (jnp.asarray(timesteps), *numbers, jnp.moveaxis(fresh, 1, 0))
-    return jax.lax.scan(step, noise.astype(jnp.float32), steps)[0]
-
-
-def lcm_network(unet: UNet, null_text: jax.Array, guidance_scale: float | jax.Array) -> Network:
-    """The UNet of a latent consistency model, guided as it was trained to be.
-
-    Where it has a `time_cond_proj_dim` the guidance scale is one more thing that it is told; where not, as with
-    LCM-LoRA (arXiv 2311.05556), guidance is classifier-free, and w = 1 is none.
-    """
-    dim = unet.cfg.time_cond_proj_dim
-    if dim is None:
-        return lambda latents, t, text: guided(_float32(unet), latents, t, text, null_text, guidance_scale)
-    embed = lambda b: guidance_embedding(jnp.full((b,), guidance_scale, jnp.float32), dim)
-    return lambda latents, t, text: unet(latents, t, text, embed(latents.shape[0]))
+    tables = _float32_tables(c_skip, c_out, np.sqrt(successors), np.sqrt(1 - successors))
+    latents, _ = jax.lax.scan(step, inputs.noise.astype(jnp.float32), (jnp.asarray(timesteps), *tables, added_noise))
+    return latents
 
 
 def guidance_embedding(guidance_scale: jax.Array, dim: int) -> jax.Array:
@@ -214,79 +192,143 @@ def guidance_embedding(guidance_scale: jax.Array, dim: int) -> jax.Array:
     return layers.timestep_embedding(1000 * (guidance_scale - 1), dim, flip_sin_to_cos=False, freq_shift=1)
 
 
-def faster_diffusion(
-    unet: UNetLike,
-    noise: jax.Array,
-    text: jax.Array,
-    null_text: jax.Array,
-    schedule: Schedule,
-    num_inference_steps: int,
-    guidance_scale: float | jax.Array,
-    key_steps: Sequence[int],
-    noise_injection: float = 0.003,
-) -> jax.Array:
-    """Faster Diffusion (arXiv 2312.09608): DDIM that runs the encoder at key steps only.
+def faster_diffusion(inputs: Inputs, noise_injection: float = 0.003) -> jax.Array:
+    """Faster Diffusion (arXiv 2312.09608): DDIM that runs the encoder at `inputs.key_steps` only.
 
-    The steps from one key step to the next share its features, so their decoders run in one batch. The student is this
-    with one key step and no guidance, trained for it.
+    The steps from one key step to the next use the same features, and their decoders run as one batch. With one key
+    step, no guidance and no injected noise it is the student's algorithm, "tiue". With all steps as key steps and no
+    injected noise it is "ddim".
 
     Args:
-        unet, noise, text, null_text, schedule, num_inference_steps, guidance_scale: as `ddim`.
-        key_steps: increasing numbers of the steps that run the encoder, from 0; all, without injection, is DDIM.
-        noise_injection: the share of the initial noise that is added to the latents before each step of the last half
-            of the training timesteps; gives texture back (the paper's alpha and tau). 0 adds none.
+        inputs: see Inputs.
+        noise_injection: in the second half of the training timesteps, this share of the initial noise is added to the
+            latents before each step (alpha and tau of the paper). It restores texture.
 
     Returns:
         float32 latents z_0 [b h w c].
     """
-    form = schedule.closed_form(num_inference_steps)
-    noise = noise.astype(jnp.float32)
-    late = form.timesteps < schedule.num_train_timesteps / 2
-    tables = form.timesteps, *(np.asarray(x, np.float32) for x in (form.c, form.d, noise_injection * late))
+    steps = inputs.num_inference_steps
+    form = inputs.schedule.closed_form(steps)
+    noise = inputs.noise.astype(jnp.float32)
+    late = form.timesteps < inputs.schedule.num_train_timesteps / 2
+    tables = (form.timesteps, *(np.asarray(table, np.float32) for table in (form.c, form.d, noise_injection * late)))
+
+    def outputs_of(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """The decoder's outputs at the timesteps of one group: [b h w c], [span] -> [b span h w c]."""
+
+        def network(latents: jax.Array, _: jax.Array, text: jax.Array) -> jax.Array:
+            return student.predict(inputs.unet, latents, text, timesteps)
+
+        return guided(network, latents, timesteps, inputs.text, inputs.null_text, inputs.guidance_scale)
 
     def group(latents: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        timesteps, c, d, injected = now  # each [span]
-        for i in range(len(timesteps)):
+        """The steps from one key step to the next; each table is [span]."""
+        timesteps, c, d, injected = now
+        latents = latents + injected[0] * noise
+        outputs = outputs_of(latents, timesteps)
+        latents = c[0] * latents + d[0] * outputs[:, 0]
+        for i in range(1, len(timesteps)):
             latents = latents + injected[i] * noise
-            if i == 0:
-                outputs = propagate(latents, timesteps)  # [b span h w c]
             latents = c[i] * latents + d[i] * outputs[:, i]
         return latents, None
 
-    def propagate(latents: jax.Array, timesteps: jax.Array) -> jax.Array:
-        network: Network = lambda latents, _, text: student.predict(unet, latents, text, timesteps)
-        return guided(network, latents, timesteps, text, null_text, guidance_scale)
-
     latents, first = noise, 0
-    spans = np.diff([*key_steps, num_inference_steps])
-    for span, run in itertools.groupby(spans):  # neighbours of the same span are one scan
-        last = first + span * len(list(run))
-        steps = tuple(jnp.asarray(table[first:last].reshape(-1, span)) for table in tables)
-        latents, first = jax.lax.scan(group, latents, steps)[0], last
+    spans = np.diff([*inputs.key_steps, steps])
+    for span, equal_spans in itertools.groupby(spans):  # neighbouring groups of the same span are one scan
+        last = first + span * len(list(equal_spans))
+        grouped = tuple(jnp.asarray(table[first:last].reshape(-1, span)) for table in tables)
+        latents, _ = jax.lax.scan(group, latents, grouped)
+        first = last
     return latents
 
 
-SAMPLERS: dict[str, Callable[[Inputs], jax.Array]] = {
-    "tiue": lambda x: tiue(x.unet, x.noise, x.text, x.schedule, x.num_inference_steps, x.mesh),
-    "ddim": lambda x: ddim(x.unet, x.noise, x.text, x.null_text, x.schedule, x.num_inference_steps, x.guidance_scale),
-    "one_step": lambda x: one_step(x.unet, x.noise, x.text, x.schedule),
-    "turbo": lambda x: turbo(x.unet, x.noise, x.text, x.schedule, x.num_inference_steps),
-    "lcm": lambda x: lcm(
-        lcm_network(x.unet, x.null_text, x.guidance_scale),
-        x.noise,
-        step_noise(x.keys, x.num_inference_steps - 1, x.noise.shape[1:]),
-        x.text,
-        x.schedule,
-        x.num_inference_steps,
-    ),
-    "faster_diffusion": lambda x: faster_diffusion(
-        x.unet, x.noise, x.text, x.null_text, x.schedule, x.num_inference_steps, x.guidance_scale, x.key_steps
+class Sampler(NamedTuple):
+    """A sampler and its defaults: one row of SAMPLERS.
+
+    Attributes:
+        sample: the latents z_0 of `Inputs`, float32 [b h w c], in the UNet's scaling.
+        timesteps: the timesteps of a schedule at a number of steps. It raises ValueError for a number of steps that
+            the sampler cannot take.
+        num_inference_steps: the default number of steps.
+        guidance_scale: the default guidance scale. None: the sampler takes none.
+        embedded_guidance_scale: the default guidance scale for a UNet that takes it as an input
+            (`time_cond_proj_dim`). None: the sampler is not for such a UNet.
+        timestep_spacing: True if the sampler takes a timestep spacing. The default is the schedule's.
+        key_steps: the default key steps among the default number of steps. None: the sampler takes none.
+    """
+
+    sample: Callable[[Inputs], jax.Array]
+    timesteps: Callable[[Schedule, int], np.ndarray]
+    num_inference_steps: int
+    guidance_scale: float | None = None
+    embedded_guidance_scale: float | None = None
+    timestep_spacing: bool = False
+    key_steps: tuple[int, ...] | None = None
+
+    def takes(self, setting: str) -> bool:
+        """True if the sampler takes this setting: "guidance_scale", "timestep_spacing" or "key_steps"."""
+        default = getattr(self, setting)
+        return default is not None and default is not False
+
+
+def _one_timestep(schedule: Schedule, num_inference_steps: int) -> np.ndarray:
+    if num_inference_steps != 1:
+        raise ValueError(f"sampler 'one_step' takes one step, got num_inference_steps {num_inference_steps}")
+    return np.array([schedule.num_train_timesteps - 1], np.int32)
+
+
+SAMPLERS = {
+    "tiue": Sampler(tiue, Schedule.timesteps, 4, timestep_spacing=True),
+    "ddim": Sampler(ddim, Schedule.timesteps, 25, guidance_scale=7.5, timestep_spacing=True),
+    "one_step": Sampler(one_step, _one_timestep, 1),
+    "turbo": Sampler(turbo, Schedule.euler_timesteps, 1),
+    # guidance is part of what these models learned: without a guidance input, LCM-LoRA included, the scale is 1
+    "lcm": Sampler(lcm, Schedule.lcm_timesteps, 4, guidance_scale=1.0, embedded_guidance_scale=8.5),
+    "faster_diffusion": Sampler(
+        faster_diffusion,
+        Schedule.timesteps,
+        50,
+        guidance_scale=7.5,
+        timestep_spacing=True,
+        key_steps=(0, 1, 2, 3, 5, 10, 15, 25, 35),  # the paper's choice
     ),
 }
 
 
+def takers(setting: str) -> list[str]:
+    """The names of the samplers that take a setting: "guidance_scale", "timestep_spacing" or "key_steps"."""
+    return [name for name, sampler in SAMPLERS.items() if sampler.takes(setting)]
+
+
+def _lcm_network(inputs: Inputs) -> Network:
+    """The UNet of a latent consistency model with guidance: an input of the UNet if it has one, or classifier-free.
+
+    LCM-LoRA (arXiv 2311.05556) has no such input.
+    """
+    dim = inputs.unet.cfg.time_cond_proj_dim
+    if dim is None:
+        return _guided_network(inputs)
+
+    def network(latents: jax.Array, t: jax.Array, text: jax.Array) -> jax.Array:
+        scales = jnp.full(latents.shape[:1], inputs.guidance_scale, jnp.float32)
+        return inputs.unet(latents, t, text, guidance_embedding(scales, dim))
+
+    return network
+
+
+def _guided_network(inputs: Inputs) -> Network:
+    """The UNet with classifier-free guidance, float32."""
+    return functools.partial(
+        guided, _float32(inputs.unet), null_text=inputs.null_text, guidance_scale=inputs.guidance_scale
+    )
+
+
 def _float32(network: Network) -> Network:
     return lambda latents, t, text: network(latents, t, text).astype(jnp.float32)
+
+
+def _float32_tables(*tables: np.ndarray) -> list[jax.Array]:
+    return [jnp.asarray(table, jnp.float32) for table in tables]
 
 
 def _integrate(network: Network, latents: jax.Array, text: jax.Array, form: ClosedForm) -> jax.Array:
@@ -296,5 +338,5 @@ def _integrate(network: Network, latents: jax.Array, text: jax.Array, form: Clos
         t, c, d = now
         return c * latents + d * network(latents, jnp.full(latents.shape[:1], t), text), None
 
-    steps = (jnp.asarray(form.timesteps), jnp.asarray(form.c, jnp.float32), jnp.asarray(form.d, jnp.float32))
-    return jax.lax.scan(step, latents, steps)[0]
+    latents, _ = jax.lax.scan(step, latents, (jnp.asarray(form.timesteps), *_float32_tables(form.c, form.d)))
+    return latents

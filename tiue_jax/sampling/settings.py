@@ -1,41 +1,27 @@
-"""How a model is sampled: the settings in `tiue_config.json`, their defaults, and what overrides them."""
+"""The settings that a model is sampled with: `tiue_config.json`, defaults, and overrides."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from tiue_jax.files import read_json
+from tiue_jax.sampling.samplers import SAMPLERS, takers
 from tiue_jax.schedule import SPACINGS, Schedule
-
-
-class Takes(NamedTuple):
-    """What a sampler takes, and what it is where nobody says."""
-
-    num_inference_steps: int
-    guidance_scale: float | None = None  # None: it takes none
-    timestep_spacing: bool = False
-    key_steps: bool = False
-
-
-SAMPLERS = {
-    "tiue": Takes(4, timestep_spacing=True),
-    "ddim": Takes(25, guidance_scale=7.5, timestep_spacing=True),
-    "one_step": Takes(1),
-    "turbo": Takes(1),
-    "lcm": Takes(4, guidance_scale=8.5),
-    "faster_diffusion": Takes(50, guidance_scale=7.5, timestep_spacing=True, key_steps=True),
-}
-# Of 50 steps, those at which Faster Diffusion (arXiv 2312.09608) runs the encoder: the paper's non-uniform choice.
-KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """A sampler and its settings. None stands for the sampler's own default, or the scheduler's spacing.
+    """A sampler and its settings, checked. `resolve` fills in defaults. Raises ValueError for a setting that is wrong.
 
-    `key_steps` are the steps at which "faster_diffusion" runs the encoder, counted from 0; one number n is every n-th.
+    Attributes:
+        sampler: a name in samplers.SAMPLERS.
+        num_inference_steps: the number of steps, >= 1; K of the student. None is the sampler's default.
+        guidance_scale: the scale of classifier-free guidance; 1 is no guidance. None is the sampler's default.
+        timestep_spacing: among schedule.SPACINGS. None is the schedule's spacing.
+        key_steps: the steps at which "faster_diffusion" runs the encoder, increasing from 0. One number n is every n-th
+            step. None is the sampler's default.
     """
 
     sampler: str = "ddim"
@@ -58,23 +44,23 @@ class Sampling:
             expected = "a number >= 1 or increasing numbers from 0"
             raise ValueError(f"key_steps must be {expected}, got {self.key_steps!r}")
         for name in ("guidance_scale", "timestep_spacing", "key_steps"):
-            value, takers = getattr(self, name), [s for s, takes in SAMPLERS.items() if getattr(takes, name)]
-            if value is not None and self.sampler not in takers:
-                raise ValueError(f"{name} is a setting of samplers {takers}, got {value!r} with {self.sampler!r}")
-        if self.sampler == "one_step" and k not in (None, 1):
-            raise ValueError(f"sampler 'one_step' takes one step, got num_inference_steps {k}")
+            value = getattr(self, name)
+            if value is not None and not SAMPLERS[self.sampler].takes(name):
+                raise ValueError(f"{name} is a setting of samplers {takers(name)}, got {value!r} with {self.sampler!r}")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """Raises ValueError naming a field that is unknown, or its value."""
+        """Reads the fields of `tiue_config.json`. Raises ValueError for an unknown field or a wrong value."""
         for name in sorted(set(config) - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"unknown sampling field {name!r} = {config[name]!r}")
-        lists = {name: tuple(value) for name, value in config.items() if isinstance(value, list)}  # as JSON has them
-        return cls(**config | lists)
+        key_steps = config.get("key_steps")
+        if isinstance(key_steps, list):  # JSON has no tuples
+            config = config | {"key_steps": tuple(key_steps)}
+        return cls(**config)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
-        """Reads `tiue_config.json`; ValueError naming the file."""
+        """Reads `tiue_config.json`. Raises ValueError, naming the file, for an unknown field or a wrong value."""
         config = read_json(path)
         try:
             return cls.from_dict(config)
@@ -82,53 +68,58 @@ class Sampling:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are not left to default."""
+        """The settings that are not None."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def override(self, **given: Any) -> "Sampling":
-        """These settings with those given that are not None; another sampler starts from its own defaults."""
+        """These settings with the given ones in their place, except those that are None.
+
+        If another sampler is given, the settings start from that sampler's defaults. Raises ValueError for a wrong
+        value.
+        """
         given = {name: value for name, value in given.items() if value is not None}
         base = self if given.get("sampler", self.sampler) == self.sampler else Sampling(given["sampler"])
         return dataclasses.replace(base, **given)
 
     def resolve(self, schedule: Schedule, embeds_guidance: bool = False) -> "Sampling":
-        """These settings with nothing left to default that the sampler takes.
+        """These settings with a value for every setting that the sampler takes, and None for the others.
 
         Args:
-            schedule: the model's.
-            embeds_guidance: the UNet is told the guidance scale (`time_cond_proj_dim`), as some of LCM are.
+            schedule: the model's noise schedule.
+            embeds_guidance: the UNet takes the guidance scale as an input (`time_cond_proj_dim`), as some latent
+                consistency models do.
 
         Raises:
-            ValueError: the schedule has not so many timesteps, or the sampler is not for such a UNet.
+            ValueError: the sampler cannot take this number of steps or these key steps, or is not for such a UNet.
         """
-        takes = SAMPLERS[self.sampler]
-        if embeds_guidance and self.sampler != "lcm":
-            raise ValueError(f"sampler must be 'lcm' for a UNet with time_cond_proj_dim, got {self.sampler!r}")
-        steps = self.num_inference_steps or takes.num_inference_steps
-        if self.sampler == "lcm":
-            schedule.lcm_timesteps(steps)
-        elif self.sampler == "turbo":
-            schedule.euler_form(steps)
-        else:
-            self.respaced(schedule).timesteps(steps)
-        guidance = takes.guidance_scale
-        if self.sampler == "lcm" and not embeds_guidance:
-            guidance = 1.0  # such a model, LCM-LoRA among them, has its guidance distilled in
+        sampler = SAMPLERS[self.sampler]
+        if embeds_guidance and sampler.embedded_guidance_scale is None:
+            expected = " or ".join(repr(n) for n, s in SAMPLERS.items() if s.embedded_guidance_scale is not None)
+            raise ValueError(f"sampler must be {expected} for a UNet with time_cond_proj_dim, got {self.sampler!r}")
+        steps = self.num_inference_steps or sampler.num_inference_steps
+        respaced = self.respaced(schedule)
+        sampler.timesteps(respaced, steps)  # raises
+        guidance_scale = self.guidance_scale
+        if guidance_scale is None:
+            guidance_scale = sampler.embedded_guidance_scale if embeds_guidance else sampler.guidance_scale
         return dataclasses.replace(
             self,
             num_inference_steps=steps,
-            guidance_scale=guidance if self.guidance_scale is None else self.guidance_scale,
-            timestep_spacing=self.respaced(schedule).timestep_spacing if takes.timestep_spacing else None,
-            key_steps=self._resolved_key_steps(steps) if takes.key_steps else None,
+            guidance_scale=guidance_scale,
+            timestep_spacing=respaced.timestep_spacing if sampler.takes("timestep_spacing") else None,
+            key_steps=self._resolved_key_steps(steps),
         )
 
     def respaced(self, schedule: Schedule) -> Schedule:
-        """The schedule with the spacing of these settings."""
+        """The schedule with the timestep spacing of these settings."""
         return dataclasses.replace(schedule, timestep_spacing=self.timestep_spacing or schedule.timestep_spacing)
 
-    def _resolved_key_steps(self, steps: int) -> tuple[int, ...]:
-        if self.key_steps is None:
-            return tuple(sorted({step * steps // 50 for step in KEY_STEPS}))
+    def _resolved_key_steps(self, steps: int) -> tuple[int, ...] | None:
+        sampler = SAMPLERS[self.sampler]
+        if sampler.key_steps is None:
+            return None
+        if self.key_steps is None:  # the default key steps, scaled to this number of steps
+            return tuple(sorted({step * steps // sampler.num_inference_steps for step in sampler.key_steps}))
         if isinstance(self.key_steps, int):
             return tuple(range(0, steps, self.key_steps))
         if self.key_steps[-1] >= steps:
@@ -137,7 +128,7 @@ class Sampling:
 
 
 def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
-    """The numbers of a command line's flag, or the one number. ValueError where they are none."""
+    """The key steps in a command line's list: one number, or a list of several. ValueError if they are no numbers."""
     if given is None:
         return None
     try:
@@ -148,6 +139,7 @@ def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
 
 
 def _are_key_steps(value: Any) -> bool:
+    """True for an integer >= 1, or a tuple of increasing integers from 0."""
     if isinstance(value, tuple):
         numbers = all(type(step) is int for step in value)
         return numbers and value[:1] == (0,) and all(a < b for a, b in zip(value, value[1:], strict=False))

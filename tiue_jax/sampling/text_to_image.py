@@ -1,4 +1,4 @@
-"""The sampler as one function, from token ids to pictures: what a pipeline compiles and an export stores."""
+"""Text to image as one function, from token ids to images. A pipeline compiles it, and an export stores it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,25 +19,36 @@ PARTS = ("text_encoder", "unet", "vae")
 
 
 class Batch(NamedTuple):
-    """The arguments of one batch of pictures. Only their shapes are compiled for, so any value may change for free."""
+    """The arguments for one batch of images. New values need no compilation, only new shapes do.
 
-    ids: Any  # int32 [b l], the prompts' tokens
-    null_ids: Any  # int32 [1 l], those of the empty prompt, for guidance
-    prompt_ids: Any  # uint32 [b], a hash of each image's prompt
-    numbers: Any  # uint32 [b], which of its prompt's images each one is
-    seed: Any  # uint32
-    guidance_scale: Any  # float32; not looked at where the program is not guided
-    latents: Any  # float32 [b h w c], the initial noise where it is given; its shape is the size of the pictures
-    given: Any  # bool: take the noise from `latents`, not from the seed
+    Attributes:
+        ids: int32 [b l], the tokens of the prompts.
+        null_ids: int32 [1 l], the tokens of the empty prompt, for guidance.
+        prompt_ids: uint32 [b], a hash of each image's prompt.
+        numbers: uint32 [b], each image's number among the images of its prompt.
+        seed: uint32.
+        guidance_scale: float32. Not used if the function is not guided.
+        latents: float32 [b h w c], the initial noise if `given` is true. The shape sets the size of the images.
+        given: bool, takes the initial noise from `latents`. Otherwise it is drawn from the seed.
+    """
+
+    ids: Any
+    null_ids: Any
+    prompt_ids: Any
+    numbers: Any
+    seed: Any
+    guidance_scale: Any
+    latents: Any
+    given: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a program is made for. Another key, batch size or picture size is another compilation, and nothing else is.
+    """The settings that select a compiled function. Another key, batch size or image size needs another compilation.
 
     Attributes:
-        settings: resolved; the guidance scale is left out, as it is an argument.
-        guided: whether the guidance scale is anything but 1, which would cost a second evaluation for nothing.
+        settings: resolved, without the guidance scale, which is an argument.
+        guided: the guidance scale is not 1. A guided function evaluates the UNet twice for each image.
     """
 
     settings: Sampling
@@ -45,7 +56,7 @@ class Key:
 
     @classmethod
     def of(cls, settings: Sampling) -> "Key":
-        """Of resolved settings."""
+        """The key of resolved settings."""
         return cls(dataclasses.replace(settings, guidance_scale=None), settings.guidance_scale not in (None, 1))
 
 
@@ -56,20 +67,24 @@ def make(
     vae_tiling: Tiling | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[Mapping[str, Any], Batch], tuple[jax.Array, jax.Array]]:
-    """The function from parameters, by the names in PARTS, and a batch to uint8 pictures [b h w 3]; not compiled.
+    """Makes the function from parameters and a batch to images, not yet compiled.
 
-    It says as well of which pictures all values were finite, bool [b]: as uint8 the others are black. Text encoder,
-    noise, sampler, autoencoder and rounding are one function, so that one compilation, one dispatch and one small
-    transfer make a batch.
+    The text encoder, the noise, the sampler, the autoencoder and the rounding are one function. So a batch costs one
+    compilation, one dispatch and one small transfer.
 
     Args:
-        parts: the models by the names in PARTS; of them only configurations and graphs are used.
-        schedule: the model's.
-        key: what to make it for.
-        vae_tiling: decode in tiles.
-        mesh: the devices, where there may be several (see student.generate).
+        parts: the models by their names in PARTS. Only their configurations and graphs are used.
+        schedule: the noise schedule of the model.
+        key: the settings.
+        vae_tiling: decodes in tiles.
+        mesh: the devices that share the work, see student.generate.
+
+    Returns:
+        A function (parameters by the names in PARTS, Batch) -> (images, finite). Images are uint8 [b h w 3]. finite,
+        bool [b], is false for an image with values that were NaN or infinite before the rounding.
     """
     settings = key.settings
+    sampler = samplers.SAMPLERS[settings.sampler]
     steps, key_steps = settings.num_inference_steps, settings.key_steps
     assert steps is not None and not isinstance(key_steps, int), "settings are resolved"
     schedule = settings.respaced(schedule)
@@ -79,23 +94,24 @@ def make(
         vae = parts["vae"].bind(params)
         return vae.decode(latents) if vae_tiling is None else tiled_decode(vae.decode, latents, vae_cfg, vae_tiling)
 
-    def sample(params: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
-        encode, unet = (parts[name].bind(params[name]) for name in ("text_encoder", "unet"))
-        text = null_text = encode(batch.ids).last_hidden_state
-        if key.guided:  # else nobody looks at it, and half of the text encoder's tracing is saved
-            null_text = jnp.broadcast_to(encode(batch.null_ids).last_hidden_state, text.shape)
+    def text_to_images(params: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        text_encoder = parts["text_encoder"].bind(params["text_encoder"])
+        text = text_encoder(batch.ids).last_hidden_state
+        null_text = None
+        if key.guided:
+            null_text = jnp.broadcast_to(text_encoder(batch.null_ids).last_hidden_state, text.shape)
         keys = samplers.image_keys(batch.seed, batch.prompt_ids, batch.numbers)
         noise = jnp.where(batch.given, batch.latents, samplers.normal(keys, batch.latents.shape[1:]))
-        latents = samplers.SAMPLERS[settings.sampler](
+        latents = sampler.sample(
             samplers.Inputs(
-                unet=unet,
+                unet=parts["unet"].bind(params["unet"]),
                 noise=noise,
-                keys=keys,
                 text=text,
-                null_text=null_text,
-                guidance_scale=batch.guidance_scale if key.guided else 1,
                 schedule=schedule,
                 num_inference_steps=steps,
+                null_text=null_text,
+                guidance_scale=batch.guidance_scale if key.guided else 1,
+                keys=keys,
                 key_steps=key_steps or (),
                 mesh=mesh,
             )
@@ -103,21 +119,21 @@ def make(
         decoded = _on_all_devices(decode, mesh, params["vae"], latents / vae_cfg.scaling_factor).astype(jnp.float32)
         return images.to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
-    return sample
+    return text_to_images
 
 
 def _on_all_devices(
     decode: Callable[[Any, jax.Array], jax.Array], mesh: Mesh | None, params: Any, latents: jax.Array
 ) -> jax.Array:
-    """`decode(params, latents)`, images shared out over all devices of a mesh where they are enough for that.
+    """`decode(params, latents)` with the images split over all devices of a mesh, if they split evenly.
 
-    An autoencoder knows no timesteps, so the devices along `step` can have images of their own. XLA must not be asked
-    for it by a constraint: it would split the UNet's rows so, too, and send features instead of latents.
+    The autoencoder has no timesteps, so devices along the mesh axis `step` decode different images. This is a shard_map
+    and not a sharding constraint: XLA propagates a constraint backwards, would split the UNet's batch in the same way,
+    and would send features between devices instead of latents.
     """
     if mesh is None or mesh.shape["step"] == 1 or latents.shape[0] % mesh.size:
         return decode(params, latents)
     latents = jax.lax.with_sharding_constraint(latents, sharding.batch_sharding(mesh))
     rows = PartitionSpec(sharding.AXES)
-    return jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)(
-        params, latents
-    )
+    split = jax.shard_map(decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+    return split(params, latents)
