@@ -1,4 +1,4 @@
-"""Exact sharing: the decoder's work that is equal at all timesteps is done once (docs/method.md, exact sharing)."""
+"""Exact sharing: work of the decoder that is equal at all timesteps is done once (docs/method.md, section 4)."""
 
 import jax
 import jax.numpy as jnp

@@ -249,7 +249,7 @@ class UNet(nnx.Module):
 
     Args:
         cfg: the architecture.
-        lora: adds low-rank adapters to the layers that it names (the LoRA teacher; docs/method.md, training step).
+        lora: adds low-rank adapters to the layers that it names (the LoRA teacher; docs/method.md, section 3, step 8).
         remat: which activations the backward pass computes again, one of REMAT_POLICIES.
         replicated: every device of a mesh holds all parameters, whatever the size of the axis `fsdp`.
         replicate_below: parameters of fewer elements are not sharded over `fsdp` (sharding.parameter_spec).
