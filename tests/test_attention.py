@@ -1,9 +1,7 @@
-"""models/attention.py: every path against the definition, and which one is taken where."""
+"""models/attention.py: every implementation against the definition, and which one is chosen."""
 
 import functools
 import importlib.util
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +31,8 @@ def definition(q, k, v, is_causal=False):
 
 
 def with_gradients(function):
+    """A compiled function that returns the result and the gradients of q, k and v."""
+
     def run(q, k, v):
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(jnp.cos(out))
@@ -75,9 +75,9 @@ def test_splash_attention_is_the_definition(n, m, width):
     [(1024, 512, 8, 256), (1040, 260, 24, 260), (1021, 300, 8, 256), (611, 610, 8, 204), (50, 40, 8, 50)],
 )
 def test_chunked_attention_is_the_definition(n, m, width, chunk, monkeypatch):
-    """In chunks, the last of which is filled up, and all at once; what is kept for the backward pass is of no chunk."""
+    """In chunks, the last of which may be padded, or all at once. The logits of chunks are not kept for gradients."""
     monkeypatch.setattr(attention, "CHUNK", 300 * m)
-    assert attention._chunk(n, m) == chunk
+    assert attention.queries_in_chunk(n, m) == chunk
     assert_same(attention.chunked, definition, *qkv(n, m, width, batch=2))
     _, pull = jax.eval_shape(lambda *a: jax.vjp(attention.chunked, *a), *qkv(n, m, width))
     kept = max(x.size for x in jax.tree.leaves(pull))
@@ -85,18 +85,20 @@ def test_chunked_attention_is_the_definition(n, m, width, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [40, 64, 80, 160])
-def test_chunked_attention_scales_queries_without_bias_in_bfloat16(width, monkeypatch):
-    """1 / sqrt(40) is 6e-4 too small in bfloat16, and so would be every logit."""
-    (q, k, v), exact, seen = qkv(256, 4, width, heads=4, dtype=jnp.bfloat16), width**-0.5, []
-    exponentials = attention._exponentials
-    monkeypatch.setattr(attention, "_exponentials", lambda q, k: seen.append(q) or exponentials(q, k))
-    attention.chunked(q, k, v)
-    scaled, q = seen[0].astype(jnp.float32), q.astype(jnp.float32)
-    assert abs(float(jnp.vdot(scaled, q) / jnp.vdot(q, q)) / exact - 1) < 2e-4
+def test_chunked_attention_scales_queries_without_bias_in_bfloat16(width):
+    """1 / sqrt(40) is 6e-4 too small in bfloat16. If the scale were rounded, all logits would be."""
+    q, _, _ = qkv(256, 4, width, heads=4, dtype=jnp.bfloat16)
+    # keys of a zero and of the unit vectors, and their indices as values: the result tells each scaled query
+    k = jnp.broadcast_to(jnp.eye(width + 1, width, -1), (1, 4, width + 1, width))
+    v = jnp.broadcast_to(jnp.eye(width + 1), (1, 4, width + 1, width + 1))
+    with jax.numpy_dtype_promotion("standard"):
+        weights = attention.chunked(q, k, v)
+    scaled, q = jnp.log(weights[..., 1:] / weights[..., :1]), q.astype(jnp.float32)
+    assert abs(float(jnp.vdot(scaled, q) / jnp.vdot(q, q)) * width**0.5 - 1) < 2e-4
 
 
 def test_a_kept_result_spares_its_product():
-    """Of chunks a backward pass that finds what is named OUTPUT computes nothing again, else the logits only."""
+    """If OUTPUT is kept, the backward pass of chunks computes nothing again; without chunks, only the logits."""
     policy = jax.checkpoint_policies.save_only_these_names(attention.OUTPUT)
     kept = with_gradients(jax.checkpoint(attention.chunked, policy=policy))
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -145,7 +147,7 @@ def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
     ],
 )
 def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected, monkeypatch):
-    monkeypatch.setattr(attention, "_cudnn_width", lambda: 128)
+    monkeypatch.setattr(attention, "max_cudnn_width", lambda: 128)
     q, k = (jax.ShapeDtypeStruct((1, 2, length, width), dtype) for length in (n, m))
     assert attention.choose(platform, q, k, is_causal) == expected
 
@@ -158,15 +160,18 @@ def test_a_machine_without_a_gpu_traces_no_cudnn():
 
 
 def squares(q, k, v):
-    """A scalar through all that may stand around attention: vmap, checkpoint, scan."""
+    """A scalar of attention inside a vmap, a checkpoint and a scan."""
     block = jax.checkpoint(jax.vmap(attention.attend, in_axes=(0, None, None)))
-    step = lambda total, q: (total + jnp.sum(jnp.square(block(q[None], k, v))), None)
+
+    def step(total, q):
+        return total + jnp.sum(jnp.square(block(q[None], k, v))), None
+
     return jax.lax.scan(step, jnp.float32(0), q[None])[0]
 
 
 @pytest.mark.parametrize(("platform", "n", "kernels"), [("tpu", 1024, True), ("tpu", 256, False), ("cpu", 1024, False)])
 def test_the_platform_is_that_of_the_lowering(platform, n, kernels):
-    """Lowered on this machine for another one: only that platform's branch is in the program, backwards too."""
+    """A program that is lowered for another platform has only the branch of that platform, backwards too."""
     gradients = jax.jit(jax.grad(squares, argnums=(0, 1, 2)))
     lowered = gradients.trace(*qkv(n, n, 64)).lower(lowering_platforms=(platform,))
     text = lowered.as_text()
@@ -178,7 +183,10 @@ def test_the_platform_is_that_of_the_lowering(platform, n, kernels):
 
 def test_an_implementation_can_be_asked_for():
     trace = jax.jit(attention.attend).trace
-    lower = lambda: trace(*qkv(1024, 1024, 64)).lower(lowering_platforms=("tpu",)).as_text()
+
+    def lower():
+        return trace(*qkv(1024, 1024, 64)).lower(lowering_platforms=("tpu",)).as_text()
+
     assert "tpu_custom_call" in lower()
     with attention.implementation("xla"):
         assert "tpu_custom_call" not in lower()
@@ -194,40 +202,13 @@ def test_an_implementation_can_be_asked_for():
         ("chunked", 128, True, "chunked attention is not causal"),
     ],
 )
-def test_an_implementation_that_cannot_be(name, n, is_causal, message):
+def test_an_implementation_that_does_not_fit(name, n, is_causal, message):
     with attention.implementation(name), pytest.raises(ValueError, match=message):
         attention.attend(*qkv(n, n, 8), is_causal=is_causal)
 
 
-ON_EIGHT_DEVICES = """
-import re
-import jax, jax.numpy as jnp, numpy as np
-from tiue_jax import sharding
-from tiue_jax.models import attention
-
-mesh = sharding.make_mesh(data=2, fsdp=4)
-rng = np.random.default_rng(0)
-heads = [rng.standard_normal((8, 1, 512, 40), np.float32) for _ in "qkv"]
-q, k, v = sharding.place(heads, sharding.batch_sharding(mesh))
-many = jax.vmap(attention.attend, in_axes=(None, None, 0))
-loss = lambda q, k, v: jnp.sum(jnp.square(many(q, k, jnp.stack([v, 2 * v]))))
-run = lambda: jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower().compile()
-expected = run()(q, k, v)
-for kind in ("splash_interpreted", "chunked"):
-    with jax.set_mesh(mesh), attention.implementation(kind):
-        compiled = run()
-        got = compiled(q, k, v)
-    assert got[1][0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4), got[1][0].sharding
-    reduced = re.findall(r"= (\\S+) all-(reduce|gather)\\(", compiled.as_text())
-    assert [shape for shape, _ in reduced] == ["f32[]"], (kind, reduced)  # the loss
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
-"""
-
-
 def test_attention_of_a_sharded_batch():
-    env = devices.environment(8)
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    devices.run_program("attention_on_eight_devices", devices=8)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
@@ -254,6 +235,6 @@ def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypat
         compiled = with_gradients(attention.attend).trace(q, q, q).lower().compile()
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2 and "all-gather" not in text
-    # one matrix of float32 logits, of which the plain softmax keeps several; or, of wide heads, 20 arrays like q
+    # one matrix of float32 logits (the plain softmax keeps several) or, if heads are wide, 20 arrays like q
     limit = max(4 * n * n, 20 * n * width * jnp.dtype(dtype).itemsize)
     assert compiled.memory_analysis().temp_size_in_bytes < limit

@@ -1,3 +1,5 @@
+"""CLIP without torch: sizes, shapes, pooling, dtypes, and the configurations that are read and refused."""
+
 import dataclasses
 
 import jax
@@ -60,6 +62,18 @@ def build(cls, *cfg):
     return graphdef, functional.init(shapes, 0)
 
 
+def compiled(cls, *cfg):
+    """The model with random parameters, as a compiled function."""
+    graphdef, params = build(cls, *cfg)
+    return jax.jit(lambda x: functional.bind(graphdef, params)(x))
+
+
+@pytest.fixture(scope="module")
+def encode():
+    """The text encoder."""
+    return compiled(CLIPTextModel, TEXT)
+
+
 def pixels(b: int = 2) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((b, 8, 8, 3), np.float32)
 
@@ -70,7 +84,7 @@ def test_text_encoders_have_their_published_size(config, parameters):
     _, shapes = functional.abstract(CLIPTextModel, cfg)
     assert functional.count(shapes) == parameters
     exported = cfg.to_dict()
-    assert exported.pop("dtype") == "float32"  # whatever the file holds
+    assert exported.pop("dtype") == "float32"  # of any file
     assert exported == {name: config[name] for name in exported}
 
 
@@ -80,30 +94,25 @@ def test_vit_b_32_has_its_published_size():
     assert functional.count(shapes) == 151_277_313
 
 
-def test_text_shapes_and_pooling_at_the_first_end_of_text():
-    graphdef, params = build(CLIPTextModel, TEXT)
-    out = functional.bind(graphdef, params)(TOKENS)
+def test_text_shapes_and_pooling_at_the_first_end_of_text(encode):
+    out = encode(TOKENS)
     assert out.last_hidden_state.shape == (2, 9, 16)
     assert out.last_hidden_state.dtype == out.pooled.dtype == jnp.float32
     np.testing.assert_array_equal(out.pooled, out.last_hidden_state[np.arange(2), [4, 2]])
 
 
 def test_end_of_text_2_means_the_highest_token():
-    graphdef, params = build(CLIPTextModel, dataclasses.replace(TEXT, eos_token_id=2))
-    out = functional.bind(graphdef, params)(np.array([[28, 2, 4, 29, 29]], np.int32))
+    out = compiled(CLIPTextModel, dataclasses.replace(TEXT, eos_token_id=2))(np.array([[28, 2, 4, 29, 29]], np.int32))
     np.testing.assert_array_equal(out.pooled[0], out.last_hidden_state[0, 3])
 
 
-def test_text_is_causal():
-    graphdef, params = build(CLIPTextModel, TEXT)
-    encode = functional.bind(graphdef, params)
+def test_text_is_causal(encode):
     full, short = encode(TOKENS).last_hidden_state, encode(TOKENS[:, :4]).last_hidden_state
     np.testing.assert_allclose(full[:, :4], short, atol=1e-5)
 
 
 def test_image_shapes():
-    graphdef, params = build(CLIPVisionModel, VISION)
-    out = functional.bind(graphdef, params)(pixels(3))
+    out = compiled(CLIPVisionModel, VISION)(pixels(3))
     assert out.last_hidden_state.shape == (3, 1 + 2 * 2, 16)
     assert out.pooled.shape == (3, 16)
 
@@ -122,18 +131,24 @@ def test_projections_meet_and_train():
         return jnp.exp(model.logit_scale[...]) * jnp.mean(text * image)
 
     norms = jax.tree.map(lambda g: float(jnp.abs(g).max()), gradient(params))
-    norms["text_model"]["encoder"]["layers"] = norms["vision_model"]["encoder"]["layers"] = {}  # k biases have none
+    norms["text_model"]["encoder"]["layers"] = norms["vision_model"]["encoder"][
+        "layers"
+    ] = {}  # the biases of keys have no gradient
     assert min(jax.tree.leaves(norms)) > 0
 
 
 def test_bfloat16_stays_bfloat16_and_close():
     graphdef, params = build(CLIPModel, TEXT, VISION, 5)
-    with jax.numpy_dtype_promotion("standard"):  # flax's norms promote inside
-        half = functional.bind(graphdef, functional.cast(params, jnp.bfloat16))
-        text, image = half.text_features(TOKENS), half.image_features(pixels())
-    assert text.dtype == image.dtype == jnp.bfloat16
-    full = functional.bind(graphdef, params)
-    for low, high in ((text, full.text_features(TOKENS)), (image, full.image_features(pixels()))):
+
+    @jax.jit
+    def features(params):
+        model = functional.bind(graphdef, params)
+        return model.text_features(TOKENS), model.image_features(pixels())
+
+    with jax.numpy_dtype_promotion("standard"):  # the norms of flax mix dtypes
+        rounded = features(functional.cast(params, jnp.bfloat16))
+    for low, high in zip(rounded, features(params), strict=True):
+        assert low.dtype == jnp.bfloat16 and high.dtype == jnp.float32
         assert np.abs(low.astype(np.float32) - high).max() < 0.05 * np.abs(high).max()
 
 

@@ -1,3 +1,5 @@
+"""models/tiling.py: tiles make the whole image, seams, and cuts that do not fit; tests/parity/test_vae.py has more."""
+
 import dataclasses
 
 import jax
@@ -19,7 +21,7 @@ def latents(*shape):
 
 
 def enlarge(z):
-    """A decoder that sees one latent at a time, so that tiles of it are exactly those of the whole."""
+    """A decoder that reads one latent at a time, so that tiles are exactly the parts of the whole image."""
     return z.repeat(2, axis=1).repeat(2, axis=2)
 
 
@@ -33,9 +35,12 @@ def test_tiles_of_a_pointwise_decoder_make_the_whole(size, overlap):
 
 
 def test_a_seam_fades_from_one_tile_to_the_next():
-    """Tile by tile another constant: 0, 1, ... in the order in which they are decoded."""
+    """Each tile has a constant: 0, 1, ... in the order in which tiles are decoded."""
     count = iter(range(100))
-    constant = lambda z: 0 * enlarge(z) + next(count)
+
+    def constant(z):
+        return 0 * enlarge(z) + next(count)
+
     with jax.disable_jit():
         got = tiled_decode(constant, latents(1, 4, 7, 1), CFG, Tiling(tile_overlap_factor=0.25))
     np.testing.assert_allclose(got[0, 0, :, 0], [0, 0, 0, 0, 0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1.5])
@@ -43,7 +48,11 @@ def test_a_seam_fades_from_one_tile_to_the_next():
 
 def test_one_tile_is_decoded_in_one_piece():
     calls = []
-    decode = lambda z: calls.append(z.shape) or z
+
+    def decode(z):
+        calls.append(z.shape)
+        return z
+
     tiled_decode(decode, latents(1, 4, 3, 4), CFG, Tiling())
     assert calls == [(1, 4, 3, 4)]
 
@@ -56,8 +65,8 @@ def test_each_shape_of_tiles_is_traced_once():
         traced.append(z.shape)
         return functional.bind(graphdef, functional.init(shapes, 0)).decode(z)
 
-    picture = jax.eval_shape(lambda z: tiled_decode(decode, z, CFG, Tiling()), latents(2, 16, 17, 4))
-    assert picture.shape == (2, 32, 34, 3)
+    image = jax.eval_shape(lambda z: tiled_decode(decode, z, CFG, Tiling()), latents(2, 16, 17, 4))
+    assert image.shape == (2, 32, 34, 3)
     assert sorted(set(traced)) == [(2, 1, 2, 4), (2, 1, 4, 4), (2, 4, 2, 4), (2, 4, 4, 4)]
 
 
@@ -70,7 +79,7 @@ def test_each_shape_of_tiles_is_traced_once():
         (CFG, Tiling(), (4, 3, 2)),
     ],
 )
-def test_how_it_is_cut(cfg, tiling, expected):
+def test_sizes_of_tiles(cfg, tiling, expected):
     assert tiling.cut(cfg) == expected
 
 
@@ -84,6 +93,6 @@ def test_how_it_is_cut(cfg, tiling, expected):
         (lambda: Tiling(4).cut(SD), "tile_sample_min_size 4 and"),
     ],
 )
-def test_cuts_that_do_not_fit_are_named(make, message):
+def test_sizes_that_do_not_fit_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,7 @@
+"""The tiny autoencoder without torch: sizes, shapes, dtypes, and the configurations that are read and refused."""
+
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +38,13 @@ TAESD = {
 }
 
 
-def build(cfg: TinyVAEConfig, seed: int = 0):
+@functools.cache
+def build(cfg: TinyVAEConfig):
     """Parameters, and the jitted encoder and decoder."""
     graphdef, shapes = functional.abstract(AutoencoderTiny, cfg)
     encode = jax.jit(lambda params, x: functional.bind(graphdef, params).encode(x))
     decode = jax.jit(lambda params, z: functional.bind(graphdef, params).decode(z))
-    return functional.init(shapes, seed), encode, decode
+    return functional.init(shapes, 0), encode, decode
 
 
 def images(b: int, h: int, w: int) -> np.ndarray:

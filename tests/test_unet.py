@@ -1,3 +1,5 @@
+"""The UNet without torch: sizes, shapes, dtypes, and the configurations that are read and refused."""
+
 import dataclasses
 import json
 
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny import UNET
+from tests.tiny import ONE_LEVEL_UNET, UNET
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet, UNetConfig
 
@@ -37,7 +39,7 @@ def test_features_have_the_shapes_of_stable_diffusion():
 
 
 def test_bfloat16_parameters_compute_in_bfloat16():
-    graphdef, shapes = functional.abstract(UNet, UNET)
+    graphdef, shapes = functional.abstract(UNet, ONE_LEVEL_UNET)
     params = functional.init(shapes, 0)
     rng = np.random.default_rng(0)
     args = rng.standard_normal((1, 8, 8, 4), np.float32), np.array([500]), rng.standard_normal((1, 3, 8), np.float32)
@@ -50,13 +52,13 @@ def test_bfloat16_parameters_compute_in_bfloat16():
 
 
 def test_guidance_embedding_is_a_module_of_the_config():
-    """Without time_cond_proj_dim there is no weight; with it, the condition changes the output, and zeros do not."""
-    _, plain = functional.abstract(UNet, UNET)
-    graphdef, shapes = functional.abstract(UNet, dataclasses.replace(UNET, time_cond_proj_dim=6))
+    """Without time_cond_proj_dim there is no weight. With it, the condition changes the output, and zeros do not."""
+    _, plain = functional.abstract(UNet, ONE_LEVEL_UNET)
+    graphdef, shapes = functional.abstract(UNet, dataclasses.replace(ONE_LEVEL_UNET, time_cond_proj_dim=6))
+    params = functional.init(shapes, 0)
     assert shapes["time_embedding"].pop("cond_proj")["kernel"].shape == (6, 8)
     assert jax.tree.structure(shapes) == jax.tree.structure(plain)
 
-    params = functional.init(functional.abstract(UNet, dataclasses.replace(UNET, time_cond_proj_dim=6))[1], 0)
     rng = np.random.default_rng(0)
     latents, text = rng.standard_normal((1, 8, 8, 4), np.float32), rng.standard_normal((1, 3, 8), np.float32)
     run = jax.jit(lambda cond: functional.bind(graphdef, params)(latents, np.array([500]), text, cond))

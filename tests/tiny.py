@@ -1,5 +1,6 @@
 """A whole pipeline folder with random weights, small enough to write and to sample from in a test."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,6 +32,9 @@ UNET = UNetConfig(
     cross_attention_dim=8,
     attention_head_dim=2,
 )
+ONE_LEVEL_UNET = dataclasses.replace(
+    UNET, block_out_channels=(8,), down_block_types=UNET.down_block_types[:1], up_block_types=UNET.up_block_types[1:]
+)  # compiles faster
 TINY_VAE = TinyVAEConfig(
     encoder_block_out_channels=(8, 8),
     decoder_block_out_channels=(8, 8),

@@ -1,8 +1,16 @@
 """The device mesh, and where each array of the training state and of the batch lives on it.
 
-Three mesh axes: `data` repeats the parameters, `fsdp` shards them, and the batch is split over both; over `step` the
-student's timesteps are split where it samples (student.py). Placement is a rule on the parameter tree, outside the
-models.
+The mesh has three axes. `data` replicates the parameters and `fsdp` shards them. The batch is split over both. `step`
+splits the student's timesteps when it samples (student.py).
+
+`parameter_spec` decides from the name and the shape of a parameter where it is placed. Models do not decide that, but
+they do call this module while they are traced:
+
+- models/layer_by_layer.py gathers the parameters of one layer at a time: `split_parameters`, `not_before`, `gathered`;
+- models/rows.py orders the rows of several timesteps so that each device keeps its samples: `parts_of_rows`;
+- models/attention.py computes on each device the attention of its rows: `ambient_axes`.
+
+These functions read the ambient mesh (`jax.set_mesh`). Without one they change nothing.
 """
 
 import math
@@ -15,17 +23,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "step")
-REPLICATE_BELOW = 2**16  # elements: gathering a smaller tensor costs more than the memory it frees
-NAMED = 3  # arrays in an error: of a UNet on the wrong mesh there are hundreds
+REPLICATE_BELOW = 2**16  # elements; gathering a smaller array costs more than the memory that sharding it saves
+MAX_NAMED = 3  # arrays that an error names; a UNet on a wrong mesh has hundreds
 LORA_NAMES = ("lora", "lora_A", "lora_B")  # sharding the small LoRA matrices caused most of the step's all-gathers
 
 
 def mesh_shape(data: int, fsdp: int, devices: int, step: int = 1) -> dict[str, int]:
-    """Sizes of the mesh axes over so many devices; one of the first two may be -1 and takes what is left.
+    """Sizes of the mesh axes for a number of devices.
+
+    Either `data` or `fsdp` may be -1. It then takes all devices that the other axes leave.
 
     Raises:
         ValueError: `data` or `fsdp` is neither -1 nor positive, both are -1, `step` is not positive, or the product of
-            the three is not the number of devices.
+            the three sizes is not the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "step": step}
     if step < 1:
@@ -45,29 +55,29 @@ def mesh_shape(data: int, fsdp: int, devices: int, step: int = 1) -> dict[str, i
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, step: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices over (`data`, `fsdp`, `step`). ValueError as `mesh_shape`."""
+    """A mesh over (`data`, `fsdp`, `step`) of the given devices, by default all. ValueError as `mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     sizes = tuple(mesh_shape(data, fsdp, len(devices), step).values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over `data` x `fsdp`: over all devices but those along `step`, which hold the same rows."""
+    """The sharding of the batch: axis 0 is split over `data` x `fsdp`. Devices along `step` hold the same rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """The number of parts that the batch is split into."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
-    """Raises ValueError where the global batch, or one of its micro-batches, does not split evenly over the devices."""
+    """Raises ValueError if the global batch, or one of its micro-batches, does not split evenly over the devices."""
     parts = batch_parts(mesh)
     if batch_size < 1 or batch_size % (parts * micro_batches):
         axes = " x ".join(f"{name}={mesh.shape[name]}" for name in BATCH_AXES)
@@ -76,9 +86,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> Non
 
 
 def micro_batches(batch: Any, count: int) -> Any:
-    """A batch [b ...] as `count` micro-batches [count b/count ...], each spread over all devices as the batch is.
+    """Splits a batch [b ...] into `count` micro-batches [count b/count ...], each spread over all devices.
 
-    Micro-batch i has the rows i, i + count, ...: each device deals out its own, and none is sent to another.
+    Micro-batch i has the rows i, i + count, ... of the batch. Each device takes them from its rows of the batch, so no
+    row is sent to another device.
     """
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -86,34 +97,38 @@ def micro_batches(batch: Any, count: int) -> Any:
 def parameter_spec(
     path: tuple[Any, ...], shape: tuple[int, ...], fsdp: int, replicate_below: int = REPLICATE_BELOW
 ) -> PartitionSpec:
-    """Where one array lives: its largest axis that `fsdp` divides is sharded, the first of equals (a TPU pads the last
-    axis to 128); LoRA, and arrays of fewer than `replicate_below` elements, are replicated.
+    """The placement of one array.
+
+    LoRA matrices, and arrays of fewer than `replicate_below` elements, are replicated. All other arrays are sharded
+    along the largest axis that `fsdp` divides. Of axes of the same size it is the first, since a TPU pads the last axis
+    to 128.
 
     Args:
-        path: the array's key path in the tree, as `jax.tree_util` gives it.
-        shape: its shape.
-        fsdp: size of the mesh axis.
+        path: the array's key path in the parameter tree, as `jax.tree_util` returns it.
+        shape: the array's shape.
+        fsdp: size of the mesh axis `fsdp`.
         replicate_below: number of elements from which an array is sharded.
 
     Raises:
-        ValueError: a large array has no axis that `fsdp` divides.
+        ValueError: an array that must be sharded has no axis that `fsdp` divides.
     """
     if fsdp == 1 or math.prod(shape) < replicate_below or any(_name(part) in LORA_NAMES for part in path):
         return PartitionSpec()
-    divisible = [(size, -axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    divisible = [size for size in shape if size % fsdp == 0]
     if not divisible:
         raise ValueError(f"{jax.tree_util.keystr(path)} {list(shape)} has no axis that fsdp={fsdp} divides")
-    axis = -max(divisible)[1]
-    return PartitionSpec(*("fsdp" if i == axis else None for i in range(axis + 1)))
+    axis = shape.index(max(divisible))
+    return PartitionSpec(*[None] * axis, "fsdp")
 
 
 def shardings(tree: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of `tree`, by `parameter_spec`.
 
-    Optimizer moments and moving averages have their parameters' shapes and names, and so their placement.
+    Optimizer moments and moving averages have the names and shapes of their parameters, and so the same placement.
 
     Raises:
-        ValueError: once, naming large arrays with no axis that the mesh's `fsdp` divides, and how many more there are.
+        ValueError: arrays that must be sharded have no axis that the mesh's `fsdp` divides. One error names the first
+            of them and says how many more there are.
     """
     problems = []
 
@@ -126,15 +141,15 @@ def shardings(tree: Any, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> 
 
     placed = jax.tree.map_with_path(rule, tree)
     if problems:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise ValueError("; ".join(problems[:NAMED]) + more)
+        more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise ValueError("; ".join(problems[:MAX_NAMED]) + more)
     return placed
 
 
 def place(tree: Any, placement: Any) -> Any:
-    """Arrays of the host as global arrays on the devices; `placement` is one sharding or a tree of them.
+    """Moves arrays from the host to the devices, as global arrays; `placement` is one sharding or a tree of them.
 
-    Every process holds the same whole `tree` and hands its own devices their part.
+    Every process holds the same whole `tree` and passes each of its devices the part that the device holds.
     """
     placement = jax.tree.broadcast(placement, tree)
 
@@ -146,59 +161,67 @@ def place(tree: Any, placement: Any) -> Any:
 
 
 def ambient_axes() -> tuple[str, ...]:
-    """Axes of the ambient mesh (`jax.set_mesh`) that XLA partitions over: none without one or inside a shard_map."""
+    """Axes of the ambient mesh (`jax.set_mesh`) that XLA partitions over.
+
+    There are none without an ambient mesh, and none inside a shard_map over all axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
 
 
 def split_rows(tree: Any) -> Any:
-    """Arrays [b ...] made inside a traced function, split over the ambient mesh as the batch is."""
+    """Constrains arrays [b ...] inside a traced function to be split over the ambient mesh as the batch is."""
     axes = tuple(name for name in BATCH_AXES if name in ambient_axes())
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes)), tree) if axes else tree
+    if not axes:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(axes)), tree)
 
 
 def parts_of_rows(batch_size: int) -> int:
-    """Into how many parts the ambient mesh splits a batch; 1 where it does not split evenly, and so not at all."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), ambient_axes()
+    """The number of parts that the ambient mesh splits a batch into; 1 if the batch does not split evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = ambient_axes()
     parts = math.prod(mesh.shape[name] for name in BATCH_AXES if name in axes)
     return 1 if batch_size % parts else parts
 
 
 def gathered(tree: Any) -> Any:
-    """Parameters inside a traced function, whole on every device of the ambient mesh.
+    """Gathers parameters inside a traced function: they are whole on every device of the ambient mesh.
 
-    Without it XLA may move activations instead, and backwards split them as it does the parameters. Called inside a
-    jax.checkpoint, the whole copies live no longer than that part of the network, and are gathered again in the
-    backward pass, where their gradients are summed over the devices.
+    Without this, XLA may send activations between devices instead of parameters, and may split activations in the
+    backward pass as the parameters are split. Inside a `jax.checkpoint` the whole copies are freed after that part of
+    the network and gathered again in the backward pass. There the gradients are summed over the devices.
     """
     if not _fully_sharded():
         return tree
-    # backwards the same is asked of the gradient
+    # the transpose of a sharding constraint asks the same of the gradient
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
-def split_parameters(tree: Any) -> Any:
-    """Parameters inside a traced function, split over the ambient mesh by `parameter_spec`.
+def split_parameters(tree: Any, replicate_below: int = REPLICATE_BELOW) -> Any:
+    """Constrains parameters inside a traced function to be sharded over the ambient mesh by `parameter_spec`.
 
-    XLA gives a value that nobody constrains the sharding that is asked of what is made from it. What is to be gathered
-    after a cast or a barrier, such as jax.checkpoint's, must be held split until then: it else is gathered before, in
-    float32 and for good.
+    XLA propagates shardings backwards: if a cast or a barrier (such as that of jax.checkpoint) stands between the
+    parameters and `gathered`, XLA gathers them before it, in float32, and keeps them. To prevent this, constrain
+    parameters before the cast or the barrier, and again after it.
+
+    `replicate_below` must be the value with which `shardings` placed the parameters. ValueError as `parameter_spec`.
     """
     if not _fully_sharded():
         return tree
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
 
     def split(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        try:
-            return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, fsdp))
-        except ValueError:  # it cannot be, and a larger `replicate_below` has it everywhere
-            return x
+        return jax.lax.with_sharding_constraint(x, parameter_spec(path, x.shape, fsdp, replicate_below))
 
     return jax.tree.map_with_path(split, tree)
 
 
 def not_before(tree: Any, x: jax.Array) -> Any:
-    """Parameters that are not gathered before x is known; XLA else gathers those of a whole network when it begins."""
+    """Delays parameters until x is computed, so that they are not gathered before.
+
+    Without this, XLA may gather the parameters of the whole network when the network begins.
+    """
     return _wait(tree, x) if _fully_sharded() else tree
 
 
@@ -207,8 +230,10 @@ def _wait(tree: Any, x: jax.Array) -> Any:
     return jax.lax.optimization_barrier((tree, x))[0]
 
 
-# a barrier backwards would have the gradients computed of parameters that need none
-_wait.defjvp(lambda primals, tangents: (_wait(*primals), tangents[0]))
+@_wait.defjvp
+def _wait_jvp(primals: tuple[Any, jax.Array], tangents: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+    # The tangent does not pass through a barrier: a barrier would make JAX compute gradients of frozen parameters.
+    return _wait(*primals), tangents[0]
 
 
 def _fully_sharded() -> bool:
@@ -216,27 +241,27 @@ def _fully_sharded() -> bool:
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch the devices of this process hold, int64 [b], ascending; whatever their order."""
+    """The rows of a global batch that the devices of this process hold, in ascending order: int64 [b]."""
     of_devices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in of_devices]))
 
 
 def place_rows(batch: Any, batch_size: int, mesh: Mesh) -> Any:
-    """The global batch [batch_size ...], of which each process has the rows that `local_rows` names."""
+    """Makes the global batch [batch_size ...] from the rows of each process, which are those of `local_rows`."""
     split = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x, (batch_size, *x.shape[1:])), batch)
 
 
 def structs(shapes: Any, placement: Any) -> Any:
-    """ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
+    """ShapeDtypeStructs with shardings, into which a checkpoint can be restored."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
 
 
 def of(tree: Any) -> Any:
-    """The sharding of every array, or struct that carries one."""
+    """The sharding of every array, or of every ShapeDtypeStruct with a sharding."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _name(part: Any) -> str:
-    """One entry of a key path as text, whatever container it comes from."""
+    """One entry of a key path as text: the key of a dict, the name of an attribute or the index in a list."""
     return str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))

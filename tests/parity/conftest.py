@@ -1,4 +1,4 @@
-"""Helpers for the parity tests: random torch modules away from their init, and their weights in our parameter trees."""
+"""Helpers for the parity tests: torch modules with random weights, and the same weights in our parameter trees."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 @torch.no_grad()
 def spread_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Draws every parameter anew, in place, so that no weight, norm scale or bias hides at 0 or 1.
+    """Draws all parameters of a module again, in place. Initial values of 0 and 1 could hide errors.
 
-    Weights are normal with variance 1/fan_in, norm scales 1 + 0.3 n, biases and all other vectors 0.3 n.
+    Weights are normal with variance 1/fan_in. With normal n, norm scales are 1 + 0.3 n, biases and other vectors 0.3 n.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
@@ -29,9 +29,9 @@ def spread_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def from_torch(state_dict: Mapping[str, torch.Tensor], shapes: Params) -> Params:
-    """The parameter tree `shapes` filled from a torch state dict with the same names; names and shapes must agree.
+    """Fills the parameter tree `shapes` from a torch state dict; names and shapes must agree.
 
-    Written apart from convert.py, so that the parity tests do not inherit its mistakes.
+    It does not use the conversion of the package, so that parity tests find mistakes in that.
     """
     unused = set(state_dict)
 

@@ -1,4 +1,6 @@
-"""CLIP's encoders against transformers, with random weights of spread-out scales."""
+"""CLIP's encoders against transformers, with random weights."""
+
+import functools
 
 import jax
 import numpy as np
@@ -25,10 +27,9 @@ PIXELS = np.random.default_rng(0).standard_normal((2, 16, 16, 3), np.float32)
 
 
 def config(style: str) -> CLIPConfig:
-    """Small, with what differs between the families: Stable Diffusion 1.5's CLIP and 2.1's OpenCLIP, or new end ids."""
-    act, heads, layers, eos = {"sd15": ("quick_gelu", 4, 2, 2), "sd21": ("gelu", 2, 3, 2), "new": ("gelu", 2, 2, 49)}[
-        style
-    ]
+    """A small model with the activation and the end id of CLIP in SD 1.5, of OpenCLIP in SD 2.1, or of newer files."""
+    styles = {"sd15": ("quick_gelu", 4, 2, 2), "sd21": ("gelu", 2, 3, 2), "new": ("gelu", 2, 1, 49)}
+    act, heads, layers, eos = styles[style]
     sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": act, "layer_norm_eps": 1e-5}
     token_ids = {"bos_token_id": 48, "eos_token_id": eos, "pad_token_id": 0}
     return CLIPConfig(
@@ -43,6 +44,7 @@ def cfg(request) -> CLIPConfig:
     return config(request.param)
 
 
+@functools.cache
 def torch_model(cfg: CLIPConfig) -> transformers.CLIPModel:
     return spread_(transformers.CLIPModel(transformers.CLIPConfig(**cfg.to_dict())), seed=0)
 

@@ -1,4 +1,4 @@
-"""AutoencoderTiny and its parts against diffusers, with random weights of spread-out scales."""
+"""AutoencoderTiny and its parts against diffusers, with random weights."""
 
 import functools
 
@@ -23,7 +23,7 @@ CFG = tiny_vae.TinyVAEConfig(
 
 @functools.cache
 def build():
-    """Torch's model, and ours with its weights: a graph definition and parameters."""
+    """The torch model, and our graph definition and parameters with the same weights."""
     theirs = spread_(autoencoders.AutoencoderTiny.from_config(CFG.to_dict()), seed=0)
     graphdef, shapes = functional.abstract(tiny_vae.AutoencoderTiny, CFG)
     return theirs, graphdef, from_torch(theirs.state_dict(), shapes)
@@ -74,7 +74,7 @@ def test_layer(part, index, channels):
 
 
 def test_config_is_the_one_diffusers_writes():
-    hidden = {"_class_name", "_use_default_values"}  # the latter is in memory only
+    hidden = {"_class_name", "_use_default_values"}  # the second is not in files
     theirs = dict(autoencoders.AutoencoderTiny.from_config(CFG.to_dict()).config)
     theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()}
     assert {k: v for k, v in CFG.to_dict().items() if k not in hidden} == {

@@ -1,4 +1,4 @@
-"""The UNet, its parts and its gradients against diffusers, with random weights of spread-out scales."""
+"""The UNet, its parts and its gradients against diffusers, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ SD15 = UNetConfig(
     block_out_channels=(8, 16, 16),
     down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=2,
+    layers_per_block=(1, 2, 1),  # in one block the number of SD 1.5, which all others have
     norm_num_groups=4,
     cross_attention_dim=12,
     attention_head_dim=4,
@@ -79,10 +79,7 @@ def check(name: str, error: float) -> None:
     assert error < TOLERANCE, name
 
 
-@pytest.mark.parametrize(
-    ("name", "cfg", "size"),
-    [("sd15", SD15, (8, 8)), ("sd15 odd size", SD15, (11, 9)), ("sd21", SD21, (8, 8)), ("one level", VARIED, (5, 6))],
-)
+@pytest.mark.parametrize(("name", "cfg", "size"), [("sd15 odd size", SD15, (11, 9)), ("one level", VARIED, (5, 6))])
 def test_output(name, cfg, size):
     theirs, graphdef, params = build(cfg)
     latents, t, text = inputs(cfg, size)
@@ -93,25 +90,29 @@ def test_output(name, cfg, size):
 
 
 @pytest.mark.parametrize(("name", "cfg", "remat"), [("sd15", SD15, "none"), ("sd21, remat", SD21, "full")])
-def test_gradients(name, cfg, remat):
-    """With respect to latents, text and every parameter, of a random linear function of the output."""
+def test_output_and_gradients(name, cfg, remat):
+    """Gradients of a random linear function of the output, with respect to latents, text and every parameter."""
     theirs, graphdef, params = build(cfg, remat=remat)
     latents, t, text = inputs(cfg, (8, 8))
     direction = np.random.default_rng(1).standard_normal(latents.shape, np.float32)
 
     def loss(params, latents, text):
-        return (direction * functional.bind(graphdef, params)(latents, jnp.asarray(t), text)).sum()
+        output = functional.bind(graphdef, params)(latents, jnp.asarray(t), text)
+        return (direction * output).sum(), output
 
-    grads, latents_grad, text_grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(params, latents, text)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (grads, latents_grad, text_grad), output = gradient(params, latents, text)
 
     x, y = nchw(latents).requires_grad_(), torch.tensor(text).requires_grad_()
-    (nchw(direction) * theirs(x, torch.tensor(t), y).sample).sum().backward()
+    expected_output = theirs(x, torch.tensor(t), y).sample
+    (nchw(direction) * expected_output).sum().backward()
+    check(name, relative_error(output, nhwc(expected_output)))
     check(f"{name} d/dlatents", relative_error(latents_grad, nhwc(x.grad)))
     check(f"{name} d/dtext", relative_error(text_grad, y.grad))
     expected = from_torch({n: p.grad for n, p in theirs.named_parameters()}, functional.abstract(UNet, cfg)[1])
     errors = jax.tree.map(lambda a, b: relative_error(a, torch.tensor(b)), grads, expected)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-    # a key's bias has no gradient but rounding: compare only tensors that have one
+    # compare only tensors with a gradient: that of the bias of keys is zero but for rounding
     errors = [
         e
         for e, b in zip(jax.tree.leaves(errors), jax.tree.leaves(expected), strict=True)

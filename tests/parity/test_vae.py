@@ -1,4 +1,4 @@
-"""AutoencoderKL and its parts against diffusers, with random weights of spread-out scales."""
+"""AutoencoderKL and its parts against diffusers, with random weights."""
 
 import dataclasses
 import functools
@@ -15,12 +15,13 @@ from tiue_jax.models import functional, vae
 from tiue_jax.models.tiling import Tiling, tiled_decode
 
 TOLERANCE = 1e-4
-CFG = vae.VAEConfig(block_out_channels=(8, 16, 32), layers_per_block=2, norm_num_groups=4, sample_size=16)
+CFG = vae.VAEConfig(block_out_channels=(8, 16, 32), layers_per_block=2, norm_num_groups=4)
+TILED = vae.VAEConfig(block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=16)
 
 
 @functools.cache
 def build(cfg: vae.VAEConfig):
-    """Torch's model, and ours with its weights: a graph definition and parameters."""
+    """The torch model, and our graph definition and parameters with the same weights."""
     theirs = spread_(autoencoders.AutoencoderKL.from_config(cfg.to_dict()), seed=0)
     graphdef, shapes = functional.abstract(vae.AutoencoderKL, cfg)
     return theirs, graphdef, from_torch(theirs.state_dict(), shapes)
@@ -91,7 +92,7 @@ def test_part(path, channels):
 def test_config_is_the_one_diffusers_writes():
     theirs = dict(autoencoders.AutoencoderKL.from_config(CFG.to_dict()).config)
     theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()}
-    hidden = {"_class_name", "_use_default_values"}  # the latter is in memory only
+    hidden = {"_class_name", "_use_default_values"}  # the second is not in files
     assert {k: v for k, v in CFG.to_dict().items() if k not in hidden} == {
         k: v for k, v in theirs.items() if k not in hidden
     }
@@ -103,17 +104,17 @@ def test_config_is_the_one_diffusers_writes():
 @torch.no_grad()
 @pytest.mark.parametrize(("size", "overlap"), [((7, 10), 0.25), ((8, 5), 0.5), ((16, 9), 0.0)])
 def test_tiled_decode(size, overlap):
-    """Tiles of 4 latents; diffusers' enable_vae_tiling with the same names."""
-    theirs, graphdef, params = build(CFG)
+    """Tiles of 4 latents, as with diffusers' enable_vae_tiling."""
+    theirs, graphdef, params = build(TILED)
     theirs.enable_tiling()
     theirs.tile_overlap_factor = overlap
-    z = normal(2, *size, CFG.latent_channels)
+    z = normal(2, *size, TILED.latent_channels)
     try:
         expected = theirs.decode(to_torch(z)).sample
     finally:
         theirs.disable_tiling()
     how = Tiling(tile_overlap_factor=overlap)
-    tiled = jax.jit(lambda p, z: tiled_decode(functional.bind(graphdef, p).decode, z, CFG, how))(params, z)
+    tiled = jax.jit(lambda p, z: tiled_decode(functional.bind(graphdef, p).decode, z, TILED, how))(params, z)
     check(f"tiled {size}", tiled, expected)
     whole = theirs.decode(to_torch(z)).sample
-    assert relative_error(tiled, whole.permute(0, 2, 3, 1)) > 10 * TOLERANCE  # tiles are another picture
+    assert relative_error(tiled, whole.permute(0, 2, 3, 1)) > 10 * TOLERANCE  # tiles change the image

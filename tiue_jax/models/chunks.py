@@ -1,4 +1,4 @@
-"""Some rows or tokens at a time: of what is computed on the way, a chunk's share is all that there ever is."""
+"""Computing in chunks of rows or tokens, so that only the intermediate arrays of one chunk are in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax import lax
 
 
 def known(n: Any) -> int:
-    """A number of rows, or 1 where it is a variable: an exported program's batch."""
+    """n if it is a number; 1 if it is a variable, such as the batch size of an exported program."""
     return n if isinstance(n, int) else 1
 
 
@@ -19,39 +19,54 @@ def divisor(n: int, limit: int) -> int:
 
 
 def size(n: int, limit: int) -> int:
-    """How many of n make a chunk: at most `limit`, and 1 where that is 0.
+    """The size of chunks of n rows or tokens: from 1 to `limit`.
 
-    A divisor of n, unless the largest is less than half of what could be, as of a prime number; then chunks of one size
-    that n nearly fills, see `pad`.
+    It is the largest divisor of n in that range if this is more than half of the largest possible size. Otherwise, for
+    example if n is a prime number, n is cut into as few chunks of one size as possible, and the last is padded (`pad`).
     """
     limit = max(limit, 1)
     whole = divisor(n, limit)
-    return whole if 2 * whole > min(n, limit) else -(-n // -(-n // limit))
+    if 2 * whole > min(n, limit):
+        return whole
+    count = -(-n // limit)
+    return -(-n // count)
 
 
 def pad(x: jax.Array, axis: int, chunk: int) -> jax.Array:
-    """x with zeros at the end of an axis, so that whole chunks fill it."""
+    """x with zeros at the end of an axis, so that its length is a multiple of `chunk`."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, -x.shape[axis] % chunk
-    return jnp.pad(x, widths) if widths[axis][1] else x
+    missing = -x.shape[axis] % chunk
+    widths[axis] = 0, missing
+    return jnp.pad(x, widths) if missing else x
 
 
 def by_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int) -> jax.Array:
-    """`function` of so many rows, with the rows before and after them, as often as it takes for all.
+    """Applies `function` to chunks of rows, each with the row before and the row after it.
 
-    x is [b h+2 w c], its first and last row padding, and `rows` a divisor of h; function: [b rows+2 w c] -> [b r w' d].
-    Returns [b r*h/rows w' d].
+    Args:
+        function: [b rows+2 w c] -> [b r w' d].
+        x: [b h+2 w c]; its first and its last row are padding.
+        rows: number of rows in a chunk, a divisor of h.
+
+    Returns:
+        [b r*h/rows w' d].
     """
     n = (x.shape[1] - 2) // rows
     if n == 1:
         return function(x)
-    some = lambda i: function(lax.dynamic_slice_in_dim(x, i * rows, rows + 2, axis=1))
-    y = lax.map(some, jnp.arange(n))  # [n b r w' d]
+
+    def one_chunk(i: jax.Array) -> jax.Array:
+        return function(lax.dynamic_slice_in_dim(x, i * rows, rows + 2, axis=1))
+
+    y = lax.map(one_chunk, jnp.arange(n))  # [n b r w' d]
     return y.swapaxes(0, 1).reshape(y.shape[1], n * y.shape[2], *y.shape[3:])
 
 
 def by_tokens(function: Callable[[jax.Array], jax.Array], x: jax.Array, tokens: int) -> jax.Array:
-    """`function`, [b tokens c] -> [b tokens d], of so many tokens of x [b l c] after the others; see `size`."""
+    """Applies `function`, [b tokens c] -> [b tokens d], to one chunk of x [b l c] after the other -> [b l d].
+
+    `tokens` is the size of a chunk, see `size`. The last chunk may be padded with zeros.
+    """
     b, length, c = x.shape
     if tokens == length:
         return function(x)

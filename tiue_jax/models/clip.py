@@ -1,11 +1,14 @@
-"""CLIP's text and image encoders (arXiv 2103.00020), with the tensor names that transformers' checkpoints have on disk.
+"""CLIP's text and image encoders (arXiv 2103.00020), with the tensor names of transformers' checkpoints.
 
-The text encoder conditions Stable Diffusion (SD 1.x: OpenAI's ViT-L/14, quick_gelu; SD 2.x: 23 layers of OpenCLIP's
-ViT-H/14, gelu); the whole model scores images against prompts. Modules compute in the dtype of their parameters.
+The text encoder conditions Stable Diffusion. SD 1.x has that of OpenAI's ViT-L/14 with quick_gelu, and SD 2.x the first
+23 layers of that of OpenCLIP's ViT-H/14 with gelu. The whole model scores images against prompts. Modules compute in
+the dtype of their parameters.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,12 +19,18 @@ from tiue_jax.models import attention
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import layer_norm
 
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nnx.gelu(x, approximate=False),
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of the GELU: x sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": functools.partial(nnx.gelu, approximate=False),
 }
 
-# Fields that transformers 4 wrote into every config and that change nothing in an encoder's forward pass: book-keeping,
+# Fields that transformers 4 wrote into every config and that do not change the output of an encoder: versions,
 # initialisation, output format, labels, and the settings of text generation.
 _IGNORED = frozenset(
     """
@@ -36,7 +45,7 @@ _IGNORED = frozenset(
     """.split()
 )
 
-# Fields that would change the network, at the only values it has here.
+# Fields that change the network, each with its only supported value.
 _FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "attention_dropout": 0.0,
@@ -48,13 +57,12 @@ _FIXED: dict[str, Any] = {
     "pruned_heads": {},
 }
 
-
-# Only the text encoder has tokens; transformers 4 wrote these into the other configs too.
+# transformers 4 wrote these fields into the configs of models without tokens, too.
 _TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 def _read(cls: type, d: dict, model_type: str) -> dict[str, Any]:
-    """The fields of dataclass `cls` in the JSON config `d`; raises ValueError on one that is not supported."""
+    """The fields of the dataclass `cls` in the JSON config `d`. ValueError if a field or value is not supported."""
     fixed = {"model_type": model_type, **_FIXED}
     for name, value in fixed.items():
         if name in d and d[name] != value:
@@ -74,6 +82,7 @@ def _check_sizes(cfg: Any, *sizes: str) -> None:
 
 
 def _check_encoder(cfg: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    """Raises ValueError unless the fields that both encoders have are valid."""
     kind = type(cfg).__name__
     _check_sizes(cfg, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if cfg.hidden_size % cfg.num_attention_heads:
@@ -87,9 +96,9 @@ def _check_encoder(cfg: "CLIPTextConfig | CLIPVisionConfig") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """The text encoder, with transformers' field names and defaults (those of ViT-B/32).
+    """The configuration of a text encoder, with transformers' field names and defaults (those of ViT-B/32).
 
-    The encoder itself does not read bos_token_id, pad_token_id or projection_dim: they are kept for the export.
+    The encoder does not read `bos_token_id`, `pad_token_id` and `projection_dim`. They are kept for the export.
     """
 
     vocab_size: int = 49408
@@ -113,18 +122,19 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> Self:
-        """From transformers' `config.json`; raises ValueError on a field or value that is not supported."""
+        """Reads transformers' `config.json`. Raises ValueError if a field or value is not supported."""
         return cls(**_read(cls, d, "clip_text_model"))
 
     def to_dict(self) -> dict:
+        """The contents of transformers' `config.json`."""
         kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-        # else transformers computes in the dtype of the file, float16 say, beside a float32 UNet
+        # without a dtype, transformers would compute in that of the file: float16, for example, beside a float32 UNet
         return {**kind, "dtype": "float32", **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """The image encoder, a ViT, with transformers' field names and defaults (those of ViT-B/32)."""
+    """The configuration of an image encoder (ViT), with transformers' field names and defaults (those of ViT-B/32)."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -145,16 +155,17 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> Self:
-        """From transformers' `config.json`; raises ValueError on a field or value that is not supported."""
+        """Reads transformers' `config.json`. Raises ValueError if a field or value is not supported."""
         return cls(**_read(cls, d, "clip_vision_model"))
 
     def to_dict(self) -> dict:
+        """The contents of transformers' `config.json`."""
         return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **dataclasses.asdict(self)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both encoders and the width of the space they share."""
+    """The configuration of both encoders, and the width of the space that they share."""
 
     text_config: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
     vision_config: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
@@ -166,9 +177,9 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, d: dict) -> Self:
-        """From transformers' nested `config.json`; raises ValueError on a field or value that is not supported.
+        """Reads transformers' nested `config.json`. Raises ValueError if a field or value is not supported.
 
-        Where an older file also has `text_config_dict` or `vision_config_dict`, that one counts, as in transformers.
+        Older files have `text_config_dict` or `vision_config_dict`, too. They take precedence, as in transformers.
         """
         d = dict(d)
         for name, part in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
@@ -177,6 +188,7 @@ class CLIPConfig:
         return cls(**_read(cls, d, "clip"))
 
     def to_dict(self) -> dict:
+        """The contents of transformers' nested `config.json`."""
         parts = {"text_config": self.text_config.to_dict(), "vision_config": self.vision_config.to_dict()}
         for part in parts.values():
             del part["architectures"]
@@ -185,13 +197,17 @@ class CLIPConfig:
 
 
 class TextOutput(NamedTuple):
+    """The output of the text encoder."""
+
     last_hidden_state: jax.Array  # [b l d], after the final layer norm, as Stable Diffusion uses it
     pooled: jax.Array  # [b d], at the end-of-text token
 
 
 class VisionOutput(NamedTuple):
+    """The output of the image encoder."""
+
     last_hidden_state: jax.Array  # [b 1+n d], class token first, before the last layer norm
-    pooled: jax.Array  # [b d], the class token after it
+    pooled: jax.Array  # [b d], the class token after the last layer norm
 
 
 class CLIPAttention(nnx.Module):
@@ -205,11 +221,15 @@ class CLIPAttention(nnx.Module):
         self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (attention.project(proj, x, self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = attention.project(self.q_proj, x, self.heads)
+        k = attention.project(self.k_proj, x, self.heads)
+        v = attention.project(self.v_proj, x, self.heads)
         return self.out_proj(attention.merge_heads(attention.attend(q, k, v, is_causal=self.is_causal)))
 
 
 class CLIPMLP(nnx.Module):
+    """Two-layer MLP: [b l d] -> [b l d]."""
+
     def __init__(self, dim: int, inner: int, hidden_act: str, *, rngs: nnx.Rngs):
         self.hidden_act = hidden_act
         self.fc1 = nnx.Linear(dim, inner, rngs=rngs)
@@ -235,6 +255,8 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
+    """A stack of layers: [b l d] -> [b l d]."""
+
     def __init__(self, cfg: CLIPTextConfig | CLIPVisionConfig, *, is_causal: bool, rngs: nnx.Rngs):
         self.layers = nnx.List(
             [CLIPEncoderLayer(cfg, is_causal=is_causal, rngs=rngs) for _ in range(cfg.num_hidden_layers)]
@@ -247,7 +269,11 @@ class CLIPEncoder(nnx.Module):
 
 
 class CLIPTextEmbeddings(nnx.Module):
-    """Token and position embeddings: input_ids [b l] -> [b l d]."""
+    """Token and position embeddings: input_ids int [b l] -> [b l d].
+
+    Raises:
+        ValueError: there are more tokens than positions.
+    """
 
     def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.token_embedding = nnx.Embed(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
@@ -257,13 +283,17 @@ class CLIPTextEmbeddings(nnx.Module):
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise ValueError(f"input_ids must have at most max_position_embeddings = {limit} tokens, got {length}")
-        # nnx.Embed's own lookup would cast to the dtype it was built in, whatever its parameters are now
+        # calling nnx.Embed would cast to the dtype in which it was built, not that of its parameters
         tokens = jnp.take(self.token_embedding.embedding[...], input_ids, axis=0)
         return tokens + self.position_embedding.embedding[...][None, :length]
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """Class token, patches and position embeddings: [b h w c] -> [b 1+n d]."""
+    """Embeddings of the class token, the patches and their positions: [b h w c] -> [b 1+n d].
+
+    Raises:
+        ValueError: images of another shape than the config's.
+    """
 
     def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.image_shape = (cfg.image_size, cfg.image_size, cfg.num_channels)
@@ -294,8 +324,8 @@ class CLIPTextTransformer(nnx.Module):
 
     def __call__(self, input_ids: jax.Array) -> TextOutput:
         hidden = self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
-        # Older configs say eos_token_id = 2, which is wrong for CLIP's vocabulary; transformers then pools at the
-        # highest token id, which is the end of text. Otherwise at the first end of text: padding may repeat it.
+        # The pooled output is that at the first end of text, which may be repeated. Older configs say eos_token_id = 2,
+        # which is wrong for CLIP's vocabulary. For them transformers takes the highest token id, the end of text.
         marks = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id)
         return TextOutput(hidden, hidden[jnp.arange(hidden.shape[0]), jnp.argmax(marks, axis=1)])
 
@@ -305,7 +335,7 @@ class CLIPVisionTransformer(nnx.Module):
 
     def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.embeddings = CLIPVisionEmbeddings(cfg, rngs=rngs)
-        self.pre_layrnorm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)  # sic, on disk
+        self.pre_layrnorm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)  # a misspelt name on disk
         self.encoder = CLIPEncoder(cfg, is_causal=False, rngs=rngs)
         self.post_layernorm = layer_norm(cfg.hidden_size, cfg.layer_norm_eps, rngs=rngs)
 
@@ -315,7 +345,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """The text encoder as a checkpoint of its own (a pipeline's `text_encoder`): input_ids int [b l] -> TextOutput."""
+    """The text encoder alone, as in a pipeline's `text_encoder` folder: input_ids int [b l] -> TextOutput."""
 
     def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.text_model = CLIPTextTransformer(cfg, rngs=rngs)
@@ -325,7 +355,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPVisionModel(nnx.Module):
-    """The image encoder as a checkpoint of its own: normalised pixels [b h w c] -> VisionOutput."""
+    """The image encoder alone: normalised pixels [b h w c] -> VisionOutput."""
 
     def __init__(self, cfg: CLIPVisionConfig, *, rngs: nnx.Rngs):
         self.vision_model = CLIPVisionTransformer(cfg, rngs=rngs)
@@ -335,10 +365,10 @@ class CLIPVisionModel(nnx.Module):
 
 
 class CLIPModel(nnx.Module):
-    """Both encoders, projected to a common space of width p where the cosine scores an image against a text.
+    """Both encoders, with projections to a common space of width p. There the cosine scores an image against a text.
 
-    The features are not normalised, as those of transformers' get_text_features and get_image_features. `logit_scale`
-    is the logarithm of the inverse temperature of the contrastive loss.
+    Features are not normalised, like those of transformers' get_text_features and get_image_features. `logit_scale` is
+    the logarithm of the inverse temperature of the contrastive loss.
     """
 
     def __init__(self, text_cfg: CLIPTextConfig, vision_cfg: CLIPVisionConfig, projection_dim: int, *, rngs: nnx.Rngs):

@@ -1,11 +1,12 @@
 """Layers that the Stable Diffusion models share, with the names and the numerics of diffusers.
 
 Activations are channels-last, [b h w c] or [b l d]. Every module computes in the dtype of its parameters; norms and
-softmaxes reduce in float32 inside. Module and list names follow diffusers, so that converting a checkpoint is a
-leaf rename and a transpose (convert.py).
+softmaxes are computed in float32. Modules and lists have the names that they have in diffusers, so a checkpoint is
+converted by renaming and transposing single arrays (weights/names.py).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,20 +19,23 @@ from tiue_jax.models import attention, chunks, rows, upsampling
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.platforms import run_for_platform
 
-STREAM = "stream"  # what jax.checkpoint policies call the activations between a transformer block's three layers
-# values of a feed-forward layer from which on it is computed in chunks, of so many tokens of all images, and of each
-HIDDEN, CHUNK, AT_LEAST = 2**22, 2**10, 2**5
+STREAM = "stream"  # name for jax.checkpoint policies of the activations between the layers of a transformer block
+# A CPU computes a feed-forward layer with at least HIDDEN hidden values in chunks. A chunk has CHUNK tokens in all, but
+# no fewer than AT_LEAST tokens of each image.
+HIDDEN = 2**22
+CHUNK = 2**10
+AT_LEAST = 2**5
 
 
 def conv2d(
     cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 1, *, use_bias: bool = True, rngs: nnx.Rngs
 ) -> Conv:
-    """A convolution with torch's explicit symmetric padding ("SAME" differs from it at stride 2)."""
+    """A convolution with symmetric padding, as in torch. With stride 2, "SAME" would pad in another way."""
     return Conv(cin, cout, (kernel, kernel), stride, padding=((padding, padding),) * 2, use_bias=use_bias, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation (arXiv 1803.08494) of x [b h w c], also of some of its groups alone."""
+    """Group normalisation (arXiv 1803.08494) of x [b h w c], or of only some of its groups."""
 
     def __init__(self, channels: int, groups: int, eps: float):
         if channels % groups:
@@ -43,11 +47,18 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: jax.Array, start: int = 0) -> jax.Array:
-        """x [b h w c'] as the channels from `start` on, which begin and end with a group."""
+        """Normalises x [b h w c'], the channels from `start` on. They must begin and end with a group."""
         b, _, _, c = x.shape
-        of_channels = lambda p: p[...][None, None, None, start : start + c].astype(jnp.float32)
-        of_groups = lambda y: y.reshape(b, c // self.group_size, self.group_size).mean(2)
-        to_channels = lambda y: jnp.repeat(y, self.group_size, axis=1)[:, None, None]  # [b 1 1 c]
+
+        def of_channels(parameter: nnx.Param) -> jax.Array:  # [1 1 1 c']
+            return parameter[...][None, None, None, start : start + c].astype(jnp.float32)
+
+        def of_groups(means: jax.Array) -> jax.Array:  # [b c'] -> [b groups]
+            return means.reshape(b, c // self.group_size, self.group_size).mean(2)
+
+        def to_channels(statistics: jax.Array) -> jax.Array:  # [b groups] -> [b 1 1 c']
+            return jnp.repeat(statistics, self.group_size, axis=1)[:, None, None]
+
         y = x.astype(jnp.float32)
         y = y - to_channels(of_groups(y.mean((1, 2))))
         variance = of_groups(jnp.square(y).mean((1, 2)))
@@ -56,6 +67,7 @@ class GroupNorm(nnx.Module):
 
 
 def layer_norm(dim: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer normalisation of [... dim], with the variance as torch computes it."""
     return nnx.LayerNorm(dim, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
 
@@ -69,7 +81,7 @@ def timestep_embedding(t: jax.Array, dim: int, flip_sin_to_cos: bool = True, fre
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two-layer MLP on the sinusoidal embedding and, where it has a `cond_dim`, a condition [b p]: [b c] -> [b d]."""
+    """Two-layer MLP on the sinusoidal embedding: [b c] -> [b d]. With `cond_dim` p it can add a condition [b p]."""
 
     def __init__(self, cin: int, dim: int, cond_dim: int | None = None, *, rngs: nnx.Rngs):
         self.linear_1 = nnx.Linear(cin, dim, rngs=rngs)
@@ -78,13 +90,17 @@ class TimestepEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
         if cond is not None:
-            assert self.cond_proj is not None, "a condition for an embedding without cond_dim"
+            assert self.cond_proj is not None, "a condition needs an embedding with cond_dim"
             x = x + self.cond_proj(cond)
         return self.linear_2(nnx.silu(self.linear_1(x)))
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of x [b*k l d] over context [b m c] (x itself where context is None) -> [b*k l d]."""
+    """Multi-head attention of x [b*k l d] over context [b m c], by default x -> [b*k l d]. See rows.py for b*k.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `heads`.
+    """
 
     def __init__(
         self,
@@ -106,8 +122,9 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
         q = attention.project(self.to_q, x, self.heads)
-        k, v = (attention.project(layer, context, self.heads) for layer in (self.to_k, self.to_v))
-        out = attention.attend(q, *(rows.repeat(y, x.shape[0]) for y in (k, v)))
+        k = attention.project(self.to_k, context, self.heads)
+        v = attention.project(self.to_v, context, self.heads)
+        out = attention.attend(q, rows.repeat(k, x.shape[0]), rows.repeat(v, x.shape[0]))
         return self.to_out[0](attention.merge_heads(out))
 
 
@@ -123,21 +140,31 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """[b l d] -> [b l d]; on a CPU some tokens at a time where the hidden layer would leave its cache."""
+    """Two-layer MLP: [b l d] -> [b l d]. A CPU computes it in chunks if the hidden layer exceeds its cache."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        # index 1 is diffusers' dropout, kept so that the list indices, and so the tensor names, agree
+        # index 1 is the dropout of diffusers; it stays, since list indices are part of the tensor names
         net: list[Any] = [GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)]
         self.net = nnx.List(net)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         b, length, d = x.shape
-        whole = lambda x: self.net[2](self.net[0](x))
         tokens = chunks.size(length, limit=max(CHUNK // chunks.known(b), AT_LEAST))
-        in_chunks = lambda x: chunks.by_tokens(whole, x, tokens)
-        many = chunks.known(b) * length * 8 * d >= HIDDEN
-        choose = lambda platform: "chunks" if platform == "cpu" and many else "xla"
-        return run_for_platform(choose, {"xla": whole, "chunks": in_chunks}.__getitem__, x)
+        exceeds_cache = chunks.known(b) * length * 8 * d >= HIDDEN
+
+        def whole(x: jax.Array) -> jax.Array:
+            return self.net[2](self.net[0](x))
+
+        def in_chunks(x: jax.Array) -> jax.Array:
+            return chunks.by_tokens(whole, x, tokens)
+
+        def choose(platform: str) -> str:
+            return "chunks" if platform == "cpu" and exceeds_cache else "xla"
+
+        def implementation(kind: str) -> Callable[[jax.Array], jax.Array]:
+            return in_chunks if kind == "chunks" else whole
+
+        return run_for_platform(choose, implementation, x)
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -171,17 +198,17 @@ class Transformer2DModel(nnx.Module):
         use_linear_projection: bool = False,
         rngs: nnx.Rngs,
     ):
+        def project() -> nnx.Module:
+            if use_linear_projection:
+                return nnx.Linear(channels, channels, rngs=rngs)
+            return conv2d(channels, channels, 1, padding=0, rngs=rngs)
+
         self.norm = GroupNorm(channels, groups, 1e-6)
-        project = (
-            (lambda: nnx.Linear(channels, channels, rngs=rngs))
-            if use_linear_projection
-            else (lambda: conv2d(channels, channels, 1, padding=0, rngs=rngs))
-        )
-        self.proj_in = project()
+        self.proj_in: Any = project()
         self.transformer_blocks = nnx.List(
             [BasicTransformerBlock(channels, heads, context_dim, rngs=rngs) for _ in range(layers)]
         )
-        self.proj_out = project()
+        self.proj_out: Any = project()
 
     def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
@@ -192,7 +219,10 @@ class Transformer2DModel(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """GroupNorm, SiLU, conv, twice; the time embedding [b d] is added between: [b h w cin] -> [b h w cout]."""
+    """GroupNorm, SiLU and convolution, twice, with a residual: [b h w cin] -> [b h w cout].
+
+    The time embedding [b d] is added between the two; a block with `time_dim` None has none.
+    """
 
     def __init__(
         self, cin: int, cout: int, time_dim: int | None, *, groups: int = 32, eps: float = 1e-5, rngs: nnx.Rngs
@@ -206,21 +236,27 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = conv2d(cin, cout, 1, padding=0, rngs=rngs) if cin != cout else None
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        return self.finish(*self.begin(x), temb)
+        hidden, residual = self.begin(x)
+        return self.finish(hidden, residual, temb)
 
     def begin(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What comes before the time embedding: the first convolution and the residual, both [b h w cout]."""
-        return self.conv1(nnx.silu(self.norm1(x))), x if self.conv_shortcut is None else self.conv_shortcut(x)
+        """The part before the time embedding: the first convolution and the residual, both [b h w cout]."""
+        hidden = self.conv1(nnx.silu(self.norm1(x)))
+        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden, residual
 
     def finish(self, h: jax.Array, residual: jax.Array, temb: jax.Array | None) -> jax.Array:
-        """The time embedding and what follows; where temb is [b*k d], one row of h may stand for its k (rows.py)."""
+        """The time embedding and the part after it -> [b*k h w cout].
+
+        h and residual have b*k rows like temb [b*k d], or b rows that are the same at all k timesteps (rows.py).
+        """
         if temb is not None:
             h = rows.repeat(h, temb.shape[0]) + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
         return rows.add(self.conv2(nnx.silu(self.norm2(h))), residual)
 
 
 class Downsample2D(nnx.Module):
-    """Stride-2 convolution. `padding=0` is the VAE's form, which pads one row and column at the far end only."""
+    """A convolution with stride 2. With `padding=0`, as in the VAE, it pads one row and one column at the far end."""
 
     def __init__(self, channels: int, *, padding: int = 1, rngs: nnx.Rngs):
         self.conv = conv2d(channels, channels, stride=2, padding=padding, rngs=rngs)
@@ -233,7 +269,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest-neighbour resize to `size` (h, w), twice the input by default, then a 3x3 convolution."""
+    """Nearest-neighbour resize to `size` (h, w), by default twice that of the input, and a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = conv2d(channels, channels, rngs=rngs)

@@ -1,8 +1,8 @@
 """Low-rank adapters on a UNet (LoRA, arXiv 2106.09685) as peft defines them: layers, parameter tree, and file.
 
 `UNet(cfg, lora=...)` has the parameters of `UNet(cfg)` and, inside every adapted layer, `lora_A` and `lora_B`. Only
-those are trained: they are kept as a tree of their own, and `merge` lays them over the one frozen copy of the weights
-that the plain teacher uses as well.
+`lora_A` and `lora_B` are trained. They are kept in a separate tree, the LoRA tree. `merge` combines it with the frozen
+weights, which the plain teacher shares.
 """
 
 import dataclasses
@@ -24,15 +24,18 @@ from tiue_jax.models.functional import Params
 
 ADAPTERS = ("lora_A", "lora_B")
 FILENAME = "pytorch_lora_weights.safetensors"
-METADATA_KEY = "lora_adapter_metadata"  # rank, alpha and targets, as diffusers' save_lora_weights records them
+METADATA_KEY = "lora_adapter_metadata"  # for rank, alpha and targets, as in diffusers' save_lora_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Which layers carry an adapter, y = W x + (alpha / rank) B A x, and of what size.
+    """The layers that have an adapter, and the size of the adapters: y = W x + (alpha / rank) B A x.
 
-    Targets are peft's `target_modules`: every linear or convolution layer whose dotted name is a target or ends in one,
-    such as "to_q", "to_out.0", "ff.net.2", "conv1".
+    Attributes:
+        rank: width of the adapters.
+        alpha: scale of the adapters, relative to the rank.
+        targets: peft's `target_modules`, such as "to_q", "to_out.0", "ff.net.2" or "conv1". All linear and convolution
+            layers have an adapter whose dotted name is a target, or ends in a dot and a target.
     """
 
     rank: int = 64
@@ -46,12 +49,12 @@ class LoRAConfig:
             raise ValueError(f"LoRA targets must be at least one name of a layer, got {list(self.targets)}")
 
     def match(self, name: str) -> str | None:
-        """The target that a layer's dotted name meets, None where there is none."""
+        """The target that matches the dotted name of a layer, or None."""
         return next((t for t in self.targets if name == t or name.endswith("." + t)), None)
 
 
 class LoRALinear(nnx.Linear):
-    """A linear layer like `base` with an adapter beside it, named as in peft."""
+    """A linear layer like `base` with an adapter, whose parts have peft's names."""
 
     def __init__(self, base: nnx.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
         super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs)
@@ -64,7 +67,7 @@ class LoRALinear(nnx.Linear):
 
 
 class LoRAConv(Conv):
-    """A convolution like `base` with an adapter beside it: A has its kernel size and stride, B is 1x1."""
+    """A convolution like `base` with an adapter: A has the kernel size and the stride of `base`, B is 1x1."""
 
     def __init__(self, base: Conv, config: LoRAConfig, *, rngs: nnx.Rngs):
         shape: dict[str, Any] = {"kernel_size": base.kernel_size, "strides": base.strides, "padding": base.padding}
@@ -82,23 +85,23 @@ class LoRAConv(Conv):
 
 
 def adapt(module: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives the target layers of a module under construction their adapters.
+    """Replaces the target layers of a module by layers with adapters, while the module is built.
 
     Raises:
-        ValueError: targets that no linear or convolution layer meets.
+        ValueError: targets match no linear or convolution layer.
     """
-    met = set()
+    matched = set()
 
     def visit(parent: nnx.Module, prefix: str) -> None:
         for key, child in _children(parent):
             target = config.match(prefix + str(key))
             if target is not None and isinstance(child, nnx.Linear | Conv):
-                met.add(target)
-                adapted = (
-                    LoRALinear(child, config, rngs=rngs)
-                    if isinstance(child, nnx.Linear)
-                    else LoRAConv(child, config, rngs=rngs)
-                )
+                matched.add(target)
+                adapted: nnx.Module
+                if isinstance(child, nnx.Linear):
+                    adapted = LoRALinear(child, config, rngs=rngs)
+                else:
+                    adapted = LoRAConv(child, config, rngs=rngs)
                 if isinstance(parent, nnx.List):
                     parent[key] = adapted
                 else:
@@ -107,17 +110,19 @@ def adapt(module: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
                 visit(child, f"{prefix}{key}.")
 
     visit(module, "")
-    if unmet := [target for target in config.targets if target not in met]:
-        raise ValueError(f"LoRA targets {unmet} match no linear or convolution layer of the {type(module).__name__}")
+    if unmatched := [target for target in config.targets if target not in matched]:
+        kind = type(module).__name__
+        raise ValueError(f"LoRA targets {unmatched} match no linear or convolution layer of the {kind}")
 
 
 def _children(module: nnx.Module) -> Iterator[tuple[Any, nnx.Module]]:
+    """The submodules of a module, each with its index or name."""
     items = list(enumerate(module) if isinstance(module, nnx.List) else vars(module).items())
     return ((key, child) for key, child in items if isinstance(child, nnx.Module | nnx.List))
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """Parameters (or shapes) of `UNet(cfg, lora=...)` as (those of `UNet(cfg)`, the LoRA tree)."""
+    """Splits parameters (or shapes) of `UNet(cfg, lora=...)` into those of `UNet(cfg)` and the LoRA tree."""
     base, lora = {}, {}
     for name, value in params.items():
         if name in ADAPTERS:
@@ -134,23 +139,27 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def merge(base: Params, lora: Params) -> Params:
-    """The inverse of `split`, without copying a leaf. Raises KeyError where the LoRA tree adapts what base has not."""
+    """The inverse of `split`. It copies no array.
+
+    Raises:
+        KeyError: the LoRA tree has adapters for a layer that `base` does not have.
+    """
     merged = dict(base)
     for name, value in lora.items():
         if name in ADAPTERS:
             merged[name] = value
         elif name not in base:
-            raise KeyError(f"LoRA adapts {name!r}, which is not among {list(base)}")
+            raise KeyError(f"LoRA adapts {name!r}, expected one of {list(base)}")
         else:
             merged[name] = merge(base[name], value)
     return merged
 
 
 def init(shapes: Params, seed: int) -> Params:
-    """Float32 numpy parameters for the LoRA tree `shapes` as peft draws them, so that it changes nothing at first.
+    """Draws float32 numpy parameters for the LoRA tree `shapes` as peft does. At first the adapters change nothing.
 
-    A is Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(fan_in), 1/sqrt(fan_in)); B is zero. Each leaf draws from
-    a generator seeded by (seed, its path).
+    A is uniform in (-1/sqrt(fan_in), 1/sqrt(fan_in)), which is Kaiming-uniform with a = sqrt(5). B is zero. Each array
+    has a generator seeded by the seed and the array's path.
     """
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -164,7 +173,7 @@ def init(shapes: Params, seed: int) -> Params:
 
 
 def to_peft_names(lora: Params, prefix: str = "unet.") -> dict[str, np.ndarray]:
-    """The LoRA tree under peft's names, torch's layout: `unet.down_blocks.0....to_q.lora_A.weight` [rank in]."""
+    """The LoRA tree with peft's names and torch's layout: `unet.down_blocks.0....to_q.lora_A.weight` [rank in]."""
     return {
         name: np.ascontiguousarray(np.moveaxis(np.asarray(leaf), (-1, -2), (0, 1)))
         for name, leaf in _named(lora, prefix).items()
@@ -172,7 +181,11 @@ def to_peft_names(lora: Params, prefix: str = "unet.") -> dict[str, np.ndarray]:
 
 
 def from_peft_names(tensors: dict[str, np.ndarray], shapes: Params, prefix: str = "unet.") -> Params:
-    """The inverse of `to_peft_names`, float32; ValueError naming all that is missing, unused or wrong-shaped."""
+    """The inverse of `to_peft_names`; float32.
+
+    Raises:
+        ValueError: tensors are missing, are not used, or have a wrong shape. The message names all of them.
+    """
     expected = {name: (*leaf.shape[:-3:-1], *leaf.shape[:-2]) for name, leaf in _named(shapes, prefix).items()}
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unused {name}" for name in tensors if name not in expected]
@@ -188,7 +201,7 @@ def from_peft_names(tensors: dict[str, np.ndarray], shapes: Params, prefix: str 
 
 
 def save(folder: str | Path, lora: Params, config: LoRAConfig) -> Path:
-    """Writes `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` reads, alpha included."""
+    """Writes `pytorch_lora_weights.safetensors`, from which diffusers' `load_lora_weights` also reads alpha."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {"unet.r": config.rank, "unet.lora_alpha": config.alpha, "unet.target_modules": list(config.targets)}
@@ -198,7 +211,12 @@ def save(folder: str | Path, lora: Params, config: LoRAConfig) -> Path:
 
 
 def load(folder: str | Path, shapes: Params) -> Params:
-    """Reads what `save` or diffusers wrote. Raises FileNotFoundError, or ValueError where the file does not fit."""
+    """Reads a file that `save` or diffusers wrote.
+
+    Raises:
+        FileNotFoundError: the folder has no LoRA weights.
+        ValueError: the file is broken, or its tensors do not fit `shapes`.
+    """
     path = Path(folder) / FILENAME
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA weights at {path}")
@@ -211,7 +229,7 @@ def load(folder: str | Path, shapes: Params) -> Params:
 
 
 def _named(lora: Params, prefix: str) -> dict[str, jax.Array]:
-    """The leaves under peft's names, in the tree's order."""
+    """The arrays of the LoRA tree by peft's names, in the order of the tree."""
     return {
         prefix + ".".join(str(part.key) for part in path[:-1]) + ".weight": leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(lora)

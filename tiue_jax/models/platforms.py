@@ -1,4 +1,4 @@
-"""What suits the platform: one of several implementations of a function, and the options to compile a network with."""
+"""Choices by platform: the implementation of a function, and the compiler options of a network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,25 +17,33 @@ _OPTIONS = {
 def run_for_platform(
     choose: Callable[[str], str], run: Callable[[Any], Callable[..., jax.Array]], *args: jax.Array
 ) -> jax.Array:
-    """`run(kind)(*args)` where kind = `choose(platform)` of "tpu", "gpu" or "cpu"; one kind is "xla", for all others.
+    """Calls the implementation of a function that fits the platform.
 
-    The platform is that of the ambient mesh (`jax.set_mesh`), which may be one that is only compiled for; without one
-    it is whichever the program is lowered for.
+    The platform is that of the ambient mesh (`jax.set_mesh`), whose devices may be only compiled for. Without an
+    ambient mesh, it is the platform for which the program is lowered.
+
+    Args:
+        choose: the name of the implementation for a platform "tpu", "gpu" or "cpu". "xla" is an implementation that
+            runs on all platforms.
+        run: the implementation with a name, a function of `args`.
+        args: the arguments of the function.
     """
-    if (device := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
         return run(choose(device.platform))(*args)
     kinds = {"tpu": choose("tpu"), "cuda": choose("gpu"), "cpu": choose("cpu")}
     special = {platform: run(kind) for platform, kind in kinds.items() if kind != "xla"}
-    return jax.lax.platform_dependent(*args, **special, default=run("xla")) if special else run("xla")(*args)
+    if not special:
+        return run("xla")(*args)
+    return jax.lax.platform_dependent(*args, **special, default=run("xla"))
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """What `jax.jit(compiler_options=...)` of a whole network takes on a platform.
+    """The `compiler_options` of `jax.jit` for a whole network on a platform.
 
-    On a CPU XLA would begin with all that depends on parameters alone, every kernel cut, transposed or transformed, and
-    hold it until it is needed: 2 GB more for Stable Diffusion 2.1's student, which the system must clear.
-
-    On a TPU parameters are gathered while the chip computes. That is a v5e's default, and not a v6e's: of the training
-    step there nothing at all was sent in the background.
+    - CPU: by default XLA first computes everything that depends on parameters alone, such as kernels that are cut,
+      transposed or transformed, and keeps it. For the student of Stable Diffusion 2.1 that takes 2 GB more.
+    - TPU: gather parameters while the chip computes. That is the default for a v5e but not for a v6e, which gathered
+      nothing in the background in the training step.
     """
     return _OPTIONS.get(platform, {})

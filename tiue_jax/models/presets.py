@@ -1,4 +1,4 @@
-"""The published Stable Diffusion models: the configurations that their folders hold, one row each."""
+"""The configurations of the published Stable Diffusion models, as in their folders."""
 
 import dataclasses
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from tiue_jax.schedule import Schedule
 
 
 class Configs(NamedTuple):
-    """The configurations of a pipeline."""
+    """The configurations of the parts of a pipeline."""
 
     unet: UNetConfig
     vae: VAEConfig

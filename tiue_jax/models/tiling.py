@@ -1,7 +1,7 @@
-"""Decoding in overlapping tiles with blended seams, so that the memory of large pictures is that of one tile.
+"""Decoding in overlapping tiles with blended seams: large images need only the memory of one tile.
 
-The numerics are those of diffusers' AutoencoderKL.tiled_decode (enable_vae_tiling). The picture differs from that of
-one piece: norms and attention see a tile at a time.
+The numerics are those of diffusers' AutoencoderKL.tiled_decode (enable_vae_tiling). The image differs from one that is
+decoded in one piece, since norms and attention see one tile at a time.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Autoencoder(Protocol):
-    """What tiling needs of an autoencoder's configuration."""
+    """The part of an autoencoder's configuration that tiling reads."""
 
     @property
     def factor(self) -> int: ...  # pixels per latent along each side
@@ -23,12 +23,12 @@ class Autoencoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How to cut, with the names of diffusers' AutoencoderKL.
+    """The size and the overlap of tiles, with the names of diffusers' AutoencoderKL.
 
     Attributes:
-        tile_sample_min_size: side of a tile in pixels; None is the size that the autoencoder was trained on. Pictures
+        tile_sample_min_size: side of a tile in pixels. None is the size that the autoencoder was trained on. Images
             that are no larger are decoded in one piece.
-        tile_overlap_factor: the share of a tile that its neighbour shares, 0 <= it < 1.
+        tile_overlap_factor: the fraction of a tile that overlaps the next tile; at least 0 and below 1.
     """
 
     tile_sample_min_size: int | None = None
@@ -42,11 +42,11 @@ class Tiling:
             raise ValueError(f"tile_overlap_factor must be at least 0 and below 1, got {overlap}")
 
     def cut(self, cfg: Autoencoder) -> tuple[int, int, int]:
-        """Side of a tile and distance to the next one in latents, width of a seam in pixels.
+        """The side of a tile and the distance to the next tile, both in latents, and the width of a seam in pixels.
 
         Raises:
-            ValueError: a tile smaller than one latent, or neighbours that do not fit: diffusers would then leave out
-                or repeat rows of the picture.
+            ValueError: a tile is smaller than one latent, or tiles do not fit together. In that case diffusers would
+                leave out or repeat rows of the image.
         """
         pixels = self.tile_sample_min_size or cfg.sample_size
         side = pixels // cfg.factor
@@ -62,16 +62,19 @@ class Tiling:
 def tiled_decode(
     decode: Callable[[jax.Array], jax.Array], latents: jax.Array, cfg: Autoencoder, tiling: Tiling
 ) -> jax.Array:
-    """Decodes latents [b h w c] tile by tile -> [b fh fw 3]; in one piece where one tile holds them.
+    """Decodes latents [b h w c] tile by tile -> [b fh fw 3]; in one piece if they are no larger than one tile.
 
-    Tiles of one shape are a single `lax.map`, so that `decode` is compiled once for each of the up to four shapes: the
-    inner ones, and those that the right and the lower edge cut off.
+    Tiles of the same shape share one `lax.map`, so `decode` is compiled once for each shape. There are up to four: the
+    inner tiles, and those that the right edge, the lower edge, or both cut off.
 
     Args:
-        decode: of an autoencoder, [b h w c] -> [b fh fw 3].
+        decode: the decoder of an autoencoder, [b h w c] -> [b fh fw 3].
         latents: unscaled.
-        cfg: the autoencoder's configuration.
-        tiling: see there for the errors.
+        cfg: the configuration of the autoencoder.
+        tiling: the size and the overlap of tiles.
+
+    Raises:
+        ValueError: as `Tiling.cut`.
     """
     side, stride, seam = tiling.cut(cfg)
     height, width = latents.shape[1:3]
@@ -99,11 +102,14 @@ def tiled_decode(
 
 
 def _blend(before: jax.Array, tile: jax.Array, seam: int, axis: int) -> jax.Array:
-    """The tile, its first `seam` rows fading from the last ones of the tile before it along the axis."""
+    """The tile, whose first `seam` rows along the axis fade from the last rows of the tile before it."""
     seam = min(before.shape[axis], tile.shape[axis], seam)
     if seam == 0:
         return tile
-    cut = lambda x, start, stop: jax.lax.slice_in_dim(x, start, stop, axis=axis)
+
+    def cut(x: jax.Array, start: int, stop: int) -> jax.Array:
+        return jax.lax.slice_in_dim(x, start, stop, axis=axis)
+
     size = before.shape[axis]
     ramp = (jnp.arange(seam, dtype=tile.dtype) / seam).reshape([-1 if i == axis else 1 for i in range(tile.ndim)])
     faded = cut(before, size - seam, size) * (1 - ramp) + cut(tile, 0, seam) * ramp

@@ -1,6 +1,6 @@
-"""The tiny autoencoder (TAESD, github.com/madebyollin/taesd): a distilled stand-in for a VAE, far cheaper.
+"""The tiny autoencoder (TAESD, github.com/madebyollin/taesd), distilled from a VAE and far cheaper.
 
-Names and numerics are those of diffusers' AutoencoderTiny. Its latents are already scaled as the UNet sees them
+Names and numerics are those of diffusers' AutoencoderTiny. Its latents have the scale of the UNet's latents
 (`scaling_factor` is 1 in the published checkpoints), and its encoder is deterministic.
 """
 
@@ -17,15 +17,14 @@ from tiue_jax.models.layers import conv2d
 from tiue_jax.models.upsampling import upsample_convolve
 from tiue_jax.models.vae import dump_config, parse_config
 
-LATENT_CLAMP = 3.0  # of the decoder's input, by tanh; a constant of diffusers, not its latent_magnitude
+LATENT_CLAMP = 3.0  # limit of the decoder's input, by tanh; a constant of diffusers, not `latent_magnitude`
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyVAEConfig:
-    """Fields and defaults of diffusers' AutoencoderTiny; fields that only one value is supported for are in `fixed`.
+    """Fields and defaults of diffusers' AutoencoderTiny. Fields with only one supported value are in `fixed`.
 
-    `latent_magnitude` and `latent_shift` describe how latents are stored as bytes; they play no part in encoding and
-    decoding.
+    `latent_magnitude` and `latent_shift` say how to store latents as bytes. Encoding and decoding do not read them.
     """
 
     in_channels: int = 3
@@ -62,12 +61,12 @@ class TinyVAEConfig:
 
     @property
     def sample_size(self) -> int:
-        """Side in pixels of a tile: diffusers' constant, as the JSON does not say what the images trained on were."""
+        """The default side of a tile in pixels: diffusers' constant, since the JSON has no size of training images."""
         return 512
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The remaining fields of the JSON, with the one value of each that is supported."""
+        """The other fields of the JSON, each with its only supported value."""
         return {
             "act_fn": "relu",
             "upsample_fn": "nearest",
@@ -79,19 +78,22 @@ class TinyVAEConfig:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
-        """From diffusers' config.json. Raises ValueError naming any field or value that is not supported."""
+        """Reads diffusers' config.json. Raises ValueError with the name of a field that is not supported."""
         return parse_config(cls, d, "AutoencoderTiny")
 
     def to_dict(self) -> dict[str, Any]:
+        """The contents of diffusers' config.json."""
         return dump_config(self, "AutoencoderTiny")
 
 
 class AutoencoderTinyBlock(nnx.Module):
-    """Three convolutions and a skip: [b h w c] -> [b h w c]."""
+    """Three convolutions with a residual: [b h w c] -> [b h w c]."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        a, b, c = (conv2d(channels, channels, rngs=rngs) for _ in range(3))
-        self.conv = nnx.List([a, nnx.relu, b, nnx.relu, c])
+        def conv() -> Conv:
+            return conv2d(channels, channels, rngs=rngs)
+
+        self.conv = nnx.List([conv(), nnx.relu, conv(), nnx.relu, conv()])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return nnx.relu(sequential(self.conv, x) + x)
@@ -117,7 +119,7 @@ class EncoderTiny(nnx.Module):
 
 
 class UpsampleConv(Conv):
-    """Nearest x2, then a 3x3 convolution: [b h w c] -> [b 2h 2w d]."""
+    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [b h w c] -> [b 2h 2w d]."""
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         return self.linear(lambda kernel: upsample_convolve(x, kernel))
@@ -132,7 +134,7 @@ class DecoderTiny(nnx.Module):
         for i, blocks in enumerate(cfg.num_decoder_blocks):
             layers += [AutoencoderTinyBlock(width, rngs=rngs) for _ in range(blocks)]
             if i < len(cfg.num_decoder_blocks) - 1:
-                # the identity is diffusers' resize, kept so that the list indices, and so the tensor names, agree
+                # the identity is the resize of diffusers; it stays, since list indices are part of the tensor names
                 layers += [nnx.identity, UpsampleConv(width, width, (3, 3), use_bias=False, rngs=rngs)]
         layers.append(conv2d(width, cfg.out_channels, rngs=rngs))
         self.layers = nnx.List(layers)
@@ -143,23 +145,23 @@ class DecoderTiny(nnx.Module):
 
 
 class AutoencoderTiny(nnx.Module):
-    """The autoencoder. Computes in the dtype of its parameters, whatever the dtype of its input."""
+    """The autoencoder. It computes in the dtype of its parameters, whatever the dtype of the input."""
 
     def __init__(self, cfg: TinyVAEConfig, *, rngs: nnx.Rngs):
         self.encoder = EncoderTiny(cfg, rngs=rngs)
         self.decoder = DecoderTiny(cfg, rngs=rngs)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c]; sizes round up."""
+        """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c]; sizes are rounded up."""
         return self.encoder(images.astype(dtype_of(self.encoder.layers[0])))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [b h w c], soft-clamped to (-3, 3), -> images [b fh fw 3], about in [-1, 1]: not clipped."""
+        """Latents [b h w c], softly clamped to (-3, 3) -> images [b fh fw 3], about in [-1, 1] and not clipped."""
         return self.decoder(latents.astype(dtype_of(self.decoder.layers[0])))
 
 
 def sequential(layers: nnx.List, x: jax.Array) -> jax.Array:
-    """The layers one after another. Those without parameters keep their place, as list indices are tensor names."""
+    """Applies layers, or functions such as nnx.relu, one after another."""
     for layer in layers:
         x = layer(x)
     return x

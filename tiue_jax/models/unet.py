@@ -1,11 +1,9 @@
-"""The Stable Diffusion UNet, after diffusers' UNet2DConditionModel, cut in two: `encode` and `decode`.
+"""The Stable Diffusion UNet in two parts, `encode` and `decode`; names and numerics of diffusers' UNet2DConditionModel.
 
-TiUE (arXiv 2505.21960) runs `encode` once and `decode` at several timesteps; a plain diffusion step is both.
+TiUE (arXiv 2505.21960) runs `encode` once and `decode` at several timesteps. A plain diffusion step runs each once.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -13,11 +11,13 @@ from flax import nnx
 
 from tiue_jax import sharding
 from tiue_jax.models import attention, functional, layers, rows
+from tiue_jax.models.convolution import Conv
+from tiue_jax.models.layer_by_layer import LayerByLayer
 from tiue_jax.models.lora import LoRAConfig, adapt
 from tiue_jax.models.sharing import SkipResnetBlock2D
 
 _CLASS = "UNet2DConditionModel"
-# Fields of UNet2DConditionModel that select something this UNet does not have, with the one value it stands for.
+# Fields of UNet2DConditionModel for which only one value is supported, with that value.
 _FIXED: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -50,12 +50,14 @@ _FIXED: dict[str, Any] = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
-# What the backward pass finds of a block's activations; the rest it computes again.
+# Activations of each layer that are kept for the backward pass. The others are computed again.
 REMAT_POLICIES: dict[str, Any] = {
-    "none": None,  # everything: jax.checkpoint is not used
-    "full": jax.checkpoint_policies.nothing_saveable,  # the block's inputs
-    "streams": jax.checkpoint_policies.save_only_these_names(layers.STREAM),  # and their attention's and MLP's inputs
-    "attention": jax.checkpoint_policies.save_only_these_names(layers.STREAM, attention.OUTPUT),  # and its results
+    "none": None,  # all, without jax.checkpoint
+    "full": jax.checkpoint_policies.nothing_saveable,  # the inputs of the layer
+    # also the inputs of the attentions and of the MLP in transformer blocks
+    "streams": jax.checkpoint_policies.save_only_these_names(layers.STREAM),
+    # also the outputs of the attentions
+    "attention": jax.checkpoint_policies.save_only_these_names(layers.STREAM, attention.OUTPUT),
 }
 _DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -63,10 +65,10 @@ _UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The fields of diffusers' `unet/config.json` that SD 1.x and 2.x use; the defaults are SD 1.5's.
+    """The fields of diffusers' `unet/config.json` that SD 1.x and 2.x use; the defaults are those of SD 1.5.
 
-    `attention_head_dim` is, as diffusers misnames it, the number of heads: one for all blocks or one per block.
-    `upcast_attention` asks for float32 attention logits, which is what this UNet always does.
+    `attention_head_dim` is the number of heads, for all blocks or for each block; the name is a mistake of diffusers.
+    `upcast_attention` asks for float32 attention logits. This UNet always computes them in float32.
     """
 
     sample_size: int | None = 64
@@ -86,7 +88,7 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    time_cond_proj_dim: int | None = None  # width of the guidance embedding that latent consistency models take
+    time_cond_proj_dim: int | None = None  # width of the guidance embedding of latent consistency models
 
     def __post_init__(self):
         n = len(self.block_out_channels)
@@ -111,7 +113,7 @@ class UNetConfig:
         """Reads a diffusers config.
 
         Raises:
-            ValueError: a field that this UNet does not support, with its name and value; an inconsistent config.
+            ValueError: a field or a value that this UNet does not support, or fields that contradict each other.
         """
         if (kind := config.get("_class_name", _CLASS)) != _CLASS:
             raise ValueError(f"unet config field '_class_name' is {kind!r}: only {_CLASS!r} is supported")
@@ -131,47 +133,93 @@ class UNetConfig:
         return {"_class_name": _CLASS, **fields}
 
     def per_block(self, name: str) -> tuple[int, ...]:
-        """A field that is one number or one per block, as one per block."""
+        """The values of a field for each block, if the config gives one for all blocks or one for each."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
 
 class Features(NamedTuple):
-    """What the encoder hands to the decoder: everything of it that the timestep of the decoder does not touch."""
+    """The output of the encoder, which the decoder reads at every timestep."""
 
-    mid: jax.Array  # [b h/2^n w/2^n c]
-    skips: tuple[jax.Array, ...]  # first to last, each [b h w c] at its own level
+    mid: jax.Array  # [b h/2^n w/2^n c], the output of the mid block
+    skips: tuple[jax.Array, ...]  # in the order in which they were computed, each [b h w c] at the size of its level
 
 
 class DownBlock(nnx.Module):
-    """ResNets, each followed by a transformer where `heads` is given, then a downsampler."""
+    """ResNets, each followed by a transformer if the block has `heads`, then a downsampler."""
 
-    def __init__(self, cin: int, cout: int, depth: int, heads: int | None, common: "_Common", *, downsample: bool):
-        self.resnets = nnx.List([common.resnet(cin if i == 0 else cout, cout) for i in range(depth)])
-        self.attentions = nnx.List([common.transformer(cout, heads) for _ in range(depth)] if heads else [])
-        down = [layers.Downsample2D(cout, padding=common.cfg.downsample_padding, rngs=common.rngs)]
+    def __init__(self, cin: int, cout: int, depth: int, heads: int | None, build: "_Build", *, downsample: bool):
+        self.resnets = nnx.List([build.resnet(cin if i == 0 else cout, cout) for i in range(depth)])
+        self.attentions = nnx.List([build.transformer(cout, heads) for _ in range(depth)] if heads else [])
+        down = [layers.Downsample2D(cout, padding=build.cfg.downsample_padding, rngs=build.rngs)]
         self.downsamplers = nnx.List(down if downsample else [])
+
+    def __call__(self, run: LayerByLayer, h: jax.Array, temb: jax.Array, text: jax.Array) -> list[jax.Array]:
+        """h [b h w cin], temb [b d], text [b l d] -> the block's skips. The last one is also its output."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            h = run(resnet, h, temb)
+            if self.attentions:
+                h = run(self.attentions[i], h, text)
+            skips.append(h)
+        for downsampler in self.downsamplers:
+            h = run(downsampler, h)
+            skips.append(h)
+        return skips
 
 
 class MidBlock(nnx.Module):
     """ResNet, transformer, ResNet at the lowest resolution."""
 
-    def __init__(self, channels: int, heads: int, common: "_Common"):
-        self.resnets = nnx.List([common.resnet(channels, channels) for _ in range(2)])
-        self.attentions = nnx.List([common.transformer(channels, heads)])
+    def __init__(self, channels: int, heads: int, build: "_Build"):
+        self.resnets = nnx.List([build.resnet(channels, channels) for _ in range(2)])
+        self.attentions = nnx.List([build.transformer(channels, heads)])
+
+    def __call__(self, run: LayerByLayer, h: jax.Array, temb: jax.Array, text: jax.Array) -> jax.Array:
+        """h [b h w c], temb [b d], text [b l d] -> [b h w c]."""
+        h = run(self.resnets[0], h, temb)
+        h = run(self.attentions[0], h, text)
+        return run(self.resnets[1], h, temb)
 
 
 class UpBlock(nnx.Module):
-    """ResNets on concat([h, skip]), each followed by a transformer where `heads` is given, then an upsampler."""
+    """ResNets on concat([h, skip]), each followed by a transformer if the block has `heads`, then an upsampler."""
 
-    def __init__(self, cins: list[int], cout: int, heads: int | None, common: "_Common", *, upsample: bool):
-        self.resnets = nnx.List([common.resnet(cin, cout, SkipResnetBlock2D) for cin in cins])
-        self.attentions = nnx.List([common.transformer(cout, heads) for _ in cins] if heads else [])
-        self.upsamplers = nnx.List([layers.Upsample2D(cout, rngs=common.rngs)] if upsample else [])
+    def __init__(self, cins: list[int], cout: int, heads: int | None, build: "_Build", *, upsample: bool):
+        self.resnets = nnx.List([build.resnet(cin, cout, SkipResnetBlock2D) for cin in cins])
+        self.attentions = nnx.List([build.transformer(cout, heads) for _ in cins] if heads else [])
+        self.upsamplers = nnx.List([layers.Upsample2D(cout, rngs=build.rngs)] if upsample else [])
+
+    def __call__(
+        self, run: LayerByLayer, h: jax.Array, skips: list[jax.Array], temb: jax.Array, text: jax.Array
+    ) -> jax.Array:
+        """Takes one skip for each ResNet from the end of `skips`.
+
+        h [b h w c] or [b*k h w c], skips [b h w c'], temb [b*k d], text [b l d] -> [b*k h w cout], see rows.py.
+        """
+        for i, resnet in enumerate(self.resnets):
+            h = run(resnet, h, temb, skips.pop())
+            if self.attentions:
+                h = run(self.attentions[i], h, text)
+        for upsampler in self.upsamplers:
+            # the size of the next skip: if the size of the latents is odd at some level, it is not twice that of h
+            _, height, width, _ = skips[-1].shape
+            h = run(upsampler, h, size=(height, width))
+        return h
 
 
-class _Common:
-    """What all blocks of one level share while they are built."""
+class _Output(NamedTuple):
+    """The last layers of the UNet, as one."""
+
+    norm: layers.GroupNorm
+    conv: Conv
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        return self.conv(nnx.silu(self.norm(h)))
+
+
+class _Build:
+    """Builds the layers of one level of the UNet."""
 
     def __init__(self, cfg: UNetConfig, level: int, rngs: nnx.Rngs):
         self.cfg, self.level, self.rngs = cfg, level, rngs
@@ -201,9 +249,10 @@ class UNet(nnx.Module):
 
     Args:
         cfg: the architecture.
-        lora: where given, its target layers carry low-rank adapters (the LoRA teacher of method.md, step 8).
-        remat: what the backward pass computes again, one of REMAT_POLICIES.
-        replicated: a mesh with an axis `fsdp` has the parameters whole on every device: none is gathered.
+        lora: adds low-rank adapters to the layers that it names (the LoRA teacher; docs/method.md, section 3, step 8).
+        remat: which activations the backward pass computes again, one of REMAT_POLICIES.
+        replicated: every device of a mesh holds all parameters, whatever the size of the axis `fsdp`.
+        replicate_below: parameters of fewer elements are not sharded over `fsdp` (sharding.parameter_spec).
     """
 
     def __init__(
@@ -213,16 +262,16 @@ class UNet(nnx.Module):
         lora: LoRAConfig | None = None,
         remat: str = "none",
         replicated: bool = False,
+        replicate_below: int = sharding.REPLICATE_BELOW,
         rngs: nnx.Rngs,
     ):
-        self.cfg, self.remat, self.replicated = cfg, remat, replicated
-        widths, depths, heads = (
-            cfg.block_out_channels,
-            cfg.per_block("layers_per_block"),
-            cfg.per_block("attention_head_dim"),
-        )
+        self.cfg, self.remat = cfg, remat
+        self.replicated, self.replicate_below = replicated, replicate_below
+        widths = cfg.block_out_channels
+        depths = cfg.per_block("layers_per_block")
+        heads = cfg.per_block("attention_head_dim")
         last = len(widths) - 1
-        common = [_Common(cfg, level, rngs) for level in range(len(widths))]
+        build = [_Build(cfg, level, rngs) for level in range(len(widths))]
 
         self.conv_in = layers.conv2d(cfg.in_channels, widths[0], rngs=rngs)
         self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], cfg.time_cond_proj_dim, rngs=rngs)
@@ -233,20 +282,20 @@ class UNet(nnx.Module):
                     widths[i],
                     depths[i],
                     heads[i] if kind == "CrossAttnDownBlock2D" else None,
-                    common[i],
+                    build[i],
                     downsample=i < last,
                 )
                 for i, kind in enumerate(cfg.down_block_types)
             ]
         )
-        self.mid_block = MidBlock(widths[last], heads[last], common[last])
+        self.mid_block = MidBlock(widths[last], heads[last], build[last])
         self.up_blocks = nnx.List(
             [
                 UpBlock(
                     _up_inputs(widths, i, depths[i] + 1),
                     widths[i],
                     heads[i] if kind == "CrossAttnUpBlock2D" else None,
-                    common[i],
+                    build[i],
                     upsample=i > 0,
                 )
                 for i, kind in zip(range(last, -1, -1), cfg.up_block_types, strict=True)
@@ -258,61 +307,59 @@ class UNet(nnx.Module):
             adapt(self, lora, rngs=rngs)
 
     def encode(self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None) -> Features:
-        """conv_in, down blocks and mid block: latents [b h w c], t [b], text [b l d] -> Features.
+        """The input convolution, the down blocks and the mid block.
 
-        `time_cond` [b p], here and below, goes into the time embedding of a UNet with a `time_cond_proj_dim` p.
+        latents [b h w c], t [b], text [b l d] -> Features. `time_cond` [b p], here and below, is added to the time
+        embedding of a UNet whose `time_cond_proj_dim` is p.
         """
-        temb, text = self._embed_time(t, time_cond), self._cast(text)
-        h, run = self.conv_in(self._cast(latents)), _Run(self, latents)
+        run = self._layer_by_layer(after=latents)
+        temb = self._embed_time(t, time_cond)
+        text = self._cast(text)
+        h = self.conv_in(self._cast(latents))
         skips = [h]
         for block in self.down_blocks:
-            for i, resnet in enumerate(block.resnets):
-                h = run(resnet, h, temb)
-                if block.attentions:
-                    h = run(block.attentions[i], h, text)
-                skips.append(h)
-            for downsampler in block.downsamplers:
-                h = run(downsampler, h)
-                skips.append(h)
-        h = run(self.mid_block.resnets[0], h, temb)
-        h = run(self.mid_block.attentions[0], h, text)
-        h = run(self.mid_block.resnets[1], h, temb)
-        return Features(h, tuple(skips))
+            skips += block(run, skips[-1], temb, text)
+        mid = self.mid_block(run, skips[-1], temb, text)
+        return Features(mid, tuple(skips))
 
     def decode(
         self, features: Features, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
     ) -> jax.Array:
-        """Up blocks and output convolution: Features, t [b], text [b l d] -> predicted noise or v [b h w c]."""
+        """The up blocks and the output: Features, t [b], text [b l d] -> predicted noise or v [b h w c]."""
         return self.decode_steps(features, t[:, None], text, time_cond)[:, 0]
 
     def decode_steps(
         self, features: Features, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
     ) -> jax.Array:
-        """`decode` at every timestep of t [b k], with what they have in common done once (sharing.py): [b k h w c].
+        """`decode` at each timestep of t [b k] -> [b k h w c]. Work that is equal at all timesteps is done once.
 
-        Activations are [b*k h w c], see rows.py. `time_cond` [b p] is one for all timesteps.
+        Activations are [b*k h w c] (rows.py); sharing.py derives what is equal. `time_cond` [b p] is the same at all
+        timesteps.
         """
         b, k = t.shape
+        run = self._layer_by_layer(after=features.skips[-1])
         temb = self._embed_time(rows.flatten(t), None if time_cond is None else rows.repeat(time_cond, b * k))
-        h, skips, text = features.mid, list(features.skips), self._cast(text)
-        run = _Run(self, skips[-1])
+        text = self._cast(text)
+        h = features.mid
+        skips = list(features.skips)
         for block in self.up_blocks:
-            for i, resnet in enumerate(block.resnets):
-                h = run(resnet, h, temb, skips.pop())
-                if block.attentions:
-                    h = run(block.attentions[i], h, text)
-            for upsampler in block.upsamplers:
-                # the next skip's size, which is not twice this one's where the latents' size is odd at some level
-                _, height, width, _ = skips[-1].shape
-                h = run(upsampler, h, call=functools.partial(_resize, size=(height, width)))
-        outputs = run((self.conv_norm_out, self.conv_out), h, call=_output)
+            h = block(run, h, skips, temb, text)
+        outputs = run(_Output(self.conv_norm_out, self.conv_out), h)
         return rows.unflatten(outputs, b)
 
     def __call__(
         self, latents: jax.Array, t: jax.Array, text: jax.Array, time_cond: jax.Array | None = None
     ) -> jax.Array:
-        """One plain diffusion step's network evaluation: latents [b h w c], t [b], text [b l d] -> [b h w c]."""
+        """Encodes and decodes at one timestep: latents [b h w c], t [b], text [b l d] -> noise or v [b h w c]."""
         return self.decode(self.encode(latents, t, text, time_cond), t, text, time_cond)
+
+    def _layer_by_layer(self, after: jax.Array) -> LayerByLayer:
+        return LayerByLayer(
+            after,
+            remat_policy=REMAT_POLICIES[self.remat],
+            replicated=self.replicated,
+            replicate_below=self.replicate_below,
+        )
 
     def _embed_time(self, t: jax.Array, time_cond: jax.Array | None) -> jax.Array:
         cfg = self.cfg
@@ -324,41 +371,14 @@ class UNet(nnx.Module):
         return x.astype(functional.dtype_of(self.conv_in))
 
 
-class _Run:
-    """Runs a network's blocks one after the other, each gathered, and in the backward pass recomputed, by itself.
-
-    Parameters are gathered while the block before runs, and no earlier: not before `after` is known, which goes into
-    the block before the first, then what goes into the first, and so on.
-    """
-
-    def __init__(self, unet: UNet, after: jax.Array):
-        self.remat, self.replicated, self.after = unet.remat, unet.replicated, after
-
-    def __call__(
-        self, block: Any, *args: jax.Array, call: Callable[..., jax.Array] = lambda block, *a: block(*a)
-    ) -> jax.Array:
-        """`call(block, *args)`."""
-        run = call
-        if not self.replicated:
-            block, self.after = sharding.not_before(sharding.split_parameters(block), self.after), args[0]
-            run = lambda block, *a: call(sharding.gathered(sharding.split_parameters(block)), *a)
-        if self.remat != "none":
-            run = functional.backward_in_turn(jax.checkpoint(run, policy=REMAT_POLICIES[self.remat]))
-        return run(block, *args)
-
-
-def _resize(upsampler: layers.Upsample2D, h: jax.Array, size: tuple[int, int]) -> jax.Array:
-    return upsampler(h, size)
-
-
-def _output(norm_and_conv: tuple[nnx.Module, nnx.Module], h: jax.Array) -> jax.Array:
-    norm, conv = norm_and_conv
-    return conv(nnx.silu(norm(h)))
-
-
 def _up_inputs(widths: tuple[int, ...], level: int, depth: int) -> list[int]:
-    """Input channels of an up block's ResNets: the stream coming up plus the skip, the last from the level above."""
-    below, here, above = widths[min(level + 1, len(widths) - 1)], widths[level], widths[max(level - 1, 0)]
-    streams = [below] + [here] * (depth - 1)
-    skips = [here] * (depth - 1) + [above]
-    return [stream + skip for stream, skip in zip(streams, skips, strict=True)]
+    """The input channels of an up block's ResNets, each of which reads concat([h, skip]).
+
+    The first h comes from the level below, and the last skip from the level above.
+    """
+    below = widths[min(level + 1, len(widths) - 1)]
+    here = widths[level]
+    above = widths[max(level - 1, 0)]
+    h_channels = [below] + [here] * (depth - 1)
+    skip_channels = [here] * (depth - 1) + [above]
+    return [h + skip for h, skip in zip(h_channels, skip_channels, strict=True)]

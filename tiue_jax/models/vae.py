@@ -1,7 +1,7 @@
 """The Stable Diffusion autoencoder: images to latents at 1/factor of their size, and back (arXiv 2112.10752, sec. 3.1).
 
-Names and numerics are those of diffusers' AutoencoderKL. Latents here are unscaled: multiply the encoder's by
-`scaling_factor` for the UNet, divide the UNet's by it before decoding.
+Names and numerics are those of diffusers' AutoencoderKL. Latents here are unscaled. Multiply the encoder's output by
+`scaling_factor` for the UNet, and divide the UNet's latents by it before decoding.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from flax import nnx
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv2d
 
-EPS = 1e-6  # of every norm of the autoencoder
+EPS = 1e-6  # of all norms of the autoencoder
 LOGVAR_RANGE = (-30.0, 20.0)
-JSON_NOTES = ("_class_name", "_diffusers_version", "_name_or_path")
+JSON_NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # fields of config.json that are not settings
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Fields and defaults of diffusers' AutoencoderKL; fields that only one value is supported for are in `fixed`."""
+    """Fields and defaults of diffusers' AutoencoderKL. Fields with only one supported value are in `fixed`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -29,9 +29,9 @@ class VAEConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32  # pixels, of the images trained on; does not limit what it is applied to
+    sample_size: int = 32  # side of the training images in pixels; other images may have any size
     scaling_factor: float = 0.18215
-    force_upcast: bool = True  # whether float16 overflows; float32 and bfloat16 do not
+    force_upcast: bool = True  # whether activations overflow in float16; they do not in float32 and bfloat16
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -53,7 +53,7 @@ class VAEConfig:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The remaining fields of the JSON, with the one value of each that is supported."""
+        """The other fields of the JSON, each with its only supported value."""
         blocks = len(self.block_out_channels)
         return {
             "act_fn": "silu",
@@ -66,15 +66,25 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Self:
-        """From diffusers' config.json. Raises ValueError naming any field or value that is not supported."""
+        """Reads diffusers' config.json. Raises ValueError with the name of a field that is not supported."""
         return parse_config(cls, d, "AutoencoderKL")
 
     def to_dict(self) -> dict[str, Any]:
+        """The contents of diffusers' config.json."""
         return dump_config(self, "AutoencoderKL")
 
 
 def parse_config(cls: type, d: dict[str, Any], class_name: str) -> Any:
-    """A config dataclass from diffusers' JSON: known fields are passed on, the others must equal those in `fixed`."""
+    """Reads a config dataclass from diffusers' JSON.
+
+    Args:
+        cls: the dataclass, with a property `fixed` of all other fields that the JSON may have, and their values.
+        d: the JSON.
+        class_name: diffusers' class.
+
+    Raises:
+        ValueError: another class, an unknown field, or a value that is not supported.
+    """
     if (kind := d.get("_class_name", class_name)) != class_name:
         raise ValueError(f"_class_name must be {class_name!r}, got {kind!r}")
     d = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k not in JSON_NOTES}
@@ -89,9 +99,10 @@ def parse_config(cls: type, d: dict[str, Any], class_name: str) -> Any:
 
 
 def dump_config(cfg: Any, class_name: str) -> dict[str, Any]:
-    """The JSON that diffusers writes for `class_name`, of a config dataclass."""
-    d = dict(dataclasses.asdict(cfg), **cfg.fixed)
-    return {"_class_name": class_name} | {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(d.items())}
+    """The inverse of `parse_config`: the JSON that diffusers writes for `class_name`."""
+    fields = dataclasses.asdict(cfg) | cfg.fixed
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields.items())}
+    return {"_class_name": class_name} | as_json
 
 
 class Moments(NamedTuple):
@@ -102,20 +113,20 @@ class Moments(NamedTuple):
 
 
 class AttentionBlock(Attention):
-    """Single-head self-attention over the pixels of x [b h w c]; pre-norm, residual."""
+    """Self-attention with one head over the pixels of x [b h w c] -> [b h w c]; pre-norm, residual."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         super().__init__(channels, heads=1, qkv_bias=True, rngs=rngs)
         self.group_norm = GroupNorm(channels, groups, EPS)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # over itself only
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # it has no context
         b, h, w, c = x.shape
         y = super().__call__(self.group_norm(x).reshape(b, h * w, c))
         return x + y.reshape(b, h, w, c)
 
 
 class DownEncoderBlock2D(nnx.Module):
-    """`layers` residual blocks, then half the size where `downsample`: [b h w cin] -> [b h/2 w/2 cout]."""
+    """`layers` residual blocks, then half the size if `downsample`: [b h w cin] -> [b h/2 w/2 cout]."""
 
     def __init__(self, cin: int, cout: int, layers: int, groups: int, downsample: bool, *, rngs: nnx.Rngs):
         self.resnets = resnets(cin, cout, layers, groups, rngs=rngs)
@@ -128,7 +139,7 @@ class DownEncoderBlock2D(nnx.Module):
 
 
 class UpDecoderBlock2D(nnx.Module):
-    """`layers` residual blocks, then twice the size where `upsample`: [b h w cin] -> [b 2h 2w cout]."""
+    """`layers` residual blocks, then twice the size if `upsample`: [b h w cin] -> [b 2h 2w cout]."""
 
     def __init__(self, cin: int, cout: int, layers: int, groups: int, upsample: bool, *, rngs: nnx.Rngs):
         self.resnets = resnets(cin, cout, layers, groups, rngs=rngs)
@@ -154,7 +165,7 @@ class UNetMidBlock2D(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images [b h w 3] -> mean and log-variance, concatenated [b h/f w/f 2c]."""
+    """Images [b h w 3] -> mean and log-variance, concatenated: [b h/f w/f 2c]."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         widths, groups = cfg.block_out_channels, cfg.norm_num_groups
@@ -204,7 +215,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """The autoencoder. Computes in the dtype of its parameters, whatever the dtype of its input."""
+    """The autoencoder. It computes in the dtype of its parameters, whatever the dtype of the input."""
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         z = cfg.latent_channels
@@ -214,7 +225,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = conv2d(z, z, 1, padding=0, rngs=rngs) if cfg.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> Moments:
-        """Images [b h w 3] in [-1, 1] -> moments [b h/f w/f c] of the unscaled latents; sizes round down."""
+        """Images [b h w 3] in [-1, 1] -> moments [b h/f w/f c] of the unscaled latents. Sizes are rounded down."""
         x = self.encoder(images.astype(dtype_of(self.encoder.conv_in)))
         if self.quant_conv is not None:
             x = self.quant_conv(x)
@@ -222,7 +233,7 @@ class AutoencoderKL(nnx.Module):
         return Moments(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Unscaled latents [b h w c] -> images [b fh fw 3], about in [-1, 1]: not clipped."""
+        """Unscaled latents [b h w c] -> images [b fh fw 3], about in [-1, 1] and not clipped."""
         z = latents.astype(dtype_of(self.decoder.conv_in))
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
@@ -230,7 +241,7 @@ class AutoencoderKL(nnx.Module):
 
 
 def resnets(cin: int, cout: int, layers: int, groups: int, *, rngs: nnx.Rngs) -> nnx.List:
-    """`layers` residual blocks without time embedding, the first of which takes `cin` channels."""
+    """`layers` residual blocks without time embedding. The first reads `cin` channels, the others `cout`."""
     return nnx.List(
         [ResnetBlock2D(cin if i == 0 else cout, cout, None, groups=groups, eps=EPS, rngs=rngs) for i in range(layers)]
     )
