@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 420
+MAX_LINES = 400
 
 # The floors of the house, from the top down: a module may import from its own floor and from those below.
 FLOORS = (
