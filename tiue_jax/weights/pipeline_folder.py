@@ -30,7 +30,8 @@ STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.b
 
 MODEL_CLASSES: dict[str, type[nnx.Module]] = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
-Weights = Params | Callable[[], Params]  # a function reads the weights when they are written, so that one part is held
+# Parameters, or a function that reads them when they are written, so that only one part is in memory at a time
+Weights = Params | Callable[[], Params]
 
 # Parts that are read, with the class names that model_index.json may give them. The scheduler may be of any class,
 # since its fields are checked.
@@ -41,14 +42,8 @@ _CLASS_NAMES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 _IGNORED_PARTS = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
-_WRITTEN = (
-    *layout.PARTS,
-    MODEL_INDEX,
-    TIUE_CONFIG,
-    layout.CARD,
-    layout.TORCH_PIPELINE,
-    layout.LORA_TEACHER,
-)  # all that an export may write; an older one of these names is replaced
+# All that an export may write. Writing a pipeline again removes old entries of these names, and keeps all others.
+_WRITTEN = (*layout.PARTS, MODEL_INDEX, TIUE_CONFIG, layout.CARD, layout.TORCH_PIPELINE, layout.LORA_TEACHER)
 _MODEL_INDEX_CONTENT = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.42.1",

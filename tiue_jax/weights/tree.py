@@ -114,7 +114,8 @@ def _read(
     axis = len(shape) - 1 if is_kernel else 0  # the axis of our layout that is the rows of the file
     held = sharding.addressable_devices_indices_map(shape).values()
     spans = [index[axis].indices(shape[axis]) for index in held if index is not None]
-    start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+    start = min(first for first, _, _ in spans)
+    stop = max(last for _, last, _ in spans)
     x = rows(start, stop)
 
     def part(index: Any) -> np.ndarray:  # `index` holds a slice for each axis
