@@ -12,10 +12,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 NO_TORCH = importlib.util.find_spec("torch") is None
 collect_ignore = ["parity"] if NO_TORCH else []
 
@@ -30,6 +32,13 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(items):
+    if NO_LIBTPU:
+        for item in items:
+            if item.get_closest_marker("libtpu"):
+                item.add_marker(pytest.mark.skip(reason="compiling for a TPU needs libtpu: see .ci/tpu"))
 
 
 def pytest_terminal_summary(terminalreporter):

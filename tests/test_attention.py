@@ -1,7 +1,6 @@
 """models/attention.py: every implementation against the definition, and which one is chosen."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +210,7 @@ def test_attention_of_a_sharded_batch():
     devices.run_program("attention_on_eight_devices", devices=8)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize(
     ("n", "width", "dtype"),

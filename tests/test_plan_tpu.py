@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -12,9 +11,7 @@ import pytest
 from tests import tiny
 from tiue_jax.cli import plan as cli
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'tiue-jax[tpu]'"
-)
+pytestmark = pytest.mark.libtpu
 # one level: the compiler's time depends on the number of operations, not on their sizes
 UNET = dataclasses.replace(
     tiny.UNET,

@@ -1,7 +1,5 @@
 """The options that networks are compiled with."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,7 +28,7 @@ def test_a_cpu_transforms_parameters_when_they_are_needed():
     assert temporaries(compiler_options("cpu")) < temporaries({}) / 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu")
+@pytest.mark.libtpu
 def test_a_v6e_gathers_parameters_while_it_computes():
     """Without the options it waits for each gather."""
     mesh = sharding.make_mesh(1, 4, devices=chips.devices("v6e:2x2"))

@@ -36,7 +36,7 @@ def main() -> None:
             got = program(*args)
         _, (of_q, _, _) = got
         assert of_q.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4), of_q.sharding
-        sent = re.findall(r"= (\S+) all-(?:reduce|gather)\(", program.as_text())
+        sent = re.findall(r"= (\S+) all-(?:reduce|gather)\(", str(program.as_text()))
         assert sent == ["f32[]"], (kind, sent)  # the loss
         jax.tree.map(assert_close, got, expected)
 

@@ -24,6 +24,7 @@ def main(workdir: str, address: str, process: str) -> None:
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, sharding.place(tree, placement), {}, {"step": 1})
         restored = checkpoints.resume(sharding.structs(tree, placement), lambda config: None)
+    assert restored is not None
     assert checksums.of_arrays(restored.state) == checksums.of_arrays(tree)
 
 

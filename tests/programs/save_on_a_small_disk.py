@@ -25,6 +25,7 @@ def main(workdir: str) -> None:
     with Checkpoints(workdir) as checkpoints:
         here = sharding.structs(small, sharding.shardings(small, sharding.make_mesh()))
         restored = checkpoints.resume(here, lambda config: None)
+        assert restored is not None
         np.testing.assert_array_equal(restored.state["x"], small["x"])
         print(restored.step)
 

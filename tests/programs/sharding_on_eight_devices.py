@@ -54,11 +54,11 @@ def check_gathering(mesh: Mesh, weights: Any, x: jax.Array) -> None:
     """Parameters are gathered once, after a cast, and activations are not sent."""
     with jax.set_mesh(mesh):
         compiled, narrow = lowered(weights, x, cast="float32").compile(), lowered(weights, x, cast="float16")
-    moved = re.findall(r"= (\S+) all-(gather|to-all)\(", compiled.as_text())
+    moved = re.findall(r"= (\S+) all-(gather|to-all)\(", str(compiled.as_text()))
     assert ("f32[512,256]{1,0}", "gather") in moved and not [kind for _, kind in moved if kind == "to-all"], moved
     whole = re.findall(r"sharding_constraint.*\[{}, {}\].*tensor<512x256x(\w+)>", narrow.as_text())
     assert whole == ["f16", "f16"], narrow.as_text()  # forward and backward
-    gathers = re.findall(r"= (f.*?)\[512,256\]\S* all-gather", narrow.compile().as_text())
+    gathers = re.findall(r"= (f.*?)\[512,256\]\S* all-gather", str(narrow.compile().as_text()))
     assert gathers == ["f16"], gathers  # not before the cast
     found, expected = compiled(weights, x), lowered(weights, x, cast="float32").compile()(weights, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)

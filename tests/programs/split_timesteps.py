@@ -3,6 +3,7 @@
 Checks latents, the work of each device, what the devices send to each other, and the images of a whole pipeline.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -52,14 +53,16 @@ def check_latents_collectives_and_work() -> None:
     whole, args = compiled(alone, 4)
     expected = np.asarray(whole(*args))
     one_step, _ = compiled(alone, 1, encode_and_decode)
-    for axes, rows in (({"data": 1, "step": 4}, 1), ({"data": 2, "step": 2}, 4)):
-        split, args = compiled(sharding.make_mesh(**axes), rows)
+    for data, step, rows in ((1, 4, 1), (2, 2, 4)):
+        split, args = compiled(sharding.make_mesh(data=data, step=step), rows)
         np.testing.assert_allclose(split(*args), expected[:rows], atol=1e-5 * np.abs(expected).max())
         ((shape, kind),) = COLLECTIVE.findall(split.as_text())
         assert kind == "all-reduce"
-        size = np.prod([int(n) for n in re.search(r"\[([0-9,]+)\]", shape)[1].split(",")])
-        assert size <= 8 * 8 * 4 * rows // axes["data"], shape  # the latents of the images of one device
-        if axes["step"] == 4:
+        (sizes,) = re.findall(r"\[([0-9,]+)\]", shape)
+        assert math.prod(map(int, sizes.split(","))) <= 8 * 8 * 4 * rows // data, (
+            shape
+        )  # the latents of the images of one device
+        if step == 4:
             work = split.cost_analysis()["flops"] / one_step.cost_analysis()["flops"]
             print(f"work of each device: {work:.3f} of encoding once and decoding once")
             assert work <= 1.1
@@ -74,7 +77,7 @@ class Recorded(Pipeline):
         program = super().program(settings)
 
         def run(*args: Any) -> tuple[jax.Array, jax.Array]:
-            compiled = program.lower(*args).compile()
+            compiled = program.lower(*args).compile()  # type: ignore[attr-defined]  # jitted
             self.text = compiled.as_text()
             return compiled(*args)
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from typing import Any
+from unittest import mock
 
 from tiue_jax.cli import train
 from tiue_jax.training.checkpoint import Checkpoints
@@ -11,13 +13,13 @@ from tiue_jax.training.checkpoint import Checkpoints
 def main() -> None:
     save = Checkpoints.save
 
-    def save_and_die(self: Checkpoints, step: int, *args) -> None:
+    def save_and_die(self: Checkpoints, step: int, *args: Any) -> None:
         save(self, step, *args)
         if step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         self.wait()
 
-    Checkpoints.save = save_and_die
+    mock.patch.object(Checkpoints, "save", save_and_die).start()
     train.main(sys.argv)
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from unittest import mock
 
 from tiue_jax import sharding
 from tiue_jax.cli import train
@@ -42,7 +43,7 @@ def main() -> int:
         end_process_1(ENDS[sys.argv.pop()])
     elif sys.argv[-1] == "--stale":
         sys.argv.pop()
-        checkpoint.Checkpoints.steps = lambda self: [7]
+        mock.patch.object(checkpoint.Checkpoints, "steps", lambda self: [7]).start()
     return train.main(sys.argv)
 
 
