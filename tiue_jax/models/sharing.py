@@ -52,6 +52,5 @@ def _split_convolve(x: jax.Array, shared: jax.Array, kernel: jax.Array) -> jax.A
     x [b*k h w c], shared [b h w c'], kernel [kh kw c+c' d] -> float32 [b*k h w d].
     """
     channels = x.shape[-1]
-    of_x = convolve_unrounded(x, kernel[:, :, :channels])
-    of_shared = convolve_unrounded(shared, kernel[:, :, channels:])
-    return rows.add(of_x, of_shared)
+    kernel_of_x, kernel_of_shared = kernel[:, :, :channels], kernel[:, :, channels:]
+    return rows.add(convolve_unrounded(x, kernel_of_x), convolve_unrounded(shared, kernel_of_shared))

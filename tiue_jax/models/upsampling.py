@@ -51,12 +51,12 @@ def sum_kernels(x: jax.Array, kernel: jax.Array) -> jax.Array:
     taps = (((0,), (1, 2)), ((0, 1), (2,)))
 
     def total(rows: tuple[int, ...], columns: tuple[int, ...]) -> jax.Array:
-        taps = [kernel[row, column].astype(jnp.float32) for row in rows for column in columns]
-        return jnp.asarray(sum(taps), kernel.dtype)
+        summed = sum(kernel[row, column].astype(jnp.float32) for row in rows for column in columns)
+        return jnp.asarray(summed, kernel.dtype)
 
     def phase(i: int, j: int) -> jax.Array:
-        summed = [jnp.stack([total(rows, columns) for columns in taps[j]]) for rows in taps[i]]
-        return xla(x, jnp.stack(summed), padding=((1 - i, i), (1 - j, j)))
+        summed = [[total(rows, columns) for columns in taps[j]] for rows in taps[i]]
+        return xla(x, jnp.stack([jnp.stack(row) for row in summed]), padding=((1 - i, i), (1 - j, j)))
 
     return _interleave([[phase(i, j) for j in (0, 1)] for i in (0, 1)])
 
