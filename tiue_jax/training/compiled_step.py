@@ -86,7 +86,13 @@ def make(
     inputs = step_inputs.build(settings, models, null)
     replicated = train.mesh_replicate_frozen
     distillation = Distillation(
-        config, models.unet.cfg, schedule, inputs.encode_text, inputs.clip_features, replicated=replicated
+        config,
+        models.unet.cfg,
+        schedule,
+        inputs.encode_text,
+        inputs.clip_features,
+        replicated=replicated,
+        replicate_below=train.mesh_replicate_below,
     )
     return TrainProgram(
         config=config,

@@ -90,6 +90,7 @@ class Distillation:
         encode_text: see EncodeText.
         clip_features: see ClipFeatures. Required if `config.clip_weight` is not 0.
         replicated: every device holds the whole teacher, even if the mesh axis `fsdp` is larger than 1.
+        replicate_below: parameters of fewer elements are not sharded over `fsdp`.
 
     Raises:
         ValueError: settings that do not fit the schedule or the UNet, or a CLIP loss without CLIP.
@@ -104,6 +105,7 @@ class Distillation:
         clip_features: ClipFeatures | None = None,
         *,
         replicated: bool = False,
+        replicate_below: int = sharding.REPLICATE_BELOW,
     ):
         size = config.latent_size or unet.sample_size
         if size is None:
@@ -122,8 +124,9 @@ class Distillation:
         self.form = self.schedule.closed_form(config.num_inference_steps)
         self.encode_text, self.clip_features = encode_text, clip_features
         self.dtype = jnp.dtype(config.compute_dtype)
-        self.student, _ = functional.abstract(UNet, unet, remat=config.remat)
-        teacher = functools.partial(functional.abstract, UNet, unet, replicated=replicated)
+        network = functools.partial(functional.abstract, UNet, unet, replicate_below=replicate_below)
+        teacher = functools.partial(network, replicated=replicated)
+        self.student, _ = network(remat=config.remat)
         self.teacher, _ = teacher()
         self.lora_teacher, _ = teacher(lora=config.lora, remat=config.remat)
         self.optimizer, self.lora_optimizer = config.optimizers()
