@@ -31,25 +31,28 @@ def folder(tmp_path_factory):
     return tiny.write_pipeline(tmp_path_factory.mktemp("tiny") / "student", STUDENT)
 
 
+class CompilationLog(logging.Handler):
+    """Keeps the log messages of XLA compilations, one for each."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.finished = []
+
+    def emit(self, record):
+        if record.getMessage().startswith("Finished XLA compilation"):
+            self.finished.append(record.getMessage())
+
+
 @contextlib.contextmanager
 def compilations():
-    """Records the log messages of XLA compilations, one for each."""
-    finished = []
-
-    def record(entry):
-        if entry.getMessage().startswith("Finished XLA compilation"):
-            finished.append(entry.getMessage())
-        return True
-
-    handler = logging.Handler(logging.WARNING)
-    handler.addFilter(record)
-    logger = logging.getLogger("jax")
-    logger.addHandler(handler)
+    """Yields the list of log messages of the XLA compilations that end in the block."""
+    log, logger = CompilationLog(), logging.getLogger("jax")
+    logger.addHandler(log)
     try:
         with jax.log_compiles():
-            yield finished
+            yield log.finished
     finally:
-        logger.removeHandler(handler)
+        logger.removeHandler(log)
 
 
 @pytest.fixture(scope="module")
