@@ -119,7 +119,8 @@ def main() -> None:
     for number, name in enumerate(names):
         print(f"style   {int((pairs[:, 1] == number).sum()):5d}  {name}, {sum(s == name for _, s in held)} held out")
     print(f"{sum(c['mirrors'] for c in concepts)} of the concepts may be mirrored")
-    print(f"kept    {len(kept):5d}  concepts, {len(pixels)} images of {SIZE}x{SIZE}, {len(held)} held out, in {args.out}")
+    print(f"kept    {len(kept):5d}  concepts, {len(pixels)} images of {SIZE}x{SIZE} in {args.out}")
+    print(f"held    {len(held):5d}  images out of training")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Dataset:
         index = json.loads((run / "index.json").read_text(encoding="utf-8"))
         names = [style.name for style in STYLES]
         if index["styles"] != names:
-            raise ValueError(f"the styles in {run}/index.json must be {names}, got {index['styles']}; run data.py again")
+            raise ValueError(f"the styles in {run}/index.json must be {names}, got {index['styles']}: run data.py")
         concepts, pairs = index["concepts"], np.array(index["images"])
         codes = [c["code"] for c in concepts]
         return cls(

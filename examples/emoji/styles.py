@@ -5,6 +5,7 @@ reads the images. A new style is one row.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import tarfile
@@ -17,6 +18,7 @@ from packages import FLUENT_3D, FLUENT_FLAT, GOOGLE, TWITTER, Package, read_memb
 from PIL import Image
 
 SIZE = 64  # pixels
+RESVG = "resvg-py==0.5.0"  # a package only this example needs
 SVG_SIZE = 256  # pixels, of an SVG before it is reduced to SIZE
 HELD_OUT = 0.05  # the share of pairs that no model is trained on
 
@@ -50,6 +52,23 @@ def read_files(archive: Path, folder: str, wanted: set[str]) -> dict[str, np.nda
     return found
 
 
+def load_rasteriser() -> Callable[[str], bytes]:
+    """Returns a function from the text of an SVG to the bytes of a PNG of SVG_SIZE pixels a side.
+
+    Raises:
+      ModuleNotFoundError: resvg_py is not installed.
+    """
+    try:
+        resvg = importlib.import_module("resvg_py")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"resvg_py draws the SVGs; install it with: pip install {RESVG}") from error
+
+    def rasterise(svg: str) -> bytes:
+        return bytes(resvg.svg_to_bytes(svg_string=svg, width=SVG_SIZE, height=SVG_SIZE, skip_system_fonts=True))
+
+    return rasterise
+
+
 def read_google(archive: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     """Returns Noto's images, uint8 [SIZE SIZE 3] by code."""
     return read_files(archive, "img/google/64", wanted)
@@ -67,8 +86,7 @@ def read_fluent_3d(archive: Path, wanted: set[str]) -> dict[str, np.ndarray]:
 
 def read_fluent_flat(archive: Path, wanted: set[str]) -> dict[str, np.ndarray]:
     """Returns the rasterised SVGs of Fluent Emoji Flat, uint8 [SIZE SIZE 3] by code."""
-    import resvg_py
-
+    rasterise = load_rasteriser()
     with tarfile.open(archive) as tar:
         icons = json.loads(read_member(tar, tar.getmember("package/icons.json")))
         names = json.loads(read_member(tar, tar.getmember("package/chars.json")))
@@ -80,8 +98,7 @@ def read_fluent_flat(archive: Path, wanted: set[str]) -> dict[str, np.ndarray]:
         icon = icons["icons"][name]
         width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=SVG_SIZE, height=SVG_SIZE, skip_system_fonts=True)
-        found[code] = on_white(Image.open(io.BytesIO(bytes(png))))
+        found[code] = on_white(Image.open(io.BytesIO(rasterise(svg))))
     return found
 
 

@@ -1,9 +1,11 @@
 """The prompts of training: the name of a concept or an alias, with or without an article, with or without a style."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def with_article(name: str) -> str:
@@ -21,17 +23,22 @@ def styled(text: str, phrase: str) -> str:
     return f"{text}, {phrase}"
 
 
-def pick(choices: Sequence[Any], rng: np.random.Generator) -> Any:
+def pick(choices: Sequence[T], rng: np.random.Generator) -> T:
     """Returns the first of `choices` (the name) half of the time, and otherwise any of them."""
-    return choices[0 if rng.random() < 0.5 else rng.integers(len(choices))]
-
-
-def pick_row(count: int, style: int, rng: np.random.Generator) -> int:
-    """Returns the row of a prompt in `rows_of`: half of the time without style, half of the time with number `style`."""
-    name = pick(range(count), rng)
-    return int(name) if rng.random() < 0.5 else (style + 1) * count + int(name)
+    return choices[0 if rng.random() < 0.5 else int(rng.integers(len(choices)))]
 
 
 def rows_of(texts: Sequence[str], phrases: Sequence[str]) -> list[str]:
     """Returns all prompts of a concept: its `texts`, then the same in the first style, and so on."""
     return [*texts, *(styled(text, phrase) for phrase in phrases for text in texts)]
+
+
+def row_in_style(text: int, style: int, count: int) -> int:
+    """Returns the row in `rows_of` of text number `text` of `count` in style number `style`."""
+    return (style + 1) * count + text
+
+
+def pick_row(count: int, style: int, rng: np.random.Generator) -> int:
+    """Returns a row of `rows_of` for a concept of `count` texts: half of the time without, half with this style."""
+    text = pick(range(count), rng)
+    return text if rng.random() < 0.5 else row_in_style(text, style, count)

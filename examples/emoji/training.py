@@ -1,8 +1,8 @@
 """The loop that trains every part of the emoji model: a number of steps, checkpoints, logs, and resuming.
 
-The learning rate is constant and falls to 0 over the last part of the steps. A finished run is therefore annealed, and a
-run can be given more steps before it begins to fall. Batches are a function of (seed, step): a run that was killed goes
-on from its last checkpoint with the same batches.
+The learning rate is constant and falls to 0 over the last part of the steps, so that a finished run is annealed. Before
+it falls, a run can be given more steps. Batches are a function of (seed, step): a run that was killed goes on from its
+last checkpoint with the same batches.
 """
 
 import csv
