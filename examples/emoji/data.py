@@ -105,7 +105,7 @@ def main() -> None:
     pixels = np.stack([drawn[s][codes[c]] for c, s in cells])
 
     prompts, aliases = name_concepts(kept)
-    concepts = [
+    concepts: list[dict[str, Any]] = [
         {"code": code, "prompt": prompt, "aliases": others, "mirrors": mirrors(e)}
         for code, prompt, others, e in zip(codes, prompts, aliases, kept, strict=True)
     ]
