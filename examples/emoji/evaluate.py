@@ -1,14 +1,16 @@
-"""Measures a pipeline folder on the emoji, with numbers printed and pictures written.
+"""Measures a pipeline folder on the emoji, with numbers printed and images written.
 
     python examples/emoji/evaluate.py --model emoji --out runs/emoji/evaluation/teacher --json
 
-- retrieval@1: the share of generated pictures whose nearest name, by the tiny CLIP, among the 256 of eval_prompts.txt
-  is the one they were made from. Its upper bounds: real pictures, and real pictures through the autoencoder.
-- coverage: each concept has two drawings; the share of 32 prompts for which 16 seeds bring both. A picture counts as
-  the drawing that is nearer in pixels, over shifts of up to two pixels and, where the concept allows it, mirroring.
+The judge is the tiny CLIP. Each measure is also taken of real images, and of real images through the autoencoder.
 
-Writes retrieval.png (the first 64 prompts) and coverage.png (each row: both drawings, then the 16 seeds) to --out, and
-with --json also results.json.
+- retrieval: the share of images whose nearest name, among those of the set, is the one they were made from.
+- style: the share of images of prompts with a style whose nearest style, among the four of the concept, is that style.
+- coverage: 16 images for each of 32 prompts without a style; the mean share of the concept's styles that are drawn.
+
+The sets of prompts are `plain` (eval_prompts.txt), `styled` (the same with a style that was trained on) and `held_out`
+(concepts in a style that no model was trained on). Writes plain.png, styled.png, held_out.png and coverage.png to
+--out, and with --json also results.json.
 """
 
 import argparse
@@ -16,11 +18,13 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from pictures import shift
+from dataset import Dataset, from_uint8
+from styles import STYLES
+from texts import styled
 from train_clip import normalise, tokenize, unit
 from transformers import CLIPTokenizer
 
@@ -34,56 +38,91 @@ from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.weights import hub, model_folder
 
 PROMPTS = Path(__file__).parent / "eval_prompts.txt"
-SHIFT = 2  # pixels
-EVERY = 8  # of the prompts, one is used for coverage
+BATCH = 64
+SHOWN = 64  # images of a grid
+EVERY = 8  # one of so many prompts is used for coverage
 SEEDS = 16
 
 
-def from_uint8(pictures: np.ndarray) -> np.ndarray:
-    return pictures.astype(np.float32) / 127.5 - 1
+class Pairs(NamedTuple):
+    """Concepts in a style, as numbers of the data set: two int arrays [n]."""
+
+    concept: np.ndarray
+    style: np.ndarray
 
 
 class Judge:
-    """The tiny CLIP on a fixed list of names."""
+    """The tiny CLIP, which names the concept and the style of images."""
 
     def __init__(self, folder: Path, names: list[str]):
         cfg = CLIPConfig.from_dict(model_folder.read_config_dict(folder))
         graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
-        self._clip = functional.bind(graphdef, model_folder.load(folder, shapes))
-        self._image_features = jax.jit(lambda x: self._clip.image_features(normalise(x)))
-        self._text = unit(self._clip.text_features(tokenize(CLIPTokenizer.from_pretrained(folder), names)))
+        clip = functional.bind(graphdef, model_folder.load(folder, shapes))
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self._image_features = jax.jit(lambda x: unit(clip.image_features(normalise(x))))
+        encode = jax.jit(lambda ids: unit(clip.text_features(ids)))
+        self._names = np.asarray(encode(tokenize(tokenizer, names)))  # [n d]
+        prompts = [[styled(name, style.phrase) for name in names] for style in STYLES]
+        self._styled = np.stack([encode(tokenize(tokenizer, row)) for row in prompts], 1)  # [n styles d]
 
-    def retrieval(self, pictures: np.ndarray) -> float:
-        """Share of uint8 [n h w 3], picture i made from name i, whose nearest name is their own."""
-        features = unit(self._image_features(from_uint8(pictures)))
-        return float((np.asarray(features @ self._text.T).argmax(1) == np.arange(len(pictures))).mean())
+    def _features(self, pixels: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._image_features(from_uint8(chunk)) for chunk in in_batches(pixels)])
+
+    def retrieval(self, pixels: np.ndarray, concept: np.ndarray) -> float:
+        """Returns the share of uint8 [n h w 3] that are nearest to the name of their concept among all of `concept`."""
+        candidates = np.unique(concept)
+        nearest = candidates[(self._features(pixels) @ self._names[candidates].T).argmax(1)]
+        return float((nearest == concept).mean())
+
+    def styles(self, pixels: np.ndarray, concept: np.ndarray) -> np.ndarray:
+        """Returns the nearest style of each of uint8 [n h w 3] among the styled prompts of its concept: int [n]."""
+        return np.einsum("nd,nsd->ns", self._features(pixels), self._styled[concept]).argmax(1)
 
 
-def reconstruct(vae: Component, pictures: np.ndarray) -> np.ndarray:
-    """uint8 [n h w 3] through the autoencoder."""
+def in_batches(x: np.ndarray) -> list[np.ndarray]:
+    """Returns x [n ...] in parts of about BATCH rows."""
+    return np.array_split(x, -(-len(x) // BATCH))
+
+
+def make_reconstruct(vae: Component) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function from uint8 images [n h w 3] to the same through the autoencoder."""
 
     @jax.jit
-    def both(params, x):
+    def both(params: functional.Params, x: jax.Array) -> jax.Array:
         module = vae.bind(params)
         return module.decode(module.encode(x).mean)
 
-    return images.to_uint8(np.asarray(both(vae.params, from_uint8(pictures))))
+    def reconstruct(pixels: np.ndarray) -> np.ndarray:
+        decoded = [np.asarray(both(vae.params, from_uint8(chunk))) for chunk in in_batches(pixels)]
+        return images.to_uint8(np.concatenate(decoded))
+
+    return reconstruct
 
 
-def nearest_drawing(made: np.ndarray, drawings: np.ndarray, mirrors: bool) -> np.ndarray:
-    """Which of drawings [2 h w 3] each of made [n h w 3] is nearest to: int [n]; both in [-1, 1]."""
-    poses = [drawings, drawings[:, :, ::-1]] if mirrors else [drawings]
-    offsets = range(-SHIFT, SHIFT + 1)
-    moved = np.stack([shift(pose, dy, dx) for pose in poses for dy in offsets for dx in offsets], axis=1)
-    error = ((made[:, None, None] - moved[None]) ** 2).mean((3, 4, 5))  # [n 2 poses]
-    return error.min(2).argmin(1)
+def trained_pairs(data: Dataset, concepts: np.ndarray) -> Pairs:
+    """Returns one style for each concept, in turn, of those that were trained on."""
+    style = []
+    for number, concept in enumerate(concepts):
+        known = np.sort(data.style[data.trained[data.concept[data.trained] == concept]])
+        style.append(known[number % len(known)])
+    return Pairs(concepts, np.array(style))
+
+
+def coverage(judge: Judge, data: Dataset, made: np.ndarray, concepts: np.ndarray) -> float:
+    """Returns the mean share of the trained styles of concepts [n] that occur among their images [n seeds h w 3]."""
+    shares = []
+    for concept, pixels in zip(concepts, made, strict=True):
+        known = set(data.style[data.trained[data.concept[data.trained] == concept]].tolist())
+        seen = set(judge.styles(pixels, np.repeat(concept, len(pixels))).tolist())
+        shares.append(len(known & seen) / len(known))
+    return float(np.mean(shares))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--clip", type=Path, default=hub.ASSETS / "emoji-clip")
-    parser.add_argument("--data", type=Path, default=Path("runs/emoji/data.npz"))
+    parser.add_argument("--data", type=Path, default=Path("runs/emoji"), help="the folder that data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for grids and results.json")
     parser.add_argument("--sampler", choices=tuple(SAMPLERS))
     parser.add_argument("--num_inference_steps", type=int)
@@ -92,48 +131,49 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="also write results.json")
     args = parser.parse_args()
 
-    data = np.load(args.data)
-    names = read_text(PROMPTS).split("\n")[:-1]
-    where = {name: i for i, name in enumerate(data["prompts"].tolist())}
-    concepts = np.array([where[name] for name in names])
-    real = data["images"][concepts]  # [n 2 h w 3]
+    data = Dataset.load(args.data)
+    names = [row[0] for row in data.texts]
+    number = {name: i for i, name in enumerate(names)}
+    image_of = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(data.concept, data.style, strict=True))}
+    concepts = np.array([number[name] for name in read_text(PROMPTS).split("\n")[:-1]])
     judge = Judge(args.clip, names)
     pipeline = Pipeline.from_pretrained(args.model)
+    reconstruct = make_reconstruct(pipeline.vae)
     options: dict[str, Any] = {
         k: getattr(args, k) for k in ("sampler", "num_inference_steps", "guidance_scale", "seed")
     }
-    generate: Callable[..., np.ndarray] = functools.partial(pipeline, batch_size=64, **options)
-
-    generate(names[:64])  # compiles
-    start = time.perf_counter()
-    made = generate(names)
-    seconds = (time.perf_counter() - start) / len(names)
-    upper = [(judge.retrieval(x), judge.retrieval(reconstruct(pipeline.vae, x))) for x in (real[:, 0], real[:, 1])]
-    results = {
+    generate: Callable[..., np.ndarray] = functools.partial(pipeline, batch_size=BATCH, **options)
+    results: dict[str, Any] = {
         "model": args.model,
         **pipeline.settings(*(options[k] for k in ("sampler", "num_inference_steps", "guidance_scale"))).to_dict(),
         "seed": args.seed,
-        "retrieval": judge.retrieval(made),
-        "retrieval_real": (upper[0][0] + upper[1][0]) / 2,
-        "retrieval_reconstructed": (upper[0][1] + upper[1][1]) / 2,
-        "seconds_per_image": seconds,
     }
+    args.out.mkdir(parents=True, exist_ok=True)
 
-    chosen = range(0, len(names), EVERY)
-    many = generate([names[i] for i in chosen], num_images_per_prompt=SEEDS).reshape(-1, SEEDS, *made.shape[1:])
-    shares = []
-    for i, pictures in zip(chosen, many, strict=True):
-        drawing = nearest_drawing(from_uint8(pictures), from_uint8(real[i]), bool(data["mirrors"][concepts[i]]))
-        shares.append(drawing.mean())
-    results["coverage"] = float(np.mean([0 < s < 1 for s in shares]))
-    results["rarer_drawing"] = float(np.mean([min(s, 1 - s) for s in shares]))  # 0.5 where both are equally frequent
+    seen = trained_pairs(data, concepts)
+    unseen = Pairs(*(np.array(x) for x in zip(*data.held_out_pairs(), strict=True)))
+    for name, pairs, with_style in (("plain", seen, False), ("styled", seen, True), ("held_out", unseen, True)):
+        prompts = [styled(names[c], STYLES[s].phrase) if with_style else names[c] for c, s in zip(*pairs, strict=True)]
+        generate(prompts[:BATCH])  # compiles
+        start = time.perf_counter()
+        made = generate(prompts)
+        results["seconds_per_image"] = (time.perf_counter() - start) / len(prompts)
+        real = data.pixels[[image_of[int(c), int(s)] for c, s in zip(*pairs, strict=True)]]
+        for kind, pixels in (("", made), ("_real", real), ("_reconstructed", reconstruct(real))):
+            results[f"{name}_retrieval{kind}"] = judge.retrieval(pixels, pairs.concept)
+            if with_style:
+                right = judge.styles(pixels, pairs.concept) == pairs.style
+                results[f"{name}_style{kind}"] = float(right.mean())
+        images.write_png(args.out / f"{name}.png", images.grid(made[:SHOWN], 8))
+
+    chosen = concepts[::EVERY]
+    many = generate([names[c] for c in chosen], num_images_per_prompt=SEEDS)
+    many = many.reshape(-1, SEEDS, *many.shape[1:])
+    results["coverage"] = coverage(judge, data, many, chosen)
+    images.write_png(args.out / "coverage.png", images.grid(many.reshape(-1, *many.shape[2:]), SEEDS))
 
     for name, value in results.items():
-        print(f"{name:24s} {value:.3f}" if isinstance(value, float) else f"{name:24s} {value}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    images.write_png(args.out / "retrieval.png", images.grid(made[:64], 8, upscale=3))
-    rows = np.concatenate([real[::EVERY], many], axis=1).reshape(-1, *made.shape[1:])
-    images.write_png(args.out / "coverage.png", images.grid(rows, SEEDS + 2, upscale=2))
+        print(f"{name:26s} {value:.3f}" if isinstance(value, float) else f"{name:26s} {value}")
     if args.json:
         write_json(args.out / "results.json", results)
 

@@ -1,6 +1,6 @@
-"""Assembles what ships: {assets}/emoji, a pipeline folder in diffusers' layout, and {assets}/emoji-clip; in float16.
+"""Assembles the shipped models in float16: {assets}/emoji (a pipeline in diffusers' layout) and {assets}/emoji-clip.
 
-The prompts that it was trained on go with it, as {assets}/emoji/prompts.txt, for the distillation.
+The prompts for the distillation are written to {assets}/emoji/prompts.txt.
 
     python examples/emoji/export.py --out runs/emoji --assets tiue_jax/assets
     python examples/emoji/export.py --student runs/emoji_tiue/student
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from texts import load_texts
+from dataset import Dataset
+from styles import STYLES
+from texts import rows_of
 from train_clip import MEAN, STD
 
 from tiue_jax.files import write_json
@@ -30,14 +32,14 @@ SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
 
 
 def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:
-    """Configuration and parameters of a model folder."""
+    """Returns the configuration and the parameters of a model folder."""
     cfg = config.from_dict(model_folder.read_config_dict(folder))
     parts = (cfg.text_config, cfg.vision_config, cfg.projection_dim) if cls is CLIPModel else (cfg,)
     return cfg, model_folder.load(folder, functional.abstract(cls, *parts)[1])
 
 
 def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenizer: Path) -> None:
-    """The tiny CLIP as transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor read it."""
+    """Writes the tiny CLIP as transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor read it."""
     model_folder.save(folder, params, cfg.to_dict(), np.float16, "model.safetensors")
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     size = cfg.vision_config.image_size
@@ -58,7 +60,7 @@ def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenize
 
 
 def save_student(assets: Path, student: Path) -> None:
-    """Ships a distilled pipeline as emoji-tiue; what it shares with its teacher is a link, so that it is there once."""
+    """Writes a distilled pipeline as emoji-tiue. The parts that equal its teacher's become links to them."""
     folder = assets / "emoji-tiue"
     shutil.rmtree(folder, ignore_errors=True)
     Pipeline.from_pretrained(student).save_pretrained(folder, np.float16)
@@ -69,7 +71,7 @@ def save_student(assets: Path, student: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """Prints how large a folder is, links not counted."""
+    """Prints the size of a folder, links not counted."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB")
 
@@ -96,7 +98,8 @@ def main() -> None:
         tiue_config=SAMPLING,
         dtype=np.float16,
     )
-    texts = dict.fromkeys(text for concept in load_texts(args.out) for text in concept)  # to distil on
+    phrases = [style.phrase for style in STYLES]
+    texts = dict.fromkeys(text for row in Dataset.load(args.out).texts for text in rows_of(row, phrases))
     (args.assets / "emoji" / "prompts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     save_clip(args.assets / "emoji-clip", clip_config, clip, args.out / "tokenizer")
     report(args.assets / "emoji")

@@ -2,8 +2,8 @@
 
     python examples/emoji/tokenizer.py --out runs/emoji
 
-Laid out as OpenAI's: 256 byte symbols, the same 256 ending a word, one token per merge, then the two special tokens.
-So every text can be encoded, seen or not. The padding token is the end of text, as in SD 1.5.
+The layout is OpenAI's: 256 byte symbols, the same 256 at the end of a word, one token per merge, then the two special
+tokens. Every text can be encoded. The padding token is the end of text, as in SD 1.5.
 """
 
 import argparse
@@ -11,21 +11,27 @@ import json
 from pathlib import Path
 
 import numpy as np
-from texts import load_texts
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from dataset import Dataset
+from styles import STYLES
+from texts import rows_of
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 VOCABULARY = 2000
-CONTEXT = 16  # tokens, start and end included
+CONTEXT = 24  # tokens, start and end included
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # as CLIPTokenizer splits a text
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 
 
 def train_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
-    """The `count` most useful byte-pair merges for `texts`, in order of use."""
+    """Returns the `count` most useful byte-pair merges for `texts`, in order of use."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=512 + count,
@@ -69,7 +75,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
     args = parser.parse_args()
 
-    texts = [text for row in load_texts(args.out) for text in row]
+    phrases = [style.phrase for style in STYLES]
+    texts = [text for row in Dataset.load(args.out).texts for text in rows_of(row, phrases)]
     save(args.out / "tokenizer", train_merges(texts, VOCABULARY - 514))
 
     from transformers import CLIPTokenizer

@@ -1,20 +1,24 @@
 """Trains the UNet of the emoji model, the teacher: {out}/unet (diffusers format).
 
-    python examples/emoji/train_unet.py --out runs/emoji --minutes 64
+    python examples/emoji/train_unet.py --out runs/emoji --steps 40000
 
 Noise prediction in the latents of {out}/vae, conditioned on the text encoder of {out}/clip, with Stable Diffusion's
-noise schedule; a tenth of the prompts is empty, for guidance. Latents and text states are computed once. Writes
-{out}/unet/samples_<step>.png: each row a fixed prompt, guided.
+noise schedule. Half of the prompts name the style of the image; a tenth is empty, for guidance. Latents and text states
+are computed once. Writes {out}/unet/samples_<step>.png: each row a fixed prompt, guided, twice without a style and
+then in each style.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pictures import augment, load_mirrors, load_pictures
-from texts import load_texts, pick
+from dataset import Dataset
+from styles import STYLES
+from texts import pick_row, rows_of, styled
 from train_clip import make_config, tokenize
 from training import State, adamw, create, make_step, train
 from transformers import CLIPTokenizer
@@ -30,7 +34,9 @@ from tiue_jax.weights import model_folder
 
 CONFIG = UNetConfig(
     sample_size=8,
-    block_out_channels=(64, 192),
+    in_channels=8,
+    out_channels=8,
+    block_out_channels=(96, 192),
     layers_per_block=1,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -39,26 +45,26 @@ CONFIG = UNetConfig(
     attention_head_dim=4,
 )
 SCHEDULE = Schedule()
-BATCH = 32  # about the gradient noise scale (arXiv 1812.06162): more would be fewer steps for no better ones
+BATCH = 32  # about the gradient noise scale (arXiv 1812.06162): a larger batch makes fewer steps, not better ones
 LEARNING_RATE = 1e-3
 EMPTY = 0.1  # share of empty prompts
-VARIANTS = 1  # encodings of each picture: as it is, then mirrored and shifted ones, which take a longer run to pay
 SHOWN = ("red apple", "dog face", "rocket", "slice of pizza", "grinning face", "house with garden", "red heart", "fish")
 
+TextEncoder = Callable[[list[str]], np.ndarray]
 
-def encode_pictures(run: Path) -> np.ndarray:
-    """Scaled latents of all pictures in all variants: float32 [variants 2n h w c], the unchanged pictures first."""
+
+def encode_images(run: Path, data: Dataset) -> np.ndarray:
+    """Returns the scaled latents of all images, float32 [n h w c]."""
     cfg = VAEConfig.from_dict(model_folder.read_config_dict(run / "vae"))
     graphdef, shapes = functional.abstract(AutoencoderKL, cfg)
     params = model_folder.load(run / "vae", shapes)
     encode = jax.jit(lambda x: functional.bind(graphdef, params).encode(x).mean * cfg.scaling_factor)
-    pictures, mirrors, rng = load_pictures(run), load_mirrors(run), np.random.default_rng(0)
-    variants = [pictures] + [augment(pictures, mirrors, rng, pixels=1) for _ in range(VARIANTS - 1)]
-    return np.stack([np.concatenate([encode(x) for x in np.array_split(v, 16)]) for v in variants])
+    chunks = np.array_split(np.arange(len(data.pixels)), -(-len(data.pixels) // 64))
+    return np.concatenate([encode(data.read(chunk)) for chunk in chunks])
 
 
-def load_text_encoder(run: Path):
-    """The text tower of {run}/clip as a function from texts to states, float32 [n l d]."""
+def load_text_encoder(run: Path) -> TextEncoder:
+    """Returns the text tower of {run}/clip as a function from texts to states, float32 [n l d]."""
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     cfg = make_config(tokenizer)
     _, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
@@ -69,20 +75,20 @@ def load_text_encoder(run: Path):
 
 
 def whitening(states: np.ndarray) -> np.ndarray:
-    """The matrix W [d d] that gives text states [... d], times W, the identity as their second moment.
+    """Returns the matrix W [d d] such that text states [... d], times W, have the identity as their second moment.
 
-    A small CLIP's states lie close together: what tells an apple from a tomato is in directions of little variance.
-    Training on whitened states learns those as fast as the others.
+    The states of a small CLIP lie close together: the directions that tell an apple from a tomato have little variance.
+    Training on whitened states learns them as fast as the others.
     """
     x = states.reshape(-1, states.shape[-1])
     values, vectors = np.linalg.eigh(x.T @ x / len(x))
     return (vectors / np.sqrt(values + 1e-3 * values.mean())) @ vectors.T
 
 
-def fold(params, matrix: np.ndarray):
-    """Parameters that give on text states what `params` give on text states times `matrix`."""
+def fold(params: functional.Params, matrix: np.ndarray) -> functional.Params:
+    """Returns parameters that give on text states the same as `params` on text states times `matrix`."""
 
-    def fold_leaf(path, x):
+    def fold_leaf(path: tuple[Any, ...], x: Any) -> Any:
         names = [str(key.key) for key in path]
         return matrix @ x if "attn2" in names and ("to_k" in names or "to_v" in names) else x
 
@@ -90,20 +96,21 @@ def fold(params, matrix: np.ndarray):
 
 
 def timestep_shares() -> np.ndarray:
-    """The cumulative distribution of timesteps, float32 [T]: their weights of min-SNR-5 (arXiv 2303.09556)."""
+    """Returns the cumulative distribution of timesteps, float32 [T], by the weights of min-SNR-5 (arXiv 2303.09556)."""
     abar = SCHEDULE.alphas_cumprod
     weights = np.minimum(1, 5 * (1 - abar) / abar)
     return np.cumsum(weights / weights.sum()).astype(np.float32)
 
 
-def make_loss(graphdef):
+def make_loss(graphdef: Any) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns the loss function of `training.make_step`: the squared error of the predicted noise."""
     shares = jnp.asarray(timestep_shares())
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params: functional.Params, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         latents, text = batch
         keys = jax.random.split(key)
         b = latents.shape[0]
-        # one timestep in each b-th of the distribution: the loss of a batch varies less
+        # One timestep in each b-th of the distribution: the loss of a batch varies less.
         quantiles = (jnp.arange(b) + jax.random.uniform(keys[0], (b,))) / b
         t = jnp.minimum(jnp.searchsorted(shares, quantiles), len(shares) - 1)
         noise = jax.random.normal(keys[1], latents.shape)
@@ -118,45 +125,54 @@ def make_loss(graphdef):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--minutes", type=float, default=64)
+    parser.add_argument("--steps", type=int, default=40_000)
     args = parser.parse_args()
 
-    latents, encode, texts = encode_pictures(args.out), load_text_encoder(args.out), load_texts(args.out)
+    data, encode = Dataset.load(args.out), load_text_encoder(args.out)
+    trained, counts = data.trained, [len(row) for row in data.texts]
+    latents = encode_images(args.out, data)
     print(f"latents have mean {latents.mean():.3f} and deviation {latents.std():.3f}", flush=True)
-    states = [encode(row) for row in texts]
+    phrases = [style.phrase for style in STYLES]
+    states = [encode(rows_of(row, phrases)) for row in data.texts]
     matrix = whitening(np.concatenate(states))
-    states, empty = [row @ matrix for row in states], encode([""])[0] @ matrix
+    # Half precision: in single precision the states of all prompts take 270 MB.
+    states = [(row @ matrix).astype(np.float16) for row in states]
+    empty = encode([""])[0] @ matrix
     graphdef, shapes = functional.abstract(UNet, CONFIG)
     print(f"unet of {functional.count(shapes) / 1e6:.2f}M parameters", flush=True)
     folder = args.out / "unet"
 
+    def pick_text(image: int, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() < EMPTY:
+            return empty
+        concept = int(data.concept[image])
+        return states[concept][pick_row(counts[concept], int(data.style[image]), rng)].astype(np.float32)
+
     def make_batch(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        chosen = rng.choice(latents.shape[1], BATCH, replace=False)
-        variant = [pick(range(VARIANTS), rng) for _ in chosen]
-        text = [empty if rng.random() < EMPTY else pick(states[i // 2], rng) for i in chosen]
-        return latents[variant, chosen], np.stack(text)
+        chosen = rng.choice(trained, BATCH, replace=False)
+        return latents[chosen], np.stack([pick_text(i, rng) for i in chosen])
 
     vae_config = VAEConfig.from_dict(model_folder.read_config_dict(args.out / "vae"))
     vae, vae_shapes = functional.abstract(AutoencoderKL, vae_config)
     vae_params = model_folder.load(args.out / "vae", vae_shapes)
-    prompts = [p for p in SHOWN for _ in range(6)]
+    prompts = [text for name in SHOWN for text in (name, name, *(styled(name, phrase) for phrase in phrases))]
     shown = jnp.asarray(encode(prompts) @ matrix)
     null = jnp.broadcast_to(empty, shown.shape)
-    noise = jax.random.normal(jax.random.key(0), (len(prompts), 8, 8, 4))
+    noise = jax.random.normal(jax.random.key(0), (len(prompts), *latents.shape[1:]))
 
     @jax.jit
-    def sample(params):
+    def sample(params: functional.Params) -> jax.Array:
         z = samplers.ddim(samplers.Inputs(functional.bind(graphdef, params), noise, shown, SCHEDULE, 20, null, 5.0))
         return functional.bind(vae, vae_params).decode(z / vae_config.scaling_factor)
 
     def report(state: State) -> None:
-        grid = images.grid(images.to_uint8(np.asarray(sample(state.ema))), 12, upscale=2)
+        grid = images.grid(images.to_uint8(np.asarray(sample(state.ema))), 2 * (2 + len(STYLES)))
         images.write_png(folder / f"samples_{int(state.step):06d}.png", grid)
 
     optimizer = adamw(1e-4)
     state = create(functional.init(shapes, seed=0), optimizer)
-    step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, ema_decay=0.999)
-    state = train(folder, state, step, make_batch, minutes=args.minutes, report=report, report_minutes=5)
+    step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, args.steps, ema_decay=0.999)
+    state = train(folder, state, step, make_batch, steps=args.steps, report=report, report_every=1000)
     model_folder.save(folder, fold(state.ema, matrix), CONFIG.to_dict())
 
 

@@ -1,89 +1,102 @@
-"""Trains the AutoencoderKL of the emoji model, 32 px to 8x8x4 latents: {out}/vae (diffusers format).
+"""Trains the AutoencoderKL of the emoji model, 64 px to 8x8x8 latents: {out}/vae (diffusers format).
 
-    python examples/emoji/train_vae.py --out runs/emoji --minutes 16 --decoder_minutes 12
+    python examples/emoji/train_vae.py --out runs/emoji --steps 16000
 
-First both halves; then the decoder alone, so that the UNet can be trained on the latents meanwhile. Prints the PSNR of
-reconstructions and writes {out}/vae/reconstructions.png: originals above, reconstructions below.
-`scaling_factor` is measured: it brings the latents of the pictures to unit variance.
+After each epoch it prints the PSNR of the held-out images, on average and of the worst tenth, and writes
+{out}/vae/reconstructions.png: images above, reconstructions below. A run that was killed goes on when the same command
+is given again. `scaling_factor` is measured: it brings the latents to unit variance.
 """
 
 import argparse
 import dataclasses
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pictures import augment, load_pictures
-from training import adamw, create, make_step, train
+from dataset import Dataset, augment
+from styles import SIZE, STYLES
+from training import State, adamw, create, make_step, train
 
 from tiue_jax import images
 from tiue_jax.models import functional
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.weights import model_folder
 
-CONFIG = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8)
+CONFIG = VAEConfig(
+    block_out_channels=(32, 64, 96, 128), layers_per_block=1, latent_channels=8, norm_num_groups=16, sample_size=SIZE
+)
 BATCH = 16
-LEARNING_RATE = 1.5e-3
+LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-6
-LATENT_NOISE = 0.08  # of unscaled latents, whose deviation is about 1.5
+SHIFT = 4  # pixels
+SHOWN = 48  # images of reconstructions.png
 
 
 def edges(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Differences of neighbouring pixels of [b h w c], down and across."""
+    """Returns the differences of neighbouring pixels of [b h w c], down and across."""
     return x[:, 1:] - x[:, :-1], x[:, :, 1:] - x[:, :, :-1]
 
 
-def picture_loss(error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What an error [b h w c] costs: squares, absolute values, and absolute values of its edges, for sharpness."""
+def image_loss(error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss of an error [b h w c]: squares, absolute values, and absolute values of its edges."""
     mse, l1 = (error**2).mean(), jnp.abs(error).mean()
     down, across = edges(error)
     edge = jnp.abs(down).mean() + jnp.abs(across).mean()
     return 2 * mse + l1 + edge, {"psnr": 10 * jnp.log10(4 / mse), "l1": l1, "edge": edge}
 
 
-def make_loss(graphdef):
-    def loss_fn(params, batch, key):
+def make_loss(graphdef: Any) -> Callable[..., Any]:
+    """Returns the loss function of `training.make_step`."""
+
+    def loss_fn(params: functional.Params, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         vae = functional.bind(graphdef, params)
         mean, logvar = vae.encode(batch)
         decoded = vae.decode(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
         kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
-        loss, metrics = picture_loss(decoded - batch)
+        loss, metrics = image_loss(decoded - batch)
         return loss + KL_WEIGHT * kl, {**metrics, "kl": kl}
 
     return loss_fn
 
 
-def make_decoder_loss(graphdef, encoder):
-    """The second stage: the encoder's half of the parameters is not trained. Latents vary as a UNet's would."""
-
-    def loss_fn(params, batch, key):
-        vae = functional.bind(graphdef, {**encoder, **params})
-        mean = vae.encode(batch).mean
-        decoded = vae.decode(mean + LATENT_NOISE * jax.random.normal(key, mean.shape))
-        return picture_loss(decoded - batch)
-
-    return loss_fn
-
-
-def reconstruct(graphdef, params, pictures: np.ndarray, batch: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Latent means and reconstructions of all pictures."""
+def make_reconstruct(graphdef: Any) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Returns a function from parameters and images [n h w 3] to latent means [n h/f w/f c] and reconstructions."""
 
     @jax.jit
-    def both(x):
+    def both(params: functional.Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         vae = functional.bind(graphdef, params)
         mean = vae.encode(x).mean
         return mean, vae.decode(mean)
 
-    parts = [both(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
-    means, decoded = zip(*parts, strict=True)
-    return np.concatenate(means), np.concatenate(decoded)
+    def reconstruct(params: functional.Params, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chunks = [pixels[i : i + BATCH] for i in range(0, len(pixels), BATCH)]
+        last = len(chunks[-1])
+        chunks[-1] = np.pad(chunks[-1], ((0, BATCH - last), (0, 0), (0, 0), (0, 0)))  # one shape, one compilation
+        means, decoded = zip(*(both(params, x) for x in chunks), strict=True)
+        return np.concatenate(means)[: len(pixels)], np.concatenate(decoded)[: len(pixels)]
+
+    return reconstruct
 
 
-def centre(params, means: np.ndarray):
-    """Moves and scales the latent channels to mean 0 and equal deviation, by the two 1x1 convolutions around them.
+def psnr(decoded: np.ndarray, originals: np.ndarray) -> np.ndarray:
+    """Returns the peak signal-to-noise ratio of each of [n h w 3] in [-1, 1], in dB: [n]."""
+    return 10 * np.log10(4 / ((np.clip(decoded, -1, 1) - originals) ** 2).mean((1, 2, 3)))
 
-    Reconstructions stay as they are. Diffusion starts from noise of mean 0, and all its channels have one deviation.
+
+def describe(values: np.ndarray) -> str:
+    """Returns the mean and the 10% quantile of values in dB, as text."""
+    return f"{values.mean():.2f} dB on average, a tenth below {np.quantile(values, 0.1):.2f} dB"
+
+
+def centre(params: functional.Params, means: np.ndarray) -> functional.Params:
+    """Moves and scales the latent channels to mean 0 and equal deviation, in the two 1x1 convolutions around them.
+
+    Reconstructions do not change. Stable Diffusion's format has a scale for the latents but no shift, and diffusion
+    starts from noise of mean 0 and one deviation for all channels.
     """
     shift, ratio = means.mean((0, 1, 2)), means.std((0, 1, 2)) / means.std()
     quant, post = params["quant_conv"], params["post_quant_conv"]
@@ -104,61 +117,44 @@ def centre(params, means: np.ndarray):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--minutes", type=float, default=16, help="of encoder and decoder")
-    parser.add_argument("--decoder_minutes", type=float, default=12, help="of the decoder after that")
+    parser.add_argument("--steps", type=int, default=16_000)
     args = parser.parse_args()
 
-    pictures = load_pictures(args.out)
+    data = Dataset.load(args.out)
+    trained, unseen = data.trained, np.flatnonzero(data.held_out)
     graphdef, shapes = functional.abstract(AutoencoderKL, CONFIG)
     print(f"autoencoder of {functional.count(shapes) / 1e6:.2f}M parameters", flush=True)
     folder = args.out / "vae"
+    reconstruct = make_reconstruct(graphdef)
 
     def make_batch(rng: np.random.Generator) -> np.ndarray:
-        chosen = rng.choice(len(pictures), BATCH, replace=False)
-        return augment(pictures[chosen], np.ones(BATCH, bool), rng, pixels=2)
+        chosen = rng.choice(trained, BATCH, replace=False)
+        return augment(data.read(chosen), np.ones(BATCH, bool), rng, pixels=SHIFT)
 
-    def report(params) -> None:
-        shown = pictures[:: len(pictures) // 48][:48]
-        _, decoded = reconstruct(graphdef, params, shown)
-        pairs = np.stack([shown.reshape(3, 16, 32, 32, 3), decoded.reshape(3, 16, 32, 32, 3)], 1)
-        grid = images.grid(images.to_uint8(pairs.reshape(-1, 32, 32, 3)), 16, upscale=3)
+    def report(state: State) -> None:
+        originals = data.read(unseen)
+        _, decoded = reconstruct(state.ema, originals)
+        values = psnr(decoded, originals)
+        styles = [f"{s.name} {values[data.style[unseen] == i].mean():.2f}" for i, s in enumerate(STYLES)]
+        epoch = int(state.step) * BATCH / len(trained)
+        print(time.strftime("%H:%M:%S"), f"epoch {epoch:.1f}, held out: {describe(values)};", *styles, flush=True)
+        chosen = np.linspace(0, len(unseen) - 1, SHOWN).astype(int)
+        pairs = np.stack([originals[chosen], decoded[chosen]], 1).reshape(-1, 12, 2, SIZE, SIZE, 3).swapaxes(1, 2)
+        grid = images.grid(images.to_uint8(pairs.reshape(-1, SIZE, SIZE, 3)), 12)
         images.write_png(folder / "reconstructions.png", grid)
-
-    def finish(params) -> None:
-        means, decoded = reconstruct(graphdef, params, pictures)
-        psnr = 10 * np.log10(4 / ((np.clip(decoded, -1, 1) - pictures) ** 2).mean((1, 2, 3)))
-        cfg = dataclasses.replace(CONFIG, scaling_factor=float(f"{1 / means.std():.5f}"))
-        model_folder.save(folder, params, cfg.to_dict())
-        print(f"PSNR {psnr.mean():.2f} dB on average, a tenth below {np.quantile(psnr, 0.1):.2f} dB")
-        print(f"scaling_factor {cfg.scaling_factor}", flush=True)
 
     optimizer = adamw(1e-4)
     state = create(functional.init(shapes, seed=0), optimizer)
-    step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, ema_decay=0.995)
-    state = train(
-        folder,
-        state,
-        step,
-        make_batch,
-        minutes=args.minutes,
-        report=lambda state: report(state.ema),
-        report_minutes=3,
-    )
-    params = centre(state.ema, reconstruct(graphdef, state.ema, pictures)[0])
-    finish(params)
+    step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, args.steps)
+    epoch = len(trained) // BATCH
+    state = train(folder, state, step, make_batch, steps=args.steps, report=report, report_every=epoch)
 
-    fixed = {name: params.pop(name) for name in ("encoder", "quant_conv")}
-    step = make_step(make_decoder_loss(graphdef, fixed), optimizer, LEARNING_RATE, ema_decay=0.995)
-    state = train(
-        folder / "decoder",
-        create(params, optimizer),
-        step,
-        make_batch,
-        minutes=args.decoder_minutes,
-        report=lambda state: report({**fixed, **state.ema}),
-        report_minutes=3,
-    )
-    finish({**fixed, **state.ema})
+    originals = data.read(trained)
+    means, decoded = reconstruct(state.ema, originals)
+    print(f"trained on: {describe(psnr(decoded, originals))}")
+    cfg = dataclasses.replace(CONFIG, scaling_factor=float(f"{1 / means.std():.5f}"))
+    model_folder.save(folder, centre(state.ema, means), cfg.to_dict())
+    print(f"scaling_factor {cfg.scaling_factor}", flush=True)
 
 
 if __name__ == "__main__":

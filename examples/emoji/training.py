@@ -1,7 +1,8 @@
-"""The loop that trains every part of the emoji model: a time budget, checkpoints, logs, and resuming.
+"""The loop that trains every part of the emoji model: a number of steps, checkpoints, logs, and resuming.
 
-The learning rate follows the share of the time budget that is spent, not a number of steps, so that a run ends
-annealed on any machine. Batches are a function of (seed, step): a resumed run goes on with the batches that follow.
+The learning rate is constant and falls to 0 over the last part of the steps, so that a finished run is annealed. Before
+it falls, a run can be given more steps. Batches are a function of (seed, step): a run that was killed goes on from its
+last checkpoint with the same batches.
 """
 
 import csv
@@ -21,11 +22,13 @@ from safetensors.numpy import save_file
 from tiue_jax.files import writing_aside
 
 LOG_EVERY = 50  # steps
-SAVE_EVERY = 120  # seconds
+SAVE_EVERY = 300  # seconds
+WARM_UP = 200  # steps
+FALL = 0.4  # the share of the steps at the end over which the learning rate falls
 
 
 class State(NamedTuple):
-    """What a run carries from step to step. `ema` averages `params` and is the product."""
+    """The state of a run. `ema` is the moving average of `params`, and is the result."""
 
     params: Any
     ema: Any
@@ -34,7 +37,7 @@ class State(NamedTuple):
 
 
 def adamw(weight_decay: float = 0.01) -> optax.GradientTransformation:
-    """AdamW with gradients clipped to norm 1; updates are to be multiplied by the learning rate."""
+    """Returns AdamW with gradients clipped to norm 1. Multiply its updates by the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b2=0.99),
@@ -44,23 +47,34 @@ def adamw(weight_decay: float = 0.01) -> optax.GradientTransformation:
 
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state of a run that begins with `params`."""
     params = jax.tree.map(jnp.asarray, params)
     return State(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
 
-def make_step(
-    loss_fn: Callable, optimizer: optax.GradientTransformation, learning_rate: float, ema_decay: float = 0.999
-) -> Callable:
-    """The jitted step of `loss_fn(params, batch, key) -> (loss, metrics)`.
+def learning_rate_at(step: jax.Array, steps: int, peak: float) -> jax.Array:
+    """Returns the learning rate at `step` of `steps`: a warm-up, `peak`, and half a cosine down to 0."""
+    count = step.astype(jnp.float32)
+    fallen = jnp.clip((count / steps - (1 - FALL)) / FALL, 0, 1)
+    return peak * jnp.minimum(1.0, (count + 1) / WARM_UP) * (0.5 + 0.5 * jnp.cos(jnp.pi * fallen))
 
-    It maps (state, batch, key, progress) to (state, metrics); progress in [0, 1] sets the learning rate: 200 steps of
-    warm-up, then a cosine down to a hundredth.
+
+def make_step(
+    loss_fn: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    learning_rate: float,
+    steps: int,
+    ema_decay: float = 0.999,
+) -> Callable[..., Any]:
+    """Returns the jitted step of `loss_fn(params, batch, key) -> (loss, metrics)`.
+
+    It maps (state, batch, key) to (state, metrics). `steps` is the length of the run, for the learning rate.
     """
 
-    def step(state: State, batch: Any, key: jax.Array, progress: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: Any, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
         count = state.step.astype(jnp.float32)
-        rate = learning_rate * jnp.minimum(1.0, (count + 1) / 200) * (0.505 + 0.495 * jnp.cos(jnp.pi * progress))
+        rate = learning_rate_at(state.step, steps, learning_rate)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
@@ -72,7 +86,7 @@ def make_step(
 
 
 def save(path: Path, state: State, seconds: float) -> None:
-    """Writes a state and the training time behind it as one safetensors file."""
+    """Writes a state and the seconds of training behind it as one safetensors file."""
     leaves = jax.tree.leaves_with_path(state)
     tensors = {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves}
     with writing_aside(path) as aside:
@@ -80,7 +94,7 @@ def save(path: Path, state: State, seconds: float) -> None:
 
 
 def restore(path: Path, like: State) -> tuple[State, float]:
-    """A state of the structure of `like` from a file that `save` wrote, and the training time behind it."""
+    """Returns a state of the structure of `like` from a file of `save`, and the seconds of training behind it."""
     with safe_open(path, framework="np") as file:
         state = jax.tree.map_with_path(lambda p, x: jnp.asarray(file.get_tensor(jax.tree_util.keystr(p))), like)
         return state, json.loads(file.metadata()["training"])["seconds"]
@@ -89,48 +103,50 @@ def restore(path: Path, like: State) -> tuple[State, float]:
 def train(
     folder: Path,
     state: State,
-    step: Callable,
+    step: Callable[..., Any],
     make_batch: Callable[[np.random.Generator], Any],
     *,
-    minutes: float,
+    steps: int,
     seed: int = 0,
     report: Callable[[State], None] | None = None,
-    report_minutes: float = 5.0,
+    report_every: int = 1000,
 ) -> State:
-    """Trains until `minutes` are spent, those of earlier runs in `folder` counted in.
+    """Trains until `steps` steps are done, those of earlier runs in `folder` included.
 
-    Writes {folder}/state.safetensors and appends to {folder}/log.csv; calls `report(state)` now and then and at the
-    end. Raises FloatingPointError where the loss is not finite; the last checkpoint stays as it is.
+    Writes {folder}/state.safetensors and appends to {folder}/log.csv. Calls `report(state)` every `report_every` steps
+    and at the end.
+
+    Raises:
+      FloatingPointError: the loss is not finite. The last checkpoint stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, budget, spent = folder / "state.safetensors", 60 * minutes, 0.0
+    checkpoint, spent = folder / "state.safetensors", 0.0
     if checkpoint.exists():
         state, spent = restore(checkpoint, state)
-        print(f"resuming {folder} at step {int(state.step)}, {spent / 60:.1f} of {minutes:g} minutes spent", flush=True)
+        print(f"resuming {folder} at step {int(state.step)} of {steps}, after {spent / 60:.1f} minutes", flush=True)
     key = jax.random.key(seed)
     sums: dict[str, float] = {}
     count, since = int(state.step), time.perf_counter()
-    last, saved, reported = since, spent, spent
-    while spent < budget:
+    last, saved, logged = since, since, count
+    while count < steps:
         batch = make_batch(np.random.default_rng([seed, count]))
-        state, metrics = step(state, batch, jax.random.fold_in(key, count), jnp.float32(spent / budget))
+        state, metrics = step(state, batch, jax.random.fold_in(key, count))
         count += 1
         sums = {k: sums.get(k, 0.0) + float(v) for k, v in metrics.items()}  # waits for the step
         now = time.perf_counter()
         spent, last = spent + now - last, now
         if count % LOG_EVERY == 0:
-            means = {k: v / LOG_EVERY for k, v in sums.items()}
+            means = {k: v / (count - logged) for k, v in sums.items()}
             if not np.isfinite(means["loss"]):
                 raise FloatingPointError(f"loss must be finite, got {means['loss']} at step {count} of {folder}")
-            _log(folder / "log.csv", {"step": count, "minutes": spent / 60, **means}, LOG_EVERY / (now - since))
-            sums, since = {}, now
-        if report is not None and spent - reported > 60 * report_minutes:
+            _log(folder / "log.csv", {"step": count, "minutes": spent / 60, **means}, (count - logged) / (now - since))
+            sums, since, logged = {}, now, count
+        if report is not None and count % report_every == 0 and count < steps:
             report(state)
-            reported = spent
-        if spent - saved > SAVE_EVERY:
+        if now - saved > SAVE_EVERY:
             save(checkpoint, state, spent)
-            saved = spent
-        # reports and checkpoints are not training time
+            saved = now
+        # Reports and checkpoints are not training time.
         since += time.perf_counter() - now
         last = time.perf_counter()
     save(checkpoint, state, spent)
@@ -141,7 +157,8 @@ def train(
 
 def _log(path: Path, row: dict[str, float], steps_per_second: float) -> None:
     cells = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-    print("  ".join(f"{k} {v}" for k, v in cells.items()), f" {steps_per_second:.2f} steps/s", flush=True)
+    clock = time.strftime("%H:%M:%S")
+    print(clock, "  ".join(f"{k} {v}" for k, v in cells.items()), f" {steps_per_second:.3f} steps/s", flush=True)
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(cells))
