@@ -24,6 +24,7 @@ class FakeHub:
         gated: repositories that list their files but refuse to serve them.
         corrupt: files that are served with bytes that do not fit their hash.
         served: the files that were served, in order.
+        asked: the revisions whose description or listing was asked for, in order.
     """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
@@ -31,6 +32,7 @@ class FakeHub:
         self.gated: set[str] = set()
         self.corrupt: set[str] = set()
         self.served: list[str] = []
+        self.asked: list[str] = []
 
     def listing(self, repository: str) -> dict:
         """The description of a repository, with all files and their hashes."""
@@ -74,6 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(404, "RepoNotFound")
             if unquote(revision) not in ("main", "refs/pr/15", COMMIT):
                 return self._refuse(404, "RevisionNotFound")
+            self.hub.asked.append(unquote(revision))
             answer = self.hub.listing(repository) if kind == "revision" else self.hub.tree(repository)
             return self._send(json.dumps(answer).encode(), "application/json")
         if not (asked := re.fullmatch(rf"([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)):

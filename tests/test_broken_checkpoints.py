@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_checkpoint import CONFIG, assert_same, make, structs
-from tiue_jax.training.checkpoint import BrokenCheckpointError, Checkpoints
+from tiue_jax.training.checkpoint import Checkpoints
+from tiue_jax.training.checkpoint_files import BrokenCheckpointError, read_weights
 
 BEST = ("eval/distance", "min")
 
@@ -104,6 +105,50 @@ def test_when_all_are_broken_and_when_none_is_there(three, tmp_path):
         assert checkpoints.steps() == [1, 2, 3]  # nothing was moved away
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.resume(wanted, accept) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "."),
+        (cut, "."),
+        (lambda folder: shutil.rmtree(folder / "state" / "d"), "."),
+        (lambda folder: shutil.rmtree(folder / "checksums"), "checksums/metadata"),
+        (lambda folder: (folder / "checksums" / "metadata").write_text("{}"), "another checksum .*: ema.down.0.bias"),
+    ],
+    ids="bit cut array checksums empty".split(),
+)
+def test_weights_alone_are_checked_too(three, tmp_path, damage, message):
+    workdir = shutil.copytree(three, tmp_path / "run")
+    wanted = structs(make(0, width=64)).ema
+    assert_same(read_weights(workdir, wanted), make(3, width=64).ema)
+    damage(workdir / "checkpoints" / "3")
+    with pytest.raises(BrokenCheckpointError, match=f"checkpoints/3 is broken: .*{message}") as error:
+        read_weights(workdir, wanted)
+    assert "\n" not in str(error.value)
+    assert_same(read_weights(workdir, wanted, step=2), make(2, width=64).ema)
+
+
+def test_no_flipped_byte_becomes_a_weight(tmp_path):
+    state = make(3, width=4096)  # orbax checks small arrays by itself
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, state, CONFIG, {})
+    wanted, expected = structs(state).ema, state.ema
+    arrays = sorted(path for path in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*") if path.is_file())
+    errors = []
+    for path in arrays:
+        whole = path.read_bytes()
+        for position in range(0, len(whole), max(1, len(whole) // 8)):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 8]) + whole[position + 1 :])
+            try:
+                assert_same(read_weights(tmp_path, wanted), expected)  # the byte belongs to another array
+            except BrokenCheckpointError as error:
+                errors.append(str(error))
+        path.write_bytes(whole)
+    seen_by_checksum = [error for error in errors if "another checksum than when it was saved: ema." in error]
+    print(f"{len(errors)} errors, {len(seen_by_checksum)} of them by checksums")
+    assert seen_by_checksum and max(map(len, errors)) <= 600
+    assert_same(read_weights(tmp_path, wanted), expected)
 
 
 def test_other_settings_are_no_damage(three):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -23,7 +24,9 @@ def cache_home(tmp_path, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    shown = warnings.showwarning
     yield tmp_path / "caches"
+    warnings.showwarning = shown
     for name, value in before.items():
         jax.config.update(name, value)
 
@@ -33,6 +36,7 @@ def test_the_folder_is_the_users_own(cache_home):
     assert jax.config.jax_compilation_cache_dir == str(cache_home / "tiue_jax" / "xla")
     assert jax.config.jax_compilation_cache_max_size == compile_cache.MAX_BYTES
     assert list((cache_home / "tiue_jax" / "xla").iterdir()) == []
+    assert (cache_home / "tiue_jax" / "xla").stat().st_mode & 0o777 == 0o700
 
 
 def test_the_users_environment_comes_first(cache_home):
@@ -56,6 +60,41 @@ def test_a_folder_that_cannot_be_written_is_a_warning_in_one_line(cache_home, ca
     assert jax.config.jax_compilation_cache_dir is None
     warning = capsys.readouterr().err
     assert warning == f"warning: compiled programs are not kept: {cache_home}/tiue_jax/xla: Not a directory\n"
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(cache_home, capsys):
+    folder = cache_home / "tiue_jax" / "xla"
+    folder.mkdir(parents=True)
+    for mode in (0o777, 0o770, 0o702, 0o1777):
+        folder.chmod(mode)
+        assert compile_cache.enable() is None and jax.config.jax_compilation_cache_dir is None
+        warning = capsys.readouterr().err
+        expected = f"{folder}: others may write to it (mode {mode:04o}), expected 0700: remove it"
+        assert warning == f"warning: compiled programs are not kept: {expected}\n"
+    folder.chmod(0o755)  # as older versions made it
+    assert compile_cache.enable() == folder and folder.stat().st_mode & 0o777 == 0o700
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_somebody_else_is_not_used(cache_home, capsys, monkeypatch):
+    folder = cache_home / "tiue_jax" / "xla"
+    folder.mkdir(parents=True, mode=0o700)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert compile_cache.enable() is None and jax.config.jax_compilation_cache_dir is None
+    warning = capsys.readouterr().err
+    expected = f"{folder}: belongs to user {user} and not to {user + 1}, expected your own folder"
+    assert warning == f"warning: compiled programs are not kept: {expected}\n"
+
+
+def test_a_program_that_was_not_written_to_its_end_is_removed(cache_home):
+    folder = cache_home / "tiue_jax" / "xla"
+    folder.mkdir(parents=True, mode=0o700)
+    for name in ("whole-1-cache", "whole-1-atime", "half-2-cache", "being_written-3-cache"):
+        (folder / name).write_bytes(b"x")
+    os.utime(folder / "half-2-cache", (0, 0))
+    compile_cache.enable()
+    assert sorted(path.name for path in folder.iterdir()) == ["being_written-3-cache", "whole-1-atime", "whole-1-cache"]
 
 
 def test_a_user_without_a_home_is_a_warning_in_one_line(cache_home, capsys, monkeypatch):
@@ -99,6 +138,7 @@ def test_the_second_run_of_a_command_does_not_compile(tmp_path):
             text=True,
             check=True,
         )
+        assert "persistent compilation cache" not in done.stderr
         return int(done.stdout.split()[-2])
 
     assert hits("--no_compile_cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "users")) == 0
@@ -107,3 +147,10 @@ def test_the_second_run_of_a_command_does_not_compile(tmp_path):
     kept = sorted((tmp_path / "caches" / "tiue_jax" / "xla").glob("jit_text_to_images-*-cache"))
     assert len(kept) == 1
     assert hits("--prompt", "apple", "--batch_size", 1, "--seed", 3) == 1
+    # a truncated program is compiled again, without a word, and replaced
+    (program,) = kept
+    whole = program.stat().st_size
+    os.truncate(program, whole // 2)
+    assert hits() == 0
+    assert program.stat().st_size > 0.9 * whole
+    assert hits() == 1

@@ -270,6 +270,66 @@ def test_runs_that_cannot_be_exported(workdir, teacher, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_damaged_checkpoint_is_never_exported(workdir, tmp_path, capfd):
+    """A flipped byte of one array, and then a missing file of arrays."""
+    run = shutil.copytree(workdir, tmp_path / "x")
+    arrays = (run / "checkpoints" / "2" / "state").rglob("d/*")
+    data = max(arrays, key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    capfd.readouterr()
+    refused = []
+    for name in export.STUDENT_WEIGHTS:
+        out = tmp_path / name
+        if command("--checkpoint", run, "--out", out, "--weights", name) == 0:
+            export.export_run(workdir, tmp_path / f"good {name}", weights=name)  # the byte is not in these weights
+            assert files(out)[UNET_FILE] == files(tmp_path / f"good {name}")[UNET_FILE]
+            continue
+        refused.append(name)
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: checkpoint {run}/checkpoints/2 is broken: ") and error.count("\n") == 1
+        assert not out.exists()
+    assert refused
+    data.unlink()
+    assert command("--checkpoint", run, "--out", tmp_path / "out") == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: checkpoint {run}/checkpoints/2 is broken: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_input_is_never_overwritten(workdir, exported, tmp_path, capsys):
+    """Each command refuses to write over the folder that holds its input, also with --overwrite."""
+    model = shutil.copytree(exported, tmp_path / "model")
+    (model / "lora.safetensors").touch()
+    (model / "file.safetensors").touch()
+    run = shutil.copytree(workdir, model / "run")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for entry in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
+        (linked / entry).symlink_to(model / entry)
+    before = files(model)
+    for argv in (
+        ("export", "--checkpoint", model),
+        ("export", "--checkpoint", linked),
+        ("export", "--checkpoint", run),
+        ("merge-lora", "--model", model, "--lora", tmp_path / "other.safetensors"),
+        ("merge-lora", "--model", exported, "--lora", model / "lora.safetensors"),
+        ("import", "--file", model / "file.safetensors", "--base", exported),
+        ("import", "--file", tmp_path / "file.safetensors", "--base", model),
+    ):
+        assert main(["convert", *map(str, argv), "--out", str(model), "--overwrite"]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {model}: holds the input " in error and error.count("\n") == 1
+    compiled = tmp_path / "compiled"
+    shutil.copytree(exported, compiled / "model")
+    (compiled / "compiled.json").touch()
+    argv = ["export-compiled", "--model", str(compiled / "model"), "--out", str(compiled), "--overwrite"]
+    assert main(["convert", *argv]) == 2
+    assert f"error: {compiled}: holds the input {compiled / 'model'}" in capsys.readouterr().err
+    assert files(model) == before and (compiled / "model" / "model_index.json").is_file()
+
+
 def test_verify_without_pytorch_says_what_to_install_before_any_work(workdir, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in ("tiue_jax.convert.verify", "tiue_jax.convert.torch_pipeline"):

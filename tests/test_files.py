@@ -1,6 +1,7 @@
 """files.py: files and folders are written completely or not at all, on this disk and in a bucket; errors of reading."""
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def test_a_file_has_the_mode_of_the_umask(tmp_path):
     finally:
         os.umask(umask)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_laid_beforehand_is_not_followed(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f".a.{os.getpid()}.tmp").symlink_to(victim)  # the name that was used once
+    tokens = iter(["11", "22", "33"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(tokens))
+    with files.writing_aside(tmp_path / "a") as aside:
+        aside.write_text("new")
+    (tmp_path / ".a.22.tmp").symlink_to(victim)  # even one that was guessed
+    with pytest.raises(FileExistsError, match="cannot write: File exists"), files.writing_aside(tmp_path / "a"):
+        raise AssertionError
+    (tmp_path / ".a.33.tmp").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError), files.writing_aside(tmp_path / "a"):
+        raise AssertionError
+    assert victim.read_text() == "precious" and (tmp_path / "a").read_text() == "new"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_temporary_names_differ(tmp_path):
+    asides = set()
+    for _ in range(3):
+        with files.writing_aside(tmp_path / "a") as aside:
+            asides.add(aside.name)
+    assert len(asides) == 3
 
 
 def test_an_error_names_the_file_not_the_temporary_one(tmp_path):
@@ -152,6 +179,37 @@ def test_folders_that_are_refused(tmp_path):
     assert names(tmp_path / "photos") == ["me.png"] and names(tmp_path / "made") == ["marker"]
 
 
+def test_a_folder_that_holds_the_input_is_not_overwritten(tmp_path):
+    made, above = tmp_path / "made", tmp_path / "above"
+    write_folder(made, "marker", "part/a")
+    write_folder(above, "marker")
+    (above / "model").mkdir()
+    (above / "lora.safetensors").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "unet").symlink_to(made / "part")
+    (tmp_path / "alias").symlink_to(made)
+    refused = [
+        (made, made),
+        (made, made / "part" / "a"),
+        (made, tmp_path / "alias" / "part"),
+        (tmp_path / "alias", made),
+        (made, tmp_path / "linked"),  # its part lies in the folder
+        (above, above / "model"),
+        (above, above / "lora.safetensors"),
+    ]
+    for out, given in refused:
+        with pytest.raises(FileExistsError, match=f"{out.resolve()}: holds the input .*, expected another folder"):
+            files.check_new_folder(out, "marker", True, inputs=[tmp_path / "elsewhere", given])
+        with (
+            pytest.raises(FileExistsError, match="holds the input"),
+            files.writing_folder_aside(out, "marker", ("part",), overwrite=True, inputs=[given]),
+        ):
+            raise AssertionError
+    for given in (above, "gs://bucket/run", tmp_path / "made2"):
+        files.check_new_folder(made, "marker", True, inputs=[given])
+    assert names(made) == ["marker", "part"]
+
+
 def test_a_folder_in_a_bucket_gets_its_marker_last(bucket, monkeypatch):
     copy, copied = files.copy, []
 
@@ -194,6 +252,8 @@ def test_text_and_json_are_read_back(tmp_path, bucket):
         (b"{na\xefve}", "a.json: expected UTF-8 text, got byte 0xef at offset 3"),
         (b"{", "a.json: not valid JSON: "),
         (b"[1]", "a.json: expected a JSON object, got list"),
+        (b'{"a":' * 99999, "a.json: not valid JSON: "),
+        (b'{"a":' + b"1" * 5000 + b"}", "a.json: not valid JSON: "),
     ],
 )
 def test_what_is_not_json_is_named(tmp_path, content, message):

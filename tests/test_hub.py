@@ -1,8 +1,9 @@
 import contextlib
 import dataclasses
+import hashlib
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from tests import fake_hub
 from tiue_jax.sampling.settings import Sampling
@@ -203,6 +204,62 @@ def test_a_wrong_hash_is_named_and_the_file_fetched_anew(serve):
         hub.resolve("sd15")
     running.corrupt.clear()
     assert (hub.resolve("sd15") / PLAIN[1]).read_bytes() == running.repositories[SD15][PLAIN[1]]
+
+
+def test_after_two_wrong_hashes_neither_file_counts_as_downloaded(serve):
+    running = serve({SD15: files(*SETTINGS, *CONFIGS, *PLAIN)})
+    running.corrupt |= {PLAIN[0], PLAIN[1]}
+    with pytest.raises(FileNotFoundError, match=f"{PLAIN[0]}: wrong hash: .*{PLAIN[1]}: wrong hash: ") as error:
+        hub.resolve("sd15")
+    assert "\n" not in str(error.value)
+    running.corrupt.remove(PLAIN[0])
+    with pytest.raises(FileNotFoundError, match=f"{PLAIN[1]}: wrong hash: "):
+        hub.resolve("sd15")
+    running.corrupt.clear()
+    folder = hub.resolve("sd15")
+    assert all((folder / name).read_bytes() == running.repositories[SD15][name] for name in PLAIN)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_file_left_unchecked_by_a_killed_run_is_checked(serve, monkeypatch, offline):
+    running = serve({SD15: files(*SETTINGS, *CONFIGS, *PLAIN)})
+    running.corrupt.add(PLAIN[2])
+    snapshot_download(SD15, revision="main")  # as a run that is killed before it has checked the files
+    running.corrupt.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(FileNotFoundError, match=rf"{PLAIN[2]}: wrong hash: SHA-256 \w+, the hub says \w+; removed it$"):
+        hub.resolve("sd15")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert (hub.resolve("sd15") / PLAIN[2]).read_bytes() == running.repositories[SD15][PLAIN[2]]
+
+
+def test_a_file_is_checked_once_and_again_when_it_has_changed(serve, monkeypatch):
+    serve({SD15: files(*SETTINGS, *CONFIGS, *PLAIN)})
+    checked, digest = [], hashlib.file_digest
+
+    def file_digest(file, name):
+        checked.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    folder = hub.resolve("sd15")
+    assert checked == [str(folder / name) for name in PLAIN]
+    hub.resolve("sd15")
+    assert len(checked) == len(PLAIN)
+    content = bytearray((folder / PLAIN[0]).read_bytes())
+    content[3] ^= 1
+    (folder / PLAIN[0]).resolve().write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=f"{PLAIN[0]}: wrong hash: "):
+        hub.resolve("sd15")
+    assert checked[len(PLAIN) :] == [str(folder / PLAIN[0])]
+
+
+def test_the_commit_is_downloaded_and_not_the_branch(serve):
+    """The branch may move after its hashes were listed."""
+    running = serve({SD15: files(*SETTINGS, *CONFIGS, *PLAIN)})
+    folder = hub.resolve("sd15")
+    assert running.asked.count("main") == 1 and set(running.asked) == {"main", fake_hub.COMMIT}
+    assert (folder.parents[1] / "refs" / "main").read_text() == fake_hub.COMMIT
 
 
 @pytest.mark.parametrize("unet", ["", "unet/"])

@@ -7,9 +7,11 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary file on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
+    The temporary file lies beside `path`. Its name is random and it is created as a new file, so that nobody can lay a
+    link under that name beforehand.
+
     Args:
         path: the file to write or to replace, on this disk or in a bucket. Its folder exists.
 
@@ -55,10 +60,9 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             copy(aside, target)
         return
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        aside.touch()
-        mode = aside.stat().st_mode  # follows the user's umask; safetensors replaces it by a private mode
+        mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
         yield aside
         aside.chmod(mode)
         os.replace(aside, path)
@@ -70,9 +74,22 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def _create(path: Path) -> int:
+    """Creates an empty file and returns its mode. FileExistsError if there is anything of this name, such as a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def writing_folder_aside(
-    path: str | os.PathLike[str], marker: str, own: Collection[str] = (), overwrite: bool = False
+    path: str | os.PathLike[str],
+    marker: str,
+    own: Collection[str] = (),
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
     """Yields a temporary folder on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
@@ -85,12 +102,13 @@ def writing_folder_aside(
         marker: the name of the file that identifies an older folder. A folder without it is never overwritten.
         own: names of the entries that the block writes. Older entries of these names are removed.
         overwrite: allows `path` to be a folder on this disk that has `marker`.
+        inputs: files and folders that the block reads. None of them may lie in the older folder.
 
     Raises:
-        FileExistsError: `path` is something else. The block does not run then.
+        FileExistsError: `path` is something else, or holds an input. The block does not run then.
         OSError: the folder cannot be written.
     """
-    target = check_new_folder(path, marker, overwrite)
+    target = check_new_folder(path, marker, overwrite, inputs)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
             aside = Path(folder)
@@ -131,14 +149,19 @@ def _replace_folder(path: Path, new: Path, old: Path, own: Collection[str]) -> N
         raise
 
 
-def check_new_folder(path: str | os.PathLike[str], marker: str, overwrite: bool = False) -> epath.Path:
+def check_new_folder(
+    path: str | os.PathLike[str],
+    marker: str,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> epath.Path:
     """Returns the folder that `writing_folder_aside` would write, with symbolic links followed.
 
     A command calls it before long work. Arguments are those of `writing_folder_aside`.
 
     Raises:
         FileExistsError: the folder must not be written: it is a file, or holds other files, or exists without
-            `overwrite`.
+            `overwrite`, or holds one of `inputs`.
     """
     target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
     if target.is_dir() and any(target.iterdir()):
@@ -146,9 +169,24 @@ def check_new_folder(path: str | os.PathLike[str], marker: str, overwrite: bool 
             raise FileExistsError(f"{target}: not empty and no {marker} in it, expected a new folder")
         if not overwrite or is_remote(path):
             raise FileExistsError(f"{target}: exists, expected a new folder (or the option to overwrite)")
+        for name in inputs:
+            if found := _held(Path(target), name):
+                raise FileExistsError(f"{target}: holds the input {found}, expected another folder to write")
     elif target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: a file, expected a new folder")
     return target
+
+
+def _held(folder: Path, path: str | os.PathLike[str]) -> Path | None:
+    """Returns `path`, or a link in the folder `path`, if it lies in another folder with all links followed."""
+    if is_remote(path):
+        return None
+    path = expand(path)
+    links = [entry for entry in path.iterdir() if entry.is_symlink()] if path.is_dir() else []
+    for candidate in (path, *links):
+        if candidate.exists() and candidate.resolve().is_relative_to(folder):
+            return candidate
+    return None
 
 
 @contextlib.contextmanager
@@ -192,9 +230,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is not UTF-8, is not valid JSON, or holds something other than an object.
         OSError: as open().
     """
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # an integer of too many digits is a plain ValueError
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -154,12 +154,25 @@ def _existing(path: Path) -> Path:
 
 
 def _keep_compiled(keep: bool) -> None:
-    """Switches jax's cache of compiled programs on or off. The default folder is in the user's cache."""
+    """Switches jax's cache of compiled programs on or off. The default folder is in the user's cache.
+
+    Compiled programs are native code. A folder that another user owns or could write to is not used.
+    """
     if not keep:
         jax.config.update("jax_enable_compilation_cache", False)
     elif not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(caches, "tiue_jax", "xla"))
+        folder = Path(caches, "tiue_jax", "xla")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+            trusted = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        except OSError:
+            trusted = False
+        if trusted:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        else:
+            print(f"warning: compiled programs are not kept: {folder} is not your own folder", file=sys.stderr)
 
 
 def _check_output(out: Path) -> None:

@@ -81,6 +81,7 @@ def export_run(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config}: {error}") from error
     teacher = hub.resolve(settings.model.pretrained_model_name_or_path)
+    check_writable(out, overwrite, [workdir, teacher])
     configs = read_configs(teacher)
     _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
     shapes, lora_shapes = lora.split(all_shapes)
@@ -142,6 +143,7 @@ def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32"
     """
     check_writable(out, overwrite)
     source = hub.resolve(name)
+    check_writable(out, overwrite, [source])
     if not (source / layout.MODEL_INDEX).is_file():
         raise FileNotFoundError(
             f"{source}: neither {layout.MODEL_INDEX} nor config.json, expected a pipeline or a run's folder"

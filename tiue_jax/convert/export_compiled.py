@@ -54,7 +54,7 @@ def export_compiled(
 
     Raises:
         ValueError: names the argument, its value and what was expected. Raised before any work is done.
-        FileExistsError: the folder may not be written.
+        FileExistsError: the folder may not be written, or it holds the pipeline's folder.
     """
     if not platforms or set(platforms) - set(PLATFORMS):
         raise ValueError(f"platforms must be among {list(PLATFORMS)}, got {list(platforms)}")
@@ -62,7 +62,7 @@ def export_compiled(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     latents = pipe.latents_shape(height, width)
     settings = pipe.settings(**sampling)
-    check_new_folder(out, MANIFEST, overwrite)
+    check_new_folder(out, MANIFEST, overwrite, [pipe.name])
 
     key = text_to_image.Key.of(settings)
     batch = export.symbolic_shape("b")[0] if batch_size is None else batch_size
@@ -85,7 +85,7 @@ def export_compiled(
         "platforms": list(platforms),
         "jax": jax.__version__,
     }
-    with writing_folder_aside(out, MANIFEST, _WRITTEN, overwrite) as new:
+    with writing_folder_aside(out, MANIFEST, _WRITTEN, overwrite, [pipe.name]) as new:
         for platform, exported in programs.items():
             (new / PROGRAM.format(platform)).write_bytes(exported.serialize())
         with writing_aside(new / WEIGHTS) as aside:

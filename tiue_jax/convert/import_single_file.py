@@ -47,7 +47,7 @@ def import_single_file(
     Raises:
         OSError, ValueError: one line naming the file, tensor or argument that is missing or wrong.
     """
-    check_writable(out, overwrite)
+    check_writable(out, overwrite, [path, *([base] if base is not None else [])])
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a .safetensors file; other formats can run code when they are read")

@@ -91,6 +91,7 @@ def merge_lora(
     if not np.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale}")
     folder = hub.resolve(model)
+    check_writable(out, overwrite, [folder, lora])
     check_pipeline(folder)
     configs = read_configs(folder)
     deltas = read_lora(lora, {part: part_shapes(folder, part, configs) for part in LORA_PARTS})

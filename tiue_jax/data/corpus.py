@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tiue_jax import files
-from tiue_jax.data.prompts import DATASET_INFO, PathLike, PromptReader, PromptSource, load_prompts
+from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
+from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
 from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
@@ -86,8 +87,6 @@ class Corpus:
     """
 
     def __init__(self, folder: PathLike):
-        import tensorflow_datasets as tfds  # takes a second
-
         self._folder = files.at(folder)
         if not (self._folder / DATASET_INFO).is_file():
             raise FileNotFoundError(f"{folder}: no {DATASET_INFO} in it, expected a folder that data.prepare made")
@@ -95,9 +94,9 @@ class Corpus:
             self._copy = tempfile.TemporaryDirectory(prefix="tiue-jax-")
             for file in self._folder.iterdir():
                 files.copy(file, Path(self._copy.name) / file.name)
-            builder = tfds.builder_from_directory(self._copy.name)
+            builder = open_builder(files.at(self._copy.name))
         else:
-            builder = tfds.builder_from_directory(self._folder)
+            builder = open_builder(self._folder)
         metadata: dict[str, Any] = builder.info.metadata or {}
         if builder.info.name != NAME or "fingerprint" not in metadata:
             raise ValueError(f"{folder}: holds the dataset {builder.info.name!r}, run data.prepare on it first")

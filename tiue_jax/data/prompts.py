@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from etils import epath
 
 from tiue_jax import files
+from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
 WITHOUT_FIELD, EMPTY, REPEATED = "without the field", "empty", "repeated"
 READ_AHEAD = 256  # rows of a tensorflow-datasets folder
 
@@ -75,7 +75,7 @@ class PromptReader:
     Args:
         paths: files or folders, on this disk or in a bucket. Each is one of: UTF-8 text with a prompt a line; JSON
             lines (.jsonl, .json, .ndjson); a folder that tensorflow-datasets prepared (array_record or tfrecord),
-            such as coco_captions.
+            such as coco_captions. See `dataset_folder.open_builder` for the ones that are read.
         field: the path to the prompt, or to a list of prompts, with dots: "Task2.Caption" for JourneyDB,
             "captions.text" for coco_captions. None for text files. In JSON lines, upper and lower case and a colon at
             the end of a name do not matter, since JourneyDB has `Caption`, `Caption:` and `caption`. Rows without the
@@ -185,11 +185,9 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 def _dataset_rows(folder: epath.Path, field: str, split: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Yields the rows of a folder of tensorflow-datasets after their places, with only `field` in them, as text."""
-    import tensorflow_datasets as tfds  # takes a second
-
     if not (folder / DATASET_INFO).is_file():
         raise ValueError(f"{folder}: no {DATASET_INFO} in it, expected a folder that tensorflow-datasets prepared")
-    builder = tfds.builder_from_directory(folder)
+    builder = open_builder(folder)
     if split not in builder.info.splits:
         raise ValueError(f"{folder}: expected one of the splits {sorted(builder.info.splits)}, got {split!r}")
     try:

@@ -17,16 +17,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tiue_jax.training import checkpoint_files, checksums, distributed
-from tiue_jax.training.checkpoint_files import one_line
+from tiue_jax.training.checkpoint_files import BrokenCheckpointError, one_line
 from tiue_jax.training.checkpoint_manager import CheckpointManager
 
 logger = logging.getLogger(__name__)
 
 BROKEN_FOLDER = "checkpoints_broken"
-
-
-class BrokenCheckpointError(ValueError):
-    """A checkpoint whose files are missing or damaged."""
 
 
 class NotSavedError(OSError):
@@ -138,7 +134,8 @@ class Checkpoints:
         """The settings that a checkpoint was saved with. BrokenCheckpointError if they are missing or damaged."""
         json = ocp.args.JsonRestore()
         restored = self._read(step, config=json, checksums=json)
-        self._compare(step, restored.checksums, restored.checksums | _of_json(config=restored.config))
+        found = restored.checksums | _of_json(config=restored.config)
+        checkpoint_files.compare(self._path(step), restored.checksums, found)
         return restored.config
 
     def restore(self, step: int, structs: Any) -> tuple[Any, dict[str, Any]]:
@@ -153,14 +150,14 @@ class Checkpoints:
             BrokenCheckpointError: files are missing or damaged.
             ValueError: the checkpoint holds a tree of other names or shapes; all of them are named.
         """
-        with self._reading(step):
-            saved = checkpoint_files.saved_shapes(self.folder / str(step) / "state")
-        checkpoint_files.check_shapes(self.folder / str(step), saved, structs)
+        with checkpoint_files.reading(self._path(step)):
+            saved = checkpoint_files.saved_shapes(self._path(step) / "state")
+        checkpoint_files.check_shapes(self._path(step), saved, structs)
         json = ocp.args.JsonRestore()
         state = ocp.args.StandardRestore(structs)
         restored = self._read(step, state=state, config=json, data=json, checksums=json)
         found = checksums.of_arrays(restored.state) | _of_json(config=restored.config, data=restored.data)
-        self._compare(step, restored.checksums, found)
+        checkpoint_files.compare(self._path(step), restored.checksums, found)
         return restored.state, restored.data
 
     def resume(
@@ -184,7 +181,7 @@ class Checkpoints:
             error: BrokenCheckpointError | None = None
             try:
                 if step == newest and step in self._manager.damaged:
-                    raise self._broken(step, self._manager.damaged[step])
+                    raise checkpoint_files.broken(self._path(step), self._manager.damaged[step])
                 check(self.config(step))
                 restored = Restored(step, *self.restore(step, structs))
             except BrokenCheckpointError as caught:
@@ -197,10 +194,14 @@ class Checkpoints:
             if not allow_older:
                 older = [s for s in self.steps() if s < step]
                 hint = f"--allow_older resumes from step {older[-1]}" if older else "there is no older one"
-                raise BrokenCheckpointError(f"{error or self._broken(step, 'another process cannot read it')}; {hint}")
+                error = error or checkpoint_files.broken(self._path(step), "another process cannot read it")
+                raise BrokenCheckpointError(f"{error}; {hint}")
         if broken:
             raise BrokenCheckpointError(f"{self.folder}: no whole checkpoint, all are broken: {broken}")
         return None
+
+    def _path(self, step: int) -> epath.Path:
+        return self.folder / str(step)
 
     def _move_aside(self, steps: list[int]) -> None:
         """Moves broken checkpoints out of the way of new ones of the same steps. Process 0 does it for all."""
@@ -215,23 +216,8 @@ class Checkpoints:
             self._manager.reload()
 
     def _read(self, step: int, **items: Any) -> Any:
-        with self._reading(step):
+        with checkpoint_files.reading(self._path(step)):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Turns all errors that orbax raises on missing or damaged files into one line that names the checkpoint."""
-        try:
-            yield
-        except Exception as error:  # KeyError, FileNotFoundError, ValueError, plain Exception: all were seen
-            raise self._broken(step, one_line(error)) from error
-
-    def _compare(self, step: int, saved: Mapping[str, int], found: Mapping[str, int]) -> None:
-        if damaged := [name for name, value in saved.items() if found.get(name) != value]:
-            raise self._broken(step, f"another checksum than when it was saved: {', '.join(damaged)}")
-
-    def _broken(self, step: int, why: str) -> BrokenCheckpointError:
-        return BrokenCheckpointError(f"checkpoint {self.folder / str(step)} is broken: {why}")
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

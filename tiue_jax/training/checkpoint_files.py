@@ -1,6 +1,8 @@
 """The files of a run's checkpoints: where they lie, which arrays they hold, and how to read weights alone."""
 
+import contextlib
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,11 @@ from tiue_jax import files
 from tiue_jax.training import checksums
 
 FOLDER = "checkpoints"
+CHECKSUMS = "checksums/metadata"  # the file of a checkpoint that orbax writes for the item "checksums"
+
+
+class BrokenCheckpointError(ValueError):
+    """A checkpoint whose files are missing or damaged."""
 
 
 def checkpoints_folder(workdir: str | epath.PathLike) -> epath.Path:
@@ -31,6 +38,8 @@ def saved_steps(workdir: str | epath.PathLike) -> list[int]:
 def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "ema", step: int | None = None) -> Any:
     """Reads one field of the saved training state and nothing else, such as the moving average for an export.
 
+    The checksum of every array that is read is compared with the one that was saved.
+
     Args:
         workdir: the run's folder.
         structs: the field's tree of ShapeDtypeStructs, with shardings where they matter.
@@ -39,19 +48,51 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
 
     Raises:
         FileNotFoundError: the run has no checkpoint, or none of this step.
+        BrokenCheckpointError: files are missing or damaged.
         ValueError: the tree in the checkpoint has other names or shapes.
     """
     folder, steps = checkpoints_folder(workdir), saved_steps(workdir)
     step = steps[-1] if step is None else step
     if step not in steps:
         raise FileNotFoundError(f"no checkpoint of step {step} in {folder}, which has {steps}")
+    checkpoint = folder / str(step)
     wanted = {name: structs}
-    state = folder / str(step) / "state"
-    check_shapes(state.parent, saved_shapes(state), wanted, partial=True)
     args = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    return ocp.PyTreeCheckpointHandler().restore(state, args=args)[name]
+    with reading(checkpoint):
+        saved = saved_shapes(checkpoint / "state")
+    check_shapes(checkpoint, saved, wanted, partial=True)
+    with reading(checkpoint):
+        sums = files.read_json(checkpoint / CHECKSUMS)
+        restored = ocp.PyTreeCheckpointHandler().restore(checkpoint / "state", args=args)
+        found = checksums.of_arrays(restored)
+    compare(checkpoint, {path: sums.get(path) for path in found}, found)
+    return restored[name]
+
+
+@contextlib.contextmanager
+def reading(checkpoint: epath.Path) -> Iterator[None]:
+    """Turns all errors that orbax raises on missing or damaged files into one line that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:  # KeyError, FileNotFoundError, ValueError, plain Exception: all were seen
+        raise broken(checkpoint, one_line(error)) from error
+
+
+def compare(checkpoint: epath.Path, saved: Mapping[str, int | None], found: Mapping[str, int]) -> None:
+    """Compares the saved checksums of a checkpoint with those of what was read.
+
+    Raises:
+        BrokenCheckpointError: naming every array or item whose checksum is missing or another.
+    """
+    if damaged := [name for name, value in saved.items() if found.get(name) != value]:
+        raise broken(checkpoint, f"another checksum than when it was saved: {', '.join(damaged)}")
+
+
+def broken(checkpoint: epath.Path, why: str) -> BrokenCheckpointError:
+    """Returns the error of a checkpoint whose files are missing or damaged."""
+    return BrokenCheckpointError(f"checkpoint {checkpoint} is broken: {why}")
 
 
 def saved_shapes(folder: epath.Path) -> dict[str, list[int]]:

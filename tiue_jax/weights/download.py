@@ -1,17 +1,19 @@
 """Downloads the files of a model that are needed from the Hugging Face hub: safetensors, one variant of each."""
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG
+from tiue_jax.files import user_cache, writing_aside
+from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG, TOKENIZER_FILES
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
-_TOKENIZER = "vocab.json merges.txt tokenizer.json tokenizer_config.json special_tokens_map.json".split()
 # Variants of the weights by the dtype of the computation, the preferred one first. bfloat16 keeps fewer bits than fp16.
 _VARIANTS = {"float32": ("", ".fp16"), "bfloat16": (".fp16", "")}
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Fetched(NamedTuple):
@@ -35,8 +37,12 @@ def fetch(
 ) -> Fetched:
     """Downloads the needed files of a repository that are not in the cache yet.
 
-    The repository holds a pipeline, or one model at its root. New files are checked against the hub's SHA-256. If the
-    hub cannot be reached, the files of an earlier download are used.
+    The repository holds a pipeline, or one model at its root. If the hub cannot be reached, the files of an earlier
+    download are used.
+
+    Every file whose SHA-256 the hub knows is checked once, before it is used for the first time: also a file that an
+    earlier, interrupted run or another program has downloaded. `user_cache()/verified` records which files were
+    checked. A file that was changed after that is checked again.
 
     Args:
         repository: owner/name.
@@ -48,7 +54,8 @@ def fetch(
     Raises:
         OSError: the hub cannot be reached and the cache lacks files, or the hub has no such repository or revision, or
             it refuses access.
-        ValueError: the repository holds no model, or no safetensors; or a file has another hash than on the hub.
+        ValueError: the repository holds no model, or no safetensors; or files have another hash than on the hub. They
+            are removed, so that the next run downloads them again.
     """
     # imported here, since it takes half a second that shipped and local models do not need
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -62,18 +69,23 @@ def fetch(
     cached = {name for name in hashes if isinstance(try_to_load_from_cache(repository, name, revision=commit), str)}
     names, notes = needed(hashes, dtype, parts, weights, cached)
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=names))
+        # the commit and not the revision, which may have moved since its hashes were listed
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=names))
     except Exception as error:
         raise OSError(_reason(error)) from error
-    for name in names:
-        if (expected := hashes[name]) and name not in cached:
-            _check_hash(folder / name, expected)
+    _verify({folder / name: expected for name in names if (expected := hashes[name])})
+    _remember(folder, revision, commit)
     licence = info.card_data.get("license") if info.card_data else None
     return Fetched(folder, commit, licence, notes)
 
 
 def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], weights: bool, reason: str) -> Fetched:
-    """The files of an earlier download. OSError with `reason`, why the hub gives nothing, if they are not all there."""
+    """Returns the files of an earlier download. The hub's cache names the content of a large file by its SHA-256.
+
+    Raises:
+        OSError: with `reason`, why the hub gives nothing, if they are not all there.
+        ValueError: a file has another hash than its name says.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     for name in (MODEL_INDEX, "config.json", "unet/config.json"):
@@ -82,9 +94,11 @@ def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], w
             folder = Path(cached.removesuffix(name))
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
             try:
-                _, notes = needed(files, dtype, parts, weights)
+                names, notes = needed(files, dtype, parts, weights)
             except ValueError as incomplete:
                 raise OSError(f"{reason}; an earlier download is incomplete: {incomplete}") from incomplete
+            contents = {folder / name: (folder / name).resolve().name for name in names}
+            _verify({path: name for path, name in contents.items() if _SHA256.fullmatch(name)})
             return Fetched(folder, folder.name, None, (f"from an earlier download: {reason}", *notes))
     raise OSError(reason)
 
@@ -121,7 +135,7 @@ def needed(
     else:
         raise ValueError("neither a pipeline (model_index.json) nor a model (config.json)")
     if tokenizer is not None:
-        names += [tokenizer + name for name in _TOKENIZER if tokenizer + name in files]
+        names += [tokenizer + name for name in TOKENIZER_FILES if tokenizer + name in files]
     notes = []
     for folder in folders:
         names.append(f"{folder}config.json")
@@ -159,14 +173,56 @@ def _variant(files: Collection[str], folder: str, variant: str) -> list[str]:
     return []
 
 
-def _check_hash(path: Path, expected: str) -> None:
-    """Raises ValueError if the file has another SHA-256, and removes it, so that the next run downloads it again."""
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != expected:
+def _verify(expected: Mapping[Path, str]) -> None:
+    """Compares files with their SHA-256. A file that was compared before and has not changed is not read again.
+
+    Raises:
+        ValueError: names every file with another hash. All of these files are removed from the hub's cache.
+    """
+    wrong = []
+    for path, sha256 in expected.items():
+        record = _record(path, sha256)
+        if record is not None and record.exists():
+            continue
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got == sha256:
+            if record is not None:
+                with contextlib.suppress(OSError):  # without the record, the file is compared again in the next run
+                    record.parent.mkdir(parents=True, exist_ok=True)
+                    record.touch()
+            continue
         path.resolve().unlink()  # in the hub's cache a file is a link to its content
         path.unlink(missing_ok=True)
-        raise ValueError(f"{path}: wrong hash: SHA-256 {got}, the hub says {expected}; removed it")
+        wrong.append(f"{path}: wrong hash: SHA-256 {got}, the hub says {sha256}; removed it")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _record(path: Path, sha256: str) -> Path | None:
+    """Returns the empty file that exists if this content was verified. None if the user has no cache folder.
+
+    Its name has the inode, the size and the time of the last change. Another content has another name.
+    """
+    found = path.stat()
+    try:
+        return user_cache() / "verified" / f"{sha256}-{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+    except OSError:
+        return None
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Records in the hub's cache which commit a branch or a tag was resolved to, for runs that cannot reach the hub.
+
+    `snapshot_download` records it only if it resolves the revision by itself.
+    """
+    if revision == commit:
+        return
+    path = folder.parents[1] / "refs" / revision
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_aside(path) as aside:
+            aside.write_text(commit, encoding="utf-8")
 
 
 def _reason(error: Exception) -> str:

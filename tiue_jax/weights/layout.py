@@ -9,3 +9,11 @@ TIUE_CONFIG = "tiue_config.json"  # how the model is sampled, see sampling.setti
 CARD = "README.md"
 TORCH_PIPELINE = "pipeline.py"  # the name under which diffusers looks for a custom pipeline
 LORA_TEACHER = "lora_teacher"
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)

@@ -1,7 +1,6 @@
 """Reads, checks and writes a pipeline folder: models, tokenizer and noise schedule, as diffusers lays them out."""
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import layout, model_folder
+from tiue_jax.weights import layout, model_folder, tokenizer_files
 from tiue_jax.weights.layout import MODEL_INDEX, SCHEDULER_CONFIG, TIUE_CONFIG
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
 
@@ -221,9 +220,14 @@ def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def check_writable(folder: str | Path, overwrite: bool = False) -> None:
-    """Raises the FileExistsError that `save_pipeline` would raise. Call it before slow work."""
-    check_new_folder(folder, MODEL_INDEX, overwrite)
+def check_writable(folder: str | Path, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """Raises the FileExistsError that `save_pipeline` would raise. Call it before slow work.
+
+    Args:
+        folder, overwrite: as for `save_pipeline`.
+        inputs: files and folders that are read. None of them may lie in a folder that is overwritten.
+    """
+    check_new_folder(folder, MODEL_INDEX, overwrite, inputs)
 
 
 def save_pipeline(
@@ -244,7 +248,7 @@ def save_pipeline(
     Args:
         folder: does not exist or is empty; or, with `overwrite`, a pipeline folder to replace.
         unet, vae, text_encoder: configuration and parameters of each model.
-        tokenizer_dir: a folder whose files are copied.
+        tokenizer_dir: a folder whose files are copied, see `tokenizer_files.read`.
         schedule: the noise schedule.
         tiue_config: the fields of Sampling: how the model is sampled by default.
         dtype: floating dtype of the weights on disk, a value of STORED_DTYPES.
@@ -252,10 +256,11 @@ def save_pipeline(
         also: writes more files into the new folder, before the folder is moved to its place.
 
     Raises:
-        FileExistsError: the folder may not be written.
-        ValueError: weights that are not finite in `dtype`.
+        FileExistsError: the folder may not be written, or it holds `tokenizer_dir`.
+        ValueError: weights that are not finite in `dtype`, or a file of the tokenizer that may not be copied.
     """
-    with writing_folder_aside(folder, MODEL_INDEX, _WRITTEN, overwrite) as new:
+    with writing_folder_aside(folder, MODEL_INDEX, _WRITTEN, overwrite, inputs=[tokenizer_dir]) as new:
+        tokenizer = tokenizer_files.read(tokenizer_dir)  # before the slow work
         for part, (cfg, weights), filename in (
             ("unet", unet, WEIGHTS),
             ("vae", vae, WEIGHTS),
@@ -263,7 +268,9 @@ def save_pipeline(
         ):
             params = weights() if callable(weights) else weights
             model_folder.save(new / part, params, cfg.to_dict(), dtype, filename)
-        shutil.copytree(tokenizer_dir, new / "tokenizer")
+        (new / "tokenizer").mkdir()
+        for name, content in tokenizer.items():
+            (new / "tokenizer" / name).write_bytes(content)
         scheduler_config = schedule.to_dict()
         if tiue_config is not None:
             sampling = Sampling.from_dict(tiue_config)
