@@ -74,6 +74,7 @@ def interruptible():
 def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
+        stop.listen()
         assert not stop.reached(1) and stop.minutes_left is None
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
@@ -85,10 +86,39 @@ def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
 
 
 def test_a_time_limit_is_no_signal():
-    with StopRequest(minutes=0.1 / 60) as stop:
+    with StopRequest() as stop:
+        stop.listen(minutes=0.1 / 60)
         assert 0 < stop.minutes_left < 0.01
         time.sleep(0.11)
         assert stop.reached(1) and stop.cause() is None
+
+
+def test_a_terminal_that_is_closed_is_a_request_unless_it_is_ignored():
+    with StopRequest() as stop:
+        stop.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.reached(1) and stop.cause() == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            stop.listen()
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.reached(1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_to_save_is_answered_once():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)  # too early: there is nothing to save
+        stop.listen()
+        assert not stop.save_requested(all_meet=True)
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.save_requested(all_meet=False) and not stop.save_requested(all_meet=True)
+        assert not stop.reached(1)
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -106,6 +136,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 
 def test_the_notice_of_preemption_is_a_signal():
     with http.server.HTTPServer(("localhost", 0), Metadata) as server, StopRequest() as stop:
+        stop.listen()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://localhost:{server.server_port}/preempted"
         watch = threading.Thread(target=stop_request.watch_preemption, args=(threading.Event(), url, 0.01), daemon=True)
@@ -198,6 +229,7 @@ def test_two_processes_train_stop_die_and_resume_as_one(model, tmp_path):
     (_, first, _), (_, second, _) = stopped
     step = int(re.search(r"stopped by SIGTERM: saved .*/checkpoints/(\d+), resume", first)[1])
     assert 3 <= step < 100 and without_gloo(second) == ""
+    assert checkpoints(workdir) == [2, step] and "step 2: saving, as SIGUSR1 asked" in first
     assert not (workdir / "student").exists()
 
     (survived, first, _), (killed, _, _) = launch(

@@ -256,7 +256,7 @@ CONFIG = ("--config", "configs/sd21_tiue.py")
         ((*CONFIG, "--topology=v5e:4x4", "--mode=fast"), "command line: flag --mode=fast"),
         (
             (*CONFIG, "--topology=v5e:4x4", "--config.train.batch_size=0"),
-            "train.batch_size must be an integer >= 1, got 0",
+            "train.batch_size must be an integer between 1 and 2147483647, got 0",
         ),
     ],
 )

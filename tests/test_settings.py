@@ -1,8 +1,10 @@
 """settings.py, changed_settings.py and the recipes: read into dataclasses, with errors that name the setting."""
 
+import dataclasses
 import importlib
 import json
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from ml_collections import ConfigDict
 
 from tiue_jax.cli import config_flags, train
 from tiue_jax.training.changed_settings import FREE, FREE_TO_MOVE, LENGTH, check_config, check_resumed
-from tiue_jax.training.settings import Settings, default_config
+from tiue_jax.training.checked_fields import without_none
+from tiue_jax.training.settings import Settings, default_config, optional_settings
 
 ROOT = Path(__file__).parents[1]
 RECIPES = config_flags.recipe_names()
@@ -152,13 +155,19 @@ CONFIG = {
         ({"train": {"lr": 1}}, r"unknown settings \['lr'\] in section 'train'"),
         ({"distill": {"max_train_steps": 1}}, r"unknown settings \['max_train_steps'\] in section 'distill'"),
         ({"data": {}}, r"settings \['prompts'\] are missing in section 'data'"),
-        ({"train": {"batch_size": 0}}, "train.batch_size must be an integer >= 1, got 0"),
-        ({"train": {"seed": -1}}, "train.seed must be between 0 and 4294967295, got -1"),
-        ({"train": {"checkpoints_total_limit": 0}}, "train.checkpoints_total_limit must be >= 1 or None, got 0"),
-        ({"train": {"max_skipped_steps": 0}}, "train.max_skipped_steps must be an integer >= 1, got 0"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be an integer between 1 and 2147483647, got 0"),
+        ({"train": {"seed": -1}}, "train.seed must be an integer between 0 and 4294967295, got -1"),
+        (
+            {"train": {"checkpoints_total_limit": 0}},
+            "checkpoints_total_limit must be an integer .* or None, got 0",
+        ),
+        (
+            {"train": {"max_skipped_steps": 0}},
+            "train.max_skipped_steps must be an integer between 1 and .*, got 0",
+        ),
         (
             {"train": {"checkpoints_best_metric": "train/loss"}},
-            r"must be among \['eval/teacher_distance'\], got 'train/l",
+            r"must be among \['eval/teacher_distance'\] or None, got 'train/l",
         ),
         ({"train": {"checkpoints_best_metric": "eval/teacher_distance"}}, "needs validation_prompts, got none"),
         (
@@ -172,18 +181,87 @@ CONFIG = {
             },
             "expected checkpoint_every to be a multiple of validation_every, got 1000 and 1500",
         ),
-        ({"train": {"batch_size": "16"}}, "train.batch_size must be an integer >= 1, got '16'"),
+        ({"train": {"batch_size": "16"}}, "train.batch_size must be an integer between 1 and .*, got '16'"),
         ({"train": {"validation_prompts": "a red apple"}}, "must be a tuple of texts, got 'a red apple'"),
-        ({"train": {"validation_num_inference_steps": 0}}, "validation_num_inference_steps must be an integer >= 1"),
-        ({"train": {"validation_guidance_scale": math.nan}}, "validation_guidance_scale must be finite, got nan"),
-        ({"train": {"max_train_minutes": 0.0}}, "train.max_train_minutes must be > 0 or None, got 0.0"),
-        ({"train": {"profile_steps": 0}}, "train.profile_steps must be an integer >= 1 or None, got 0"),
-        ({"distill": {"num_inference_steps": 0}}, "num_inference_steps must be >= 1, got 0"),
+        ({"train": {"validation_num_inference_steps": 0}}, "validation_num_inference_steps must be an integer"),
+        (
+            {"train": {"validation_guidance_scale": math.nan}},
+            "validation_guidance_scale must be a finite number, got nan",
+        ),
+        ({"train": {"max_train_minutes": 0.0}}, "train.max_train_minutes must be a finite number > 0 or None, got 0.0"),
+        ({"train": {"profile_steps": 0}}, "train.profile_steps must be an integer between 1 and .* or None, got 0"),
+        ({"distill": {"num_inference_steps": 0}}, "num_inference_steps must be an integer between 1 and .*, got 0"),
     ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
         Settings.from_config(CONFIG | change)
+
+
+def plain_type(setting: str) -> tuple[type, bool]:
+    """The type of a setting, as in the docs, and whether it may be None."""
+    section, name = setting.split(".")
+    kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
+    kind = typing.get_type_hints(kinds[section])[name]
+    inner = without_none(kind)
+    return (kind, False) if inner is None else (inner, True)
+
+
+SETTINGS = [name for name in flat(VERSION_0_1_0 | {"train": VERSION_0_1_0["train"] | {"profile_steps": None}})]
+SETTINGS.remove("distill.max_train_steps")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_wrong_value_of_any_setting_is_one_line_that_names_it(setting):
+    kind, optional = plain_type(setting)
+    number = [None, "8", "x", True, [1], {}, math.nan, math.inf, -math.inf, -5, -5.0, 10**400, 10**5000]
+    wrong = {
+        int: [*number, 1.5, 8.0],
+        float: number,
+        bool: [None, "true", 1, 0.0, [True]],
+        str: [None, 1, 1.5, True, ["x"], {}],
+        tuple[str, ...]: [None, "x", 1, [1, 2], ("a", None), {"a": 1}],
+    }[kind]
+    if setting in ("train.validation_guidance_scale", "distill.clip_threshold"):  # any finite number
+        wrong = [value for value in wrong if value not in (-5, -5.0)]
+    section, name = setting.split(".")
+    for value in wrong[1:] if optional else wrong:
+        with pytest.raises(ValueError) as raised:
+            Settings.from_config({**CONFIG, section: CONFIG[section] | {name: value}})
+        message = str(raised.value)
+        assert message.startswith(f"{setting} must be ") and ", got " in message
+        assert len(message) <= 400 and "\n" not in message
+    if optional:
+        settings = Settings.from_config({**CONFIG, section: CONFIG[section] | {name: None}})
+        assert flat(settings.to_dict())[setting] is None
+
+
+@pytest.mark.parametrize(
+    "zero", ["batch_size", "log_every", "checkpoint_every", "max_train_steps", "max_train_minutes"]
+)
+def test_zero_is_refused(zero):
+    with pytest.raises(ValueError, match=f"train.{zero} must be .*, got 0"):
+        Settings.from_config({**CONFIG, "train": {zero: 0}})
+
+
+@pytest.mark.parametrize("config", [None, [], "x", {"train": 1}, {**CONFIG, "train": None}, {**CONFIG, "distill": [1]}])
+def test_sections_that_are_none(config):
+    for read_config in (Settings.from_config, Settings.from_dict):
+        with pytest.raises(ValueError, match="config section"):
+            read_config(config)
+
+
+def test_every_optional_setting_takes_none_and_a_value_from_the_command_line():
+    values = {int: "3", float: "2.5", str: "x"}
+    for setting in optional_settings():
+        kind, _ = plain_type(setting)
+        none, value = f"--config.{setting}=None", f"--config.{setting}={values[kind]}"
+        if setting == "train.checkpoints_best_metric":
+            value = f"--config.{setting}=eval/teacher_distance"
+        assert flat(read("--config", "emoji_tiue", none).to_dict())[setting] is None
+        assert flat(read("--config", "emoji_tiue", value, none).to_dict())[setting] is None
+        assert flat(read("--config", "emoji_tiue", none, value).to_dict())[setting] is not None
+        assert flat(read("--config", "emoji_tiue", *none.split("=")).to_dict())[setting] is None
 
 
 def test_a_longer_run_resumes_only_where_nothing_falls_towards_its_end():

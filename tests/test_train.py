@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,36 @@ def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(model, tmp_path
     assert checkpoints(tmp_path) == [2, 3] and f"saved {tmp_path / 'checkpoints/3'}" in capsys.readouterr().out
 
 
+def test_a_process_goes_on_without_a_reader_saves_for_usr1_and_ends_for_hup(model, tmp_path):
+    log = tmp_path / "log.jsonl"
+    settings = {"train__max_train_steps": 10**6, "train__checkpoint_every": 10**6}
+    argv = [sys.executable, *command(model, tmp_path / "run", **settings), f"--log_json={log}"]
+    env = os.environ | compile_cache(jax.config.jax_compilation_cache_dir)
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=writer, stderr=writer)
+    os.close(writer)
+
+    def wait_until(reached):
+        until = time.monotonic() + 300
+        while not reached():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+
+    def logged():
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    wait_until(lambda: len(logged()) >= 2)
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: (tmp_path / "run" / "checkpoints").exists() and checkpoints(tmp_path / "run"))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(300) == 128 + signal.SIGHUP
+    first, second = checkpoints(tmp_path / "run")
+    assert 2 < first < second == logged()[-1]["step"]
+    assert [row["step"] for row in logged()] == list(range(1, second + 1))
+    assert logged()[0]["train/loss_lora"] > 0 and logged()[0]["perf/images_per_sec"] > 0
+
+
 def test_a_broken_checkpoint_is_passed_over_with_a_flag(whole, model, tmp_path, capsys):
     workdir = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4" / "state")
@@ -198,7 +229,14 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_a_good_che
     assert skipped == {1: 0, 2: 0, 3: 1, 4: 2}
 
 
-def test_a_time_limit_ends_a_run_with_everything_it_leaves(model, tmp_path):
+def test_a_time_limit_ends_a_run_with_everything_it_leaves(model, tmp_path, monkeypatch):
+    close = MetricsWriter.__exit__
+
+    def sigterm_and_close(self, *exception):
+        signal.raise_signal(signal.SIGTERM)  # while the run closes its files, it has no effect
+        close(self, *exception)
+
+    monkeypatch.setattr(MetricsWriter, "__exit__", sigterm_and_close)
     assert train.main(command(model, tmp_path, train__max_train_minutes=1e-6, train__max_train_steps=1000)) == 0
     assert checkpoints(tmp_path) == [1] and (tmp_path / "student" / "tiue_config.json").is_file()
 

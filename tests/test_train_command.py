@@ -19,8 +19,11 @@ def model(tmp_path_factory):
         ({"train__batch_siz": 8}, "batch_siz"),
         ({"train__batch_size": "many"}, "--config.train.batch_size=many"),
         ({"train__mesh_data": 3}, "mesh axes must multiply to the number of devices"),
-        ({"train__checkpoints_total_limit": 0}, "checkpoints_total_limit must be >= 1"),
-        ({"distill__num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
+        ({"train__checkpoints_total_limit": 0}, "checkpoints_total_limit must be an integer between 1 and"),
+        ({"distill__num_inference_steps": 0}, "num_inference_steps must be an integer between 1 and 2147483647, got 0"),
+        ({"train__validation_prompts": "(1, 2)"}, "train.validation_prompts must be a tuple of texts, got (1, 2)"),
+        ({"train__validation_prompts": "None"}, "train.validation_prompts must be a tuple of texts, got (None,)"),
+        ({"train__max_train_minutes": "inf"}, "train.max_train_minutes must be a finite number > 0 or None, got inf"),
         ({"distill__num_inference_steps": 1001}, "must be between 1 and 1000, got 1001"),
         ({"distill__clip_weight": 0.1}, "needs model.clip_model_name_or_path, got None"),
         ({"model__pretrained_model_name_or_path": "./no-such-model"}, "unknown model './no-such-model'"),
@@ -31,7 +34,7 @@ def test_bad_settings_are_one_line_and_exit_status_2(model, tmp_path, capsys, ch
     assert train.main(command(model, tmp_path / "run", **changed)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """`train.py` as one of several processes. The arguments are those of train.py, and perhaps one more at the end:
 
---preempt   process 1 gets SIGTERM before the batch of step 4
+--preempt   process 1 gets SIGUSR1 before the batch of step 2, and SIGTERM before the batch of step 4
 --kill      process 1 is killed there
 --stale     this process sees another list of checkpoints, as a network file system may show it to one host
 """
@@ -29,6 +29,8 @@ def end_process_1(end: signal.Signals) -> None:
         calls += 1
         if calls > LAST_STEP:
             time.sleep(0.5)  # a step takes half a second from here on: jax needs a second or two to agree on the last
+        if calls == 2 and end == signal.SIGTERM and "--process_id=1" in sys.argv:
+            os.kill(os.getpid(), signal.SIGUSR1)
         if calls == LAST_STEP + 1 and "--process_id=1" in sys.argv:
             os.kill(os.getpid(), end)
         return place_rows(*args)

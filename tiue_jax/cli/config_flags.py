@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from tiue_jax import recipes
 from tiue_jax.cli.command_line import require
-from tiue_jax.training.settings import Settings
+from tiue_jax.training.settings import Settings, optional_settings
 
 RECIPES = Path(recipes.__file__).parent
 
@@ -33,6 +33,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
         ValueError, OSError: one line on what is wrong with the command line, the config file or a setting.
     """
     argv = [_with_recipe_path(argument, before) for before, argument in zip(["", *argv], argv, strict=False)]
+    argv, empty = _without_none(argv)
     described = f"a recipe, by name ({', '.join(recipe_names())}) or as a file; it is Python code that is run"
     config_flags.DEFINE_config_file("config", None, described, flag_values=values, sys_argv=argv)
     try:
@@ -50,7 +51,39 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
     file = config_flags.get_config_filename(values["config"])
     if not Path(file).is_file():
         raise FileNotFoundError(f"no config file at {file}; recipes with a name: {', '.join(recipe_names())}")
-    return Settings.from_config(values.config.to_dict())
+    config = values.config.to_dict()
+    for section, name in empty:
+        if section in config:
+            config[section][name] = None
+    return Settings.from_config(config)
+
+
+def _without_none(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.section.name=None` out of a command line, for the settings that may be None.
+
+    The parsers of ml_collections would refuse it for a number, and take it for a text. If a setting is given more than
+    once, the last value counts.
+
+    Returns:
+        The other arguments, and the section and name of each setting that is None.
+    """
+    optional = {f"--config.{name}": name for name in optional_settings()}
+    kept: list[str] = []
+    empty: dict[str, bool] = {}
+    at = 0
+    while at < len(argv):
+        flag, equals, value = argv[at].partition("=")
+        flag = "-" + flag if re.match("-[^-]", flag) else flag
+        taken = argv[at : at + 1] if equals else argv[at : at + 2]
+        if flag in optional and (equals or len(taken) == 2):
+            is_none = (value if equals else taken[1]) == "None"
+            empty[optional[flag]] = is_none
+            kept += [] if is_none else taken
+            at += len(taken)
+        else:
+            kept.append(argv[at])
+            at += 1
+    return kept, [(name.split(".")[0], name.split(".")[1]) for name, is_none in empty.items() if is_none]
 
 
 def _with_recipe_path(argument: str, before: str) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.weights import hub
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.out}: text embeddings {list(made.null.shape)} of {len(prompts):,} prompts"
 
 
+@protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     args = parse(argv)

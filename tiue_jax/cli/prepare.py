@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompts import describe
 
@@ -28,6 +29,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
+@protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     args = parse(argv)

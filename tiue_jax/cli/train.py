@@ -15,17 +15,24 @@ Kubernetes the processes find each other. Elsewhere, add `--coordinator_address=
 --process_id=0`, with process ids from 0 to N - 1. If the newest checkpoint is broken, `--allow_older` resumes from the
 one before.
 
+In a terminal the run shows a bar. Otherwise it prints a line per logged step. `--log_json FILE` appends one JSON object
+a logged step to a file, for programs that collect logs.
+
 Exit status:
     0    done
     1    an unexpected error, or another process is gone
     2    a wrong setting, file or folder, or settings that differ between the processes
     3    too many steps in a row whose loss or gradient was not finite
     4    a checkpoint, or a file of `tensorboard/`, could not be written, as on a full disk; the last good one is kept
+    129  stopped by SIGHUP, as when a terminal is closed
     130  stopped by SIGINT (Ctrl-C)
     143  stopped by SIGTERM, which a cluster sends before it takes a machine back; or any stop of several processes
 
-After 130 and 143 the same command resumes the run, from a checkpoint of the last step if one step was done. A second
-Ctrl-C stops at once and saves nothing. A second SIGTERM changes nothing.
+After 129, 130 and 143 the same command resumes the run, from a checkpoint of the last step if one step was done. A
+second Ctrl-C stops at once and saves nothing. A second SIGTERM or SIGHUP changes nothing. `nohup` ignores SIGHUP.
+
+SIGUSR1 saves a checkpoint, and the run goes on. Several processes save at the next logged step after any of them got
+the signal. Output that cannot be written, since its reader is gone or the disk is full, does not stop the run.
 """
 
 import contextlib
@@ -37,18 +44,16 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 from tiue_jax import compile_cache, sharding
-from tiue_jax.cli import config_flags
+from tiue_jax.cli import config_flags, output
 from tiue_jax.cli.command_line import BAD_INPUT, print_error, require
+from tiue_jax.cli.output import say
 from tiue_jax.convert.card import Training
 from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
@@ -77,6 +82,7 @@ CUT_PROMPT_WARNINGS = 5
 def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     """Trains as the command line says, and returns the exit status. Errors as in `main`."""
     # ---- start ----------------------------------------------------------------------------------------------------
+    stop = stack.enter_context(StopRequest())  # first, so that it handles signals until all else is closed
     settings = arguments.settings
     train, config = settings.train, settings.distill
     distributed.initialize(*arguments.processes)
@@ -84,6 +90,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         compile_cache.enable()
     else:
         compile_cache.disable()
+    json_log = stack.enter_context(output.JsonLog(arguments.log_json))
     workdir = stack.enter_context(Workdir(arguments.workdir))
     check_writable(workdir.local / "student", overwrite=True)  # before the training and not after it
 
@@ -155,8 +162,8 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         if train.validation_prompts:
             preview = Preview(teacher.folder, settings)
     distributed.barrier("before the first step")  # process 0 has sampled the teacher
-    bar = stack.enter_context(progress_bar(start, train.max_train_steps))
-    stop = stack.enter_context(StopRequest(train.max_train_minutes))
+    progress = stack.enter_context(output.RunProgress(start, train.max_train_steps, json_log))
+    stop.listen(train.max_train_minutes)
     profile = stack.enter_context(StepProfile(workdir.local / "tensorboard", train.profile_steps))
     in_flight = 1 if jax.default_backend() == "cpu" else STEPS_IN_FLIGHT
     running: deque[Metrics] = deque()  # of the steps in flight
@@ -176,7 +183,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         profile.after_step(metrics)
         running.append(metrics)
         done += 1
-        bar.update()
+        progress.step()
 
         stopped = stop.reached(done)
         last = stopped or done == train.max_train_steps
@@ -188,14 +195,16 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
 
         if log_now:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            rate = train.batch_size * (done - logged) / (time.monotonic() - logged_at)
+            rate = (done - logged) / (time.monotonic() - logged_at)
             writer.scalars(done, {f"train/{name}": value for name, value in values.items()})
-            writer.scalars(done, {"perf/images_per_sec": rate})
-            ends = "" if stop.minutes_left is None else f", ends in {stop.minutes_left:.1f} min"
-            bar.set_postfix_str(f"loss_vsd {values['loss_vsd']:.3g}, loss_lora {values['loss_lora']:.3g}{ends}")
+            writer.scalars(done, {"perf/images_per_sec": train.batch_size * rate})
+            progress.logged(done, values, rate, train.batch_size, stop.minutes_left)
             skipped = check_finite(values, done, skipped, train.max_skipped_steps, checkpoints)
             checkpoints.check()
             logged, logged_at = done, time.monotonic()
+        if stop.save_requested(all_meet=log_now):
+            save_now = True
+            say(f"step {done}: saving, as SIGUSR1 asked")
         evaluated = {}
         if validate_now:
             paused = time.monotonic()
@@ -208,6 +217,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
             distributed.barrier(f"images of step {done}")
             evaluated = {"eval/teacher_distance": distributed.from_process_0(distance)}
             writer.scalars(done, evaluated)
+            json_log.write({"step": done} | evaluated)
             logged_at += time.monotonic() - paused
         if save_now:
             checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated)
@@ -215,7 +225,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
             workdir.publish()
 
     # ---- end ------------------------------------------------------------------------------------------------------
-    bar.close()
+    progress.close()
     checkpoints.wait()
     if stopped and (cause := stop.cause()):
         say(f"stopped by {cause.name}: saved {checkpoints.folder / str(done)}, resume with the same command")
@@ -235,6 +245,7 @@ class Arguments(NamedTuple):
     print_config: bool  # print the settings and end
     workdir: str
     allow_older: bool  # resume from an older checkpoint if the newest is broken
+    log_json: str | None  # a file of JSON lines to append to
     keep_compiled: bool  # in the user's cache
     processes: tuple[str | None, int | None, int | None]  # address of the coordinator, number of processes, process id
 
@@ -247,6 +258,7 @@ def read_flags(argv: Sequence[str]) -> Arguments:
     flags.DEFINE_bool(
         "allow_older", False, "If the newest checkpoint is broken, resume from an older one.", flag_values=values
     )
+    flags.DEFINE_string("log_json", None, "A file that gets a JSON line per logged step.", flag_values=values)
     flags.DEFINE_bool("no_compile_cache", False, "Compile again, and keep nothing in the cache.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", flag_values=values)
@@ -254,11 +266,14 @@ def read_flags(argv: Sequence[str]) -> Arguments:
     settings = config_flags.parse(argv, values, required=("config",))
     if not values.print_config:
         require(values, "workdir")
+    if values["log_json"].present:
+        require(values, "log_json")
     return Arguments(
         settings=settings,
         print_config=values.print_config,
         workdir=values.workdir,
         allow_older=values.allow_older,
+        log_json=values.log_json,
         keep_compiled=not values.no_compile_cache,
         processes=(values.coordinator_address, values.num_processes, values.process_id),
     )
@@ -324,17 +339,7 @@ def limit_warnings(name: str, count: int) -> Iterator[None]:
         logging.getLogger(name).removeFilter(allow)
 
 
-def progress_bar(start: int, total: int) -> tqdm:
-    """A bar with steps done, steps per second and the time left; on process 0."""
-    return tqdm(initial=start, total=total, unit="step", dynamic_ncols=True, disable=jax.process_index() > 0)
-
-
-def say(message: str | Table, file: TextIO | None = None) -> None:
-    """Prints a line or a table on process 0."""
-    if jax.process_index() == 0:
-        Console(file=file, markup=False, highlight=False, emoji=False, soft_wrap=True).print(message)
-
-
+@output.protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit status. An error is one line on stderr; an unexpected one, a traceback."""
     if {"-h", "--help"} & set(argv):

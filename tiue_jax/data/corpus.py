@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tiue_jax import files
 from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
+from tiue_jax.progress import PromptProgress
 from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
@@ -65,10 +64,12 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
         )
         writer = tfds.core.SequentialWriter(info, PROMPTS_PER_SHARD, file_format="array_record")
         writer.initialize_splits([SPLIT])
-        prompts = iter(tqdm(reader, unit=" prompts", dynamic_ncols=True, disable=None))  # None: only in a terminal
-        while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
-            with files.runtime_errors_as_os_errors(out):
-                writer.add_examples({SPLIT: chunk})
+        prompts = iter(reader)
+        with PromptProgress() as progress:
+            while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
+                with files.runtime_errors_as_os_errors(out):
+                    writer.add_examples({SPLIT: chunk})
+                progress.update(len(chunk))
         sources = [str(path) for path in paths]
         info.metadata.update(
             fingerprint=reader.fingerprint, dropped=reader.dropped, sources=sources, field=field, split=split

@@ -21,11 +21,11 @@ import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from tiue_jax import files, sharding
 from tiue_jax.data.prompts import PathLike, PromptSource
 from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.progress import PromptProgress
 from tiue_jax.weights import pipeline_folder
 
 MANIFEST = "embeddings.json"
@@ -117,11 +117,12 @@ def write(
         target.mkdir(parents=True, exist_ok=True)
         files.write_json(target / MANIFEST, manifest)
     shards = _shards(target, manifest)
-    with tqdm(total=len(prompts), unit=" prompts", dynamic_ncols=True, disable=None) as bar:
+    with PromptProgress(len(prompts)) as progress:
         for path, wanted in shards.items():
-            if not _is_whole(path, len(wanted)):
-                _write_shard(path, wanted, prompts, encode, null, batch_size, bar)
-            bar.update(min(wanted.stop, len(prompts)) - bar.n)
+            if _is_whole(path, len(wanted)):
+                progress.update(min(wanted.stop, len(prompts)) - wanted.start, found=True)
+            else:
+                _write_shard(path, wanted, prompts, encode, null, batch_size, progress)
     return Embeddings(folder, key)
 
 
@@ -172,7 +173,7 @@ def _write_shard(
     encode: Encode,
     null: np.ndarray,
     batch_size: int,
-    bar: tqdm,
+    progress: PromptProgress,
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -186,7 +187,7 @@ def _write_shard(
             with files.runtime_errors_as_os_errors(path):
                 for embedding in embeddings:
                     writer.write(embedding.tobytes())
-            bar.update(len(batch))
+            progress.update(len(batch))
         with files.runtime_errors_as_os_errors(path):
             if wanted.stop > len(prompts):
                 writer.write(null[0].tobytes())

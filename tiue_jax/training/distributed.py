@@ -83,6 +83,11 @@ def all_agree(fact: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(fact)).all())
 
 
+def any_says(fact: bool) -> bool:
+    """Says whether `fact` is true on at least one process. All must call it."""
+    return not all_agree(not fact)
+
+
 def from_process_0(value: float) -> float:
     """The value of process 0, rounded to float32 if there are several processes. All must call it."""
     if jax.process_count() == 1:

@@ -5,10 +5,9 @@ ml_collections config.
 """
 
 import dataclasses
-import math
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,30 @@ from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import SPACINGS
 from tiue_jax.sharding import REPLICATE_BELOW
 from tiue_jax.training import losses, optim
+from tiue_jax.training.checked_fields import Range, check_fields, one_of, shown, without_none
 
 # Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
 EVAL_METRICS = {"eval/teacher_distance": "min"}
 COMPUTE_DTYPES = ("float32", "bfloat16")
+
+_INT32 = 2**31 - 1  # the counters of steps are int32 on the devices
+Count = Annotated[int, Range(1, _INT32)]
+AtLeastZero = Annotated[int, Range(0, _INT32)]
+Positive = Annotated[float, Range(0, above_low=True)]
+Weight = Annotated[float, Range(0)]
+GuidanceScale = Annotated[float, Range(1)]
+Fraction = Annotated[float, Range(0, 1, below_high=True)]
+Schedule = Annotated[str, one_of(optim.LEARNING_RATE_SCHEDULES)]
+Spacing = Annotated[str, one_of(SPACINGS)]
+Weighting = Annotated[str, one_of(losses.TIMESTEP_WEIGHTINGS)]
+ComputeDtype = Annotated[str, one_of(COMPUTE_DTYPES)]
+Remat = Annotated[str, one_of(list(REMAT_POLICIES))]
+Size = Annotated[int, Range(1, 65_536)]
+
+
+def _list_as_tuple(value: Any) -> Any:
+    """A list, which JSON has for a tuple, as a tuple. Other values as they are."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +62,9 @@ class ModelConfig:
     clip_model_name_or_path: str | None = None
     tiny_vae_name_or_path: str | None = None
 
+    def __post_init__(self):
+        check_fields(self, "model")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -59,6 +81,9 @@ class DataConfig:
     prompts: str
     field: str | None = None
     embeddings: str | None = None
+
+    def __post_init__(self):
+        check_fields(self, "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +104,7 @@ class TrainConfig:
         checkpoints_best_metric: also keep the best checkpoint by this metric, one of EVAL_METRICS; None keeps none.
             A training loss cannot be chosen: L_vsd starts at 0 and says nothing about quality.
         max_skipped_steps: stop after this many steps in a row whose loss or gradient is not finite. Such steps make no
-            update. They are counted when something is logged.
+            update.
         validation_every: steps between grids that show the student's images above the teacher's.
         validation_prompts: the prompts of the grids; without any there are no grids.
         validation_num_inference_steps: the teacher's DDIM steps in the grids.
@@ -90,53 +115,29 @@ class TrainConfig:
         mesh_replicate_frozen: every device holds the whole teacher and text encoder, so that they are never gathered.
     """
 
-    seed: int = 0
-    batch_size: int = 64
-    max_train_steps: int = 66_500
-    max_train_minutes: float | None = None
-    log_every: int = 50
-    profile_steps: int | None = None
-    checkpoint_every: int = 1_000
-    checkpoints_total_limit: int | None = 3
-    checkpoints_best_metric: str | None = None
-    max_skipped_steps: int = 10
-    validation_every: int = 1_000
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    batch_size: Count = 64
+    max_train_steps: Count = 66_500
+    max_train_minutes: Positive | None = None
+    log_every: Count = 50
+    profile_steps: Count | None = None
+    checkpoint_every: Count = 1_000
+    checkpoints_total_limit: Count | None = 3
+    checkpoints_best_metric: Annotated[str, one_of(list(EVAL_METRICS))] | None = None
+    max_skipped_steps: Count = 10
+    validation_every: Count = 1_000
     validation_prompts: tuple[str, ...] = ()
-    validation_num_inference_steps: int = 25
+    validation_num_inference_steps: Count = 25
     validation_guidance_scale: float = 7.5
-    mesh_data: int = -1
-    mesh_fsdp: int = 1
-    mesh_replicate_below: int = REPLICATE_BELOW
+    mesh_data: Annotated[int, Range(-1, _INT32)] = -1
+    mesh_fsdp: Annotated[int, Range(-1, _INT32)] = 1
+    mesh_replicate_below: AtLeastZero = REPLICATE_BELOW
     mesh_replicate_frozen: bool = False
 
     def __post_init__(self):
-        prompts: Any = self.validation_prompts
-        if isinstance(prompts, str):
-            raise ValueError(f"train.validation_prompts must be a tuple of texts, got {prompts!r}")
-        object.__setattr__(self, "validation_prompts", tuple(prompts))
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train.seed must be between 0 and {2**32 - 1}, got {self.seed}")
-        for name in (
-            "batch_size",
-            "max_train_steps",
-            "max_skipped_steps",
-            "log_every",
-            "checkpoint_every",
-            "validation_every",
-            "validation_num_inference_steps",
-        ):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"train.{name} must be an integer >= 1, got {value!r}")
-        if self.profile_steps is not None and (type(self.profile_steps) is not int or self.profile_steps < 1):
-            raise ValueError(f"train.profile_steps must be an integer >= 1 or None, got {self.profile_steps!r}")
-        if not math.isfinite(self.validation_guidance_scale):
-            raise ValueError(f"train.validation_guidance_scale must be finite, got {self.validation_guidance_scale}")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            limit = self.checkpoints_total_limit
-            raise ValueError(f"train.checkpoints_total_limit must be >= 1 or None, got {limit}")
+        object.__setattr__(self, "validation_prompts", _list_as_tuple(self.validation_prompts))
+        check_fields(self, "train")
         if (metric := self.checkpoints_best_metric) is not None:
-            if metric not in EVAL_METRICS:
-                raise ValueError(f"train.checkpoints_best_metric must be among {list(EVAL_METRICS)}, got {metric!r}")
             if not self.validation_prompts:
                 raise ValueError(f"train.checkpoints_best_metric = {metric!r} needs validation_prompts, got none")
             if self.checkpoint_every % self.validation_every:
@@ -145,8 +146,6 @@ class TrainConfig:
                     f"train.checkpoints_best_metric = {metric!r} needs a validation at each checkpoint: expected "
                     f"checkpoint_every to be a multiple of validation_every, got {every_two}"
                 )
-        if self.max_train_minutes is not None and not self.max_train_minutes > 0:
-            raise ValueError(f"train.max_train_minutes must be > 0 or None, got {self.max_train_minutes}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,69 +156,50 @@ class DistillConfig:
         ValueError: a setting out of its range, with its name, its value and what was expected.
     """
 
-    num_inference_steps: int = 4  # K, the number of decoder passes
-    timestep_spacing: str = "leading"  # or "trailing", "linspace"; with "leading" the last pass weighs almost nothing
-    teacher_guidance_scale: float = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
-    lora_guidance_scale: float = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
-    min_timestep: int = 20  # the first timestep at which the teachers are compared
-    max_timestep: int = 980  # the last timestep at which the teachers are compared
-    timestep_weighting: str = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
-    lora_rank: int = 64
-    lora_alpha: float = 108.0  # the adapters' scale is alpha / rank
+    num_inference_steps: Count = 4  # K, the number of decoder passes
+    timestep_spacing: Spacing = "leading"  # or "trailing", "linspace"; the last pass of "leading" weighs almost nothing
+    teacher_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
+    lora_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
+    min_timestep: AtLeastZero = 20  # the first timestep at which the teachers are compared
+    max_timestep: AtLeastZero = 980  # the last timestep at which the teachers are compared
+    timestep_weighting: Weighting = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
+    lora_rank: Size = 64
+    lora_alpha: Positive = 108.0  # the adapters' scale is alpha / rank
     lora_targets: tuple[str, ...] = ("to_q", "to_v")  # ends of the names of linear and convolution layers, as in peft
-    kl_weight: float = 0.1  # lambda_kl; 0 leaves the term out
-    kl_batch_size: float = 8.0  # the KL term is its mean over the batch times this number, see losses.kl
-    clip_weight: float = 0.0  # of L_clip at step 0, from where it falls linearly to 0; 0 leaves the term out
-    clip_decay_steps: int | None = None  # the step at which the weight of L_clip is 0; None is max_train_steps
+    kl_weight: Weight = 0.1  # lambda_kl; 0 leaves the term out
+    kl_batch_size: Positive = 8.0  # the KL term is its mean over the batch times this number, see losses.kl
+    clip_weight: Weight = 0.0  # of L_clip at step 0, from where it falls linearly to 0; 0 leaves the term out
+    clip_decay_steps: Count | None = None  # the step at which the weight of L_clip is 0; None is max_train_steps
     clip_threshold: float = 0.35  # tau: the similarity above which L_clip is 0
     clip_normalize: bool = True  # apply CLIP's mean and standard deviation to its images; the reference does not
-    text_dropout: float = 0.1  # probability that the LoRA teacher's update uses the null prompt, for the whole batch
-    ema_decay: float = 0.9999  # upper limit of the moving average's decay; 0 makes it a copy of the weights
-    student_learning_rate: float = 1e-6
-    student_learning_rate_schedule: str = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
-    lora_learning_rate: float = 1e-3
-    lora_learning_rate_schedule: str = "constant"  # see student_learning_rate_schedule
-    warmup_steps: int = 0  # linear warm-up of both learning rates
-    max_train_steps: int | None = None  # a recipe does not set it: it is train.max_train_steps
-    max_grad_norm: float = 1.0  # global norm to which each of the two gradients is clipped
-    adam_b1: float = 0.9
-    adam_b2: float = 0.999
-    adam_eps: float = 1e-8
-    compute_dtype: str = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
-    gradient_accumulation_steps: int = 1  # micro-batches that a batch is split into, computed one after the other
-    remat: str = "none"  # activations that the backward pass computes again: see models.unet.REMAT_POLICIES
-    latent_size: int | None = None  # height and width of the latents; None is the UNet's sample_size
+    text_dropout: Fraction = 0.1  # probability that the LoRA teacher's update uses the null prompt, for the whole batch
+    ema_decay: Fraction = 0.9999  # upper limit of the moving average's decay; 0 makes it a copy of the weights
+    student_learning_rate: Positive = 1e-6
+    student_learning_rate_schedule: Schedule = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
+    lora_learning_rate: Positive = 1e-3
+    lora_learning_rate_schedule: Schedule = "constant"  # see student_learning_rate_schedule
+    warmup_steps: AtLeastZero = 0  # linear warm-up of both learning rates
+    max_train_steps: Count | None = None  # a recipe does not set it: it is train.max_train_steps
+    max_grad_norm: Positive = 1.0  # global norm to which each of the two gradients is clipped
+    adam_b1: Fraction = 0.9
+    adam_b2: Fraction = 0.999
+    adam_eps: Positive = 1e-8
+    compute_dtype: ComputeDtype = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
+    gradient_accumulation_steps: Count = 1  # micro-batches that a batch is split into, computed one after the other
+    remat: Remat = "none"  # activations that the backward pass computes again: see models.unet.REMAT_POLICIES
+    latent_size: Size | None = None  # height and width of the latents; None is the UNet's sample_size
 
     def __post_init__(self):
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name, known in (
-            ("timestep_spacing", SPACINGS),
-            ("timestep_weighting", losses.TIMESTEP_WEIGHTINGS),
-            ("student_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
-            ("lora_learning_rate_schedule", optim.LEARNING_RATE_SCHEDULES),
-            ("compute_dtype", COMPUTE_DTYPES),
-            ("remat", REMAT_POLICIES),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be among {list(known)}, got {getattr(self, name)!r}")
-        at_least = dict.fromkeys(("min_timestep", "kl_weight", "clip_weight", "warmup_steps"), 0)
-        at_least |= dict.fromkeys(("num_inference_steps", "gradient_accumulation_steps"), 1)
-        at_least |= dict.fromkeys(("teacher_guidance_scale", "lora_guidance_scale"), 1)
-        optional = ("clip_decay_steps", "max_train_steps", "latent_size")
-        at_least |= {name: 1 for name in optional if getattr(self, name) is not None}
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} must be >= {lowest}, got {getattr(self, name)}")
-        for name in ("kl_batch_size", "max_grad_norm", "adam_eps", "student_learning_rate", "lora_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("text_dropout", "ema_decay", "adam_b1", "adam_b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        object.__setattr__(self, "lora_targets", _list_as_tuple(self.lora_targets))
+        check_fields(self, "distill")
         if not self.max_timestep >= self.min_timestep:
-            raise ValueError(f"max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}")
+            raise ValueError(
+                f"distill.max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}"
+            )
         if self.clip_weight and not (self.clip_decay_steps or self.max_train_steps):
-            raise ValueError(f"clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither")
+            raise ValueError(
+                f"distill.clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither"
+            )
         self.learning_rates()  # raises ValueError on a wrong rate or schedule
         LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank or target
 
@@ -280,9 +260,12 @@ class Settings:
             ValueError: naming the sections or settings that are missing, unknown or out of range.
         """
         sections: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(config) != set(sections):
-            raise ValueError(f"expected the config sections {sorted(sections)}, got {sorted(config)}")
+        if not isinstance(config, Mapping) or set(config) != set(sections):
+            got = sorted(map(str, config)) if isinstance(config, Mapping) else shown(config)
+            raise ValueError(f"expected the config sections {sorted(sections)}, got {got}")
         for name, section in config.items():
+            if not isinstance(section, Mapping):
+                raise ValueError(f"the config section {name!r} must hold settings, got {shown(section)}")
             fields = [field for field in dataclasses.fields(sections[name]) if (name, field.name) != _DERIVED]
             if unknown := sorted(set(section) - {field.name for field in fields}):
                 raise ValueError(f"unknown settings {unknown} in section {name!r}")
@@ -300,6 +283,8 @@ class Settings:
         A setting that was added later, and so is not in an old file, gets its default. ValueError as `from_config`.
         """
         section, derived = _DERIVED
+        if not isinstance(config, Mapping) or not isinstance(config.get(section, {}), Mapping):
+            return cls.from_config(config)  # which raises
         given = {name: value for name, value in config.get(section, {}).items() if name != derived}
         return cls.from_config({**config, section: given})
 
@@ -314,8 +299,8 @@ class Settings:
 def default_config() -> ml_collections.ConfigDict:
     """Every setting with its default, in the sections of Settings. A recipe changes it and returns it.
 
-    The config is locked: a setting that does not exist cannot be set. A setting without a default, and one whose
-    default is None, is an empty placeholder of its type, so that a command line can set it. `distill.max_train_steps`
+    The config is locked: a setting that does not exist cannot be set. A setting without a default, and one that may be
+    None, is a reference of its type, so that a command line can set it to a value or to None. `distill.max_train_steps`
     is left out, since it is always `train.max_train_steps`.
     """
     config = ml_collections.ConfigDict()
@@ -327,12 +312,23 @@ def default_config() -> ml_collections.ConfigDict:
             if (section.name, field.name) == _DERIVED:
                 continue
             value = None if field.default is dataclasses.MISSING else field.default
-            if value is None:
-                optional_of = typing.get_args(types[field.name])  # (int, NoneType) of `int | None`
-                value = config_dict.placeholder(optional_of[0] if optional_of else types[field.name])
+            optional_of = without_none(types[field.name])
+            if value is None or optional_of is not None:
+                kind = types[field.name] if optional_of is None else optional_of
+                value = config_dict.FieldReference(value, field_type=kind)
             values[field.name] = value
         config[section.name] = ml_collections.ConfigDict(values)
     return config.lock()
+
+
+def optional_settings() -> list[str]:
+    """The settings that may be None, with dots: "train.checkpoints_total_limit" and others."""
+    return [
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(Settings)
+        for name, kind in typing.get_type_hints(section.type).items()
+        if without_none(kind) is not None and (section.name, name) != _DERIVED
+    ]
 
 
 def student_sampling(settings: Settings) -> Sampling:

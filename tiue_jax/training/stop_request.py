@@ -1,6 +1,6 @@
-"""Requests to end a run early: a signal, a notice from the cloud, or a time limit.
+"""Requests to end a run early or to save: signals, a notice from the cloud, or a time limit.
 
-All processes of a run end after the same step.
+All processes of a run end, or save, after the same step.
 """
 
 import contextlib
@@ -16,37 +16,38 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from tiue_jax.training.distributed import from_process_0
+from tiue_jax.training.distributed import any_says, from_process_0
 
 MACHINE = Path("/sys/class/dmi/id/product_name")
 PREEMPTED = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
 
 
 class StopRequest:
-    """Collects requests to end a run early; a context manager.
+    """Collects requests to end a run early or to save a checkpoint; a context manager.
 
-    A request is SIGINT (Ctrl-C) or SIGTERM at any process, Compute Engine's notice that it takes the machine back, or a
-    time limit by the clock of process 0. A cluster that takes a machine back sends SIGTERM, perhaps many times. With
-    one process, the run ends after the step in progress. With several, jax tells all processes and chooses a step that
-    none has passed. A second Ctrl-C ends the process at once. A second SIGTERM changes nothing.
+    A request to end is SIGINT (Ctrl-C), SIGTERM or SIGHUP (a terminal that is closed) at any process, Compute Engine's
+    notice that it takes the machine back, or a time limit by the clock of process 0. A cluster that takes a machine
+    back sends SIGTERM, perhaps many times. With one process, the run ends after the step in progress. With several, jax
+    tells all processes and chooses a step that none has passed. A second Ctrl-C ends the process at once. A second
+    SIGTERM or SIGHUP changes nothing. SIGHUP stays ignored if it was, as `nohup` does.
+
+    SIGUSR1 at any process asks for a checkpoint.
+
+    Requests count from `listen` on. The signals are handled until the context ends, so that none of them ends the
+    process while the run closes its files. Before `listen`, SIGUSR1 is ignored and the other signals act at once.
     """
 
-    def __init__(self, minutes: float | None = None):
-        """Sets the time limit, `minutes` from now; None sets none."""
-        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    def __init__(self) -> None:
+        self._deadline: float | None = None
+        self._several = False
         self._received: list[int] = []
         self._before: dict[int, Any] = {}
         self._time_is_up = False
+        self._save = False
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        self._several = jax.distributed.is_initialized()
-        # If jax.distributed is initialized, even with one process, jax handles SIGTERM. It must keep its handler.
-        handled = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
-        for number in handled:
-            self._before[number] = signal.signal(number, self._remember)
-        self._ended = threading.Event()
-        if MACHINE.is_file() and MACHINE.read_text().startswith("Google"):
-            threading.Thread(target=watch_preemption, args=(self._ended,), daemon=True).start()
+        self._handle(signal.SIGUSR1, signal.SIG_IGN)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -54,12 +55,44 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def listen(self, minutes: float | None = None) -> None:
+        """Begins to collect requests. Sets the time limit, `minutes` from now; None sets none."""
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._several = jax.distributed.is_initialized()
+        self._handle(signal.SIGINT, self._remember)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._handle(signal.SIGHUP, self._remember)
+        # If jax.distributed is initialized, even with one process, jax handles SIGTERM. It must keep its handler.
+        if not self._several:
+            self._handle(signal.SIGTERM, self._remember)
+        self._handle(signal.SIGUSR1, self._remember_to_save)
+        if MACHINE.is_file() and MACHINE.read_text().startswith("Google"):
+            threading.Thread(target=watch_preemption, args=(self._ended,), daemon=True).start()
+
+    def _handle(self, number: int, handler: Any) -> None:
+        before = signal.signal(number, handler)
+        self._before.setdefault(number, before)
+
     def _remember(self, number: int, frame: Any) -> None:
         self._received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
         if self._several:
             signal.raise_signal(signal.SIGTERM)
+
+    def _remember_to_save(self, number: int, frame: Any) -> None:
+        self._save = True
+
+    def save_requested(self, all_meet: bool) -> bool:
+        """Says whether a checkpoint was asked for since the last call that answered: the same on all processes.
+
+        With several processes it answers only if `all_meet`, which must be the same on all of them. Then all must call
+        it, and they communicate. Otherwise it returns False.
+        """
+        if self._several and not all_meet:
+            return False
+        mine, self._save = self._save, False
+        return any_says(mine)
 
     @property
     def minutes_left(self) -> float | None:
