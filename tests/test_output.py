@@ -11,8 +11,8 @@ from datetime import datetime
 
 import pytest
 
-from tiue_jax import progress
 from tiue_jax.cli import output
+from tiue_jax.data import progress
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 

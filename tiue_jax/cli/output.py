@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from tiue_jax.progress import clock, duration
+from tiue_jax.data.progress import clock, duration
 
 
 class LenientStream:

@@ -13,8 +13,8 @@ from typing import Any
 
 from tiue_jax import files
 from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
+from tiue_jax.data.progress import PromptProgress
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
-from tiue_jax.progress import PromptProgress
 from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"

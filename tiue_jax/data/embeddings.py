@@ -23,9 +23,9 @@ import numpy as np
 from etils import epath
 
 from tiue_jax import files, sharding
+from tiue_jax.data.progress import PromptProgress
 from tiue_jax.data.prompts import PathLike, PromptSource
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.progress import PromptProgress
 from tiue_jax.weights import pipeline_folder
 
 MANIFEST = "embeddings.json"
