@@ -15,7 +15,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 # Primitives that run their jaxpr once.
 _CALLS = frozenset(
-    "jit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vmap_call run_state".split()
+    "jit closed_call core_call remat2 checkpoint custom_jvp_call custom_vjp_call custom_vmap_call run_state "
+    "eval_jaxpr".split()  # jax 0.12 traces jax.checkpoint to it
 )
 
 
