@@ -95,7 +95,7 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "the folder to write: program, weights, tokenizer, sampler.py (required)", **add)
     flags.DEFINE_enum("sampler", None, list(SAMPLERS), "the sampler (default: the model's)", **add)
     flags.DEFINE_integer("num_inference_steps", None, "number of steps, K of a student (default: the model's)", **add)
-    guidance = "guidance scale of a call that does not give one; 1 compiles no guidance (default: the model's)"
+    guidance = "guidance scale of a call that does not give one; up to 1 compiles no guidance (default: the model's)"
     flags.DEFINE_float("guidance_scale", None, guidance, **add)
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "spacing of the steps (default: the model's)", **add)
     keys = "for faster_diffusion: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
