@@ -144,8 +144,9 @@ def define_import(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     base = "a model that supplies the tokenizer and the configurations (default: the published model like the file)"
     flags.DEFINE_string("base", None, base, **add)
-    prediction = "the UNet's output; required for SD 2.x, whose files do not hold it (default: the base's)"
+    prediction = "the UNet's output; required for SD 2.x files that do not say it (default: the file's or the base's)"
     flags.DEFINE_enum("prediction_type", None, list(PREDICTION_TYPES), prediction, **add)
+    flags.DEFINE_bool("ema", False, "take the UNet's moving average (model_ema.*) in the file", **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
 
@@ -153,15 +154,18 @@ def define_import(values: flags.FlagValues) -> None:
 def run_import(args: flags.FlagValues) -> int:
     """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x."""
     require(args, "file", "out")
-    kind = import_single_file(
+    imported = import_single_file(
         args.file,
         args.out,
         base=args.base,
         prediction_type=args.prediction_type,
+        ema=args.ema,
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print(f"{args.out}: {args.file}, like {kind}, in {args.dtype}")
+    for note in imported.notes:
+        print(f"{args.file}: {note}")
+    print(f"{args.out}: {args.file}, like {imported.kind}, in {args.dtype}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """Merges LoRA files into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np

@@ -66,6 +66,12 @@ class StoredTensor:
         return x.reshape(shape)
 
 
+def index_names(stem: str, variant: str) -> tuple[str, ...]:
+    """The names that the index of a model's shards may have, for a variant such as ".fp16" or "" for none."""
+    names = (f"{stem}.safetensors.index{variant}.json", f"{stem}.safetensors{variant}.index.json")
+    return tuple(dict.fromkeys(names))
+
+
 def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
     """Finds every tensor of a model folder. Returns the weights file or the index, and the tensors by name, unread.
 
@@ -133,7 +139,7 @@ def _find_weights(folder: Path) -> Path:
     tried = []
     for variant in ("", ".fp16"):
         for stem in (Path(WEIGHTS).stem, Path(TRANSFORMERS_WEIGHTS).stem):
-            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+            for name in (f"{stem}{variant}.safetensors", *index_names(stem, variant)):
                 if (folder / name).is_file():
                     return folder / name
                 tried.append(name)
