@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_state_dict_to_peft
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from tests import tiny
 from tiue_jax.convert.merge_lora import merge_lora
@@ -69,6 +71,34 @@ def test_a_file_of_mixed_ranks_that_diffusers_saves_again(tmp_path, rslora):
     for name in ("first", "second", "third"):
         changed = merge_lora(folder, tmp_path / name, tmp_path / f"merged_{name}", scale=SCALE)
         assert assert_same(tmp_path / f"merged_{name}", fused(folder, tmp_path / name), folder) == changed > 20
+
+
+def test_the_files_that_peft_and_diffusers_save_besides(tmp_path):
+    """A folder of PeftModel.save_pretrained, and kohya's names as diffusers writes them."""
+    folder = tiny.write_pipeline(tmp_path / "teacher")
+    theirs = StableDiffusionPipeline.from_pretrained(folder)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=UNET_TARGETS, use_rslora=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(theirs.unet, config)
+    model.save_pretrained(tmp_path / "peft")
+    changed = merge_lora(folder, tmp_path / "peft", tmp_path / "merged_peft")
+    theirs.unet = model.merge_and_unload()
+    assert assert_same(tmp_path / "merged_peft", theirs, folder) == changed > 20
+
+    again = StableDiffusionPipeline.from_pretrained(folder)
+    text = LoraConfig(r=2, lora_alpha=4, target_modules=TEXT_TARGETS, init_lora_weights=False)
+    again.text_encoder.add_adapter(text)
+    state = get_peft_model_state_dict(again.text_encoder)
+    state = {f"text_encoder.text_model.{name.removeprefix('text_model.')}": x for name, x in state.items()}
+    peft_names = convert_state_dict_to_peft(state) if not any("lora_A" in name for name in state) else state
+    kohya = convert_state_dict_to_kohya(peft_names)
+    assert any(name.startswith("lora_te1_") for name in kohya)
+    kohya = {name: torch.tensor(4) if name.endswith("alpha") else x.contiguous() for name, x in kohya.items()}
+    save_torch_file(kohya, tmp_path / "kohya.safetensors")
+    changed = merge_lora(folder, tmp_path / "kohya.safetensors", tmp_path / "merged_kohya", scale=SCALE)
+    again.text_encoder.delete_adapters("default")
+    again = fused(folder, tmp_path / "kohya.safetensors")
+    assert assert_same(tmp_path / "merged_kohya", again, folder) == changed > 5
 
 
 def save(pipe, folder, adapter="default_0"):

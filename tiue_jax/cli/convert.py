@@ -4,6 +4,7 @@
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
     tiue convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
+    tiue convert merge-lora --model sd15 --lora a.safetensors --scale 1 --lora owner/name --scale 0.5 --out teacher
 
 `tiue convert COMMAND --help` describes a command. Exit status: 0 done; 1 written, but --verify found a difference from
 PyTorch; 2 a wrong argument, file or folder.
@@ -173,19 +174,22 @@ def define_merge_lora(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue convert merge-lora`."""
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", None, _A_PIPELINE, **add)
-    lora = "LoRA weights: a .safetensors file, or a folder that diffusers wrote (required)"
-    flags.DEFINE_string("lora", None, lora, **add)
+    lora = "a LoRA: a .safetensors file, a folder, a hub repository, or owner/name/file; may be repeated (required)"
+    flags.DEFINE_multi_string("lora", None, lora, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    flags.DEFINE_float("scale", 1.0, "factor of the LoRA; 1 is the LoRA as it was trained", **add)
+    scale = "factor of the LoRA, one for each --lora; 1 is the LoRA as it was trained (default: 1)"
+    flags.DEFINE_multi_float("scale", None, scale, **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
 
 
 def run_merge_lora(args: flags.FlagValues) -> int:
-    """Writes a pipeline with a LoRA merged into its UNet and its text encoder."""
+    """Writes a pipeline with one or several LoRAs merged into its UNet and its text encoder."""
     require(args, "model", "lora", "out")
-    count = merge_lora(args.model, args.lora, args.out, scale=args.scale, dtype=args.dtype, overwrite=args.overwrite)
-    print(f"{args.out}: {args.model} with {args.lora} at scale {args.scale:g} in {count} weights, in {args.dtype}")
+    scales = args.scale or [1.0] * len(args.lora)
+    count = merge_lora(args.model, args.lora, args.out, scale=scales, dtype=args.dtype, overwrite=args.overwrite)
+    merged = " and ".join(f"{lora} at scale {scale:g}" for lora, scale in zip(args.lora, scales, strict=True))
+    print(f"{args.out}: {args.model} with {merged} in {count} weights, in {args.dtype}")
     return 0
 
 

@@ -19,6 +19,7 @@ from tiue_jax.weights.tensor_files import StoredTensor, open_file
 from tiue_jax.weights.tree import from_torch_names
 
 _LATENT_CHANNELS = 4
+_CONTROLNET = "control_model."  # begins the names of a ControlNet that is stored beside the model
 
 
 class Imported(NamedTuple):
@@ -78,6 +79,7 @@ def import_single_file(
     kind = recognise(path, tensors, prediction_type)
     tensors, note = _choose_unet(path, tensors, ema)
     tensors, left = leftovers.split(tensors)
+    left += [name for name in tensors if not name.startswith(original_names.PARTS)]
     notes += [*note, *([leftovers.summary(left)] if left else [])]
     configs, tokenizer = _configurations(kind, base)
     prediction_type = prediction_type or configs.schedule.prediction_type
@@ -138,15 +140,22 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type must be among {list(PREDICTION_TYPES)}, got {prediction_type!r}")
     first = f"{original_names.UNET}input_blocks.0.0.weight"
+    found = diagnosis.kind_of(tensors)
+    is_this = "" if found is None else f", this is {found}"
+    if any(name.startswith(_CONTROLNET) for name in tensors):
+        raise ValueError(f"{path}: holds {_CONTROLNET}*, this is a ControlNet, not supported")
     if first not in tensors:
-        some = ", ".join(list(tensors)[:3])
-        raise ValueError(f"{path}: no {first}: no Stable Diffusion 1.x or 2.x in one file; it holds {some} ...")
+        start = f"{path}: no Stable Diffusion 1.x or 2.x in one file{is_this}: no {first}"
+        raise ValueError(diagnosis.misfit(start, {"tensors": list(tensors)}))
     if label := next((name for name in tensors if name.startswith(f"{original_names.UNET}label_emb.")), None):
         raise ValueError(
             f"{path}: holds {label}: config field addition_embed_type (SDXL) or class_embed_type, not supported"
+            f"{is_this}"
         )
     if (channels := tensors[first].shape[1]) != _LATENT_CHANNELS:
-        raise ValueError(f"{path}: config field in_channels must be {_LATENT_CHANNELS}, got {channels}, as of {first}")
+        raise ValueError(
+            f"{path}: config field in_channels must be {_LATENT_CHANNELS}, got {channels}, as of {first}{is_this}"
+        )
     for prefix, what in ((original_names.VAE, "autoencoder"), ("cond_stage_model.", "text encoder")):
         if not any(name.startswith(prefix) for name in tensors):
             raise ValueError(f"{path}: no {prefix}*, the {what} is missing")

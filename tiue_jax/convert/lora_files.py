@@ -1,40 +1,43 @@
 """Finds the changes in a LoRA file: which weights, by which matrices, with which factor.
 
-Reads the names of peft and current diffusers (`unet.….lora_A.weight`), of older diffusers (`….lora.down.weight`,
-`….processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight`), and of kohya's scripts (`lora_unet_….lora_down`).
+Reads the names of current diffusers (`unet.….lora_A.weight`), of peft (`base_model.model.….lora_A.weight`), of older
+diffusers (`….lora.down.weight`, `….processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight`), and of kohya's
+scripts (`lora_unet_….lora_down`).
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiue_jax.models.lora import FILENAME, METADATA_KEY
-from tiue_jax.weights import diagnosis
+from tiue_jax.files import read_json
+from tiue_jax.models.lora import METADATA_KEY
+from tiue_jax.weights import diagnosis, lora_source
 from tiue_jax.weights.names import LeafPath, Params, leaves, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor, open_file, read_metadata
 from tiue_jax.weights.tree import is_float
 
 LORA_PARTS = ("unet", "text_encoder")  # the parts of a pipeline that a LoRA changes
 
-_LAYER = r"(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"  # without a part in the oldest files: the UNet
+_PEFT_ROOT = "base_model.model."  # begins the names in the file of a single model that peft saves
+_LAYER = r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"
 _NAMES = (
-    re.compile(rf"{_LAYER}\.lora_(?P<side>A|B)\.(?:default\.)?weight"),
+    re.compile(rf"{_LAYER}\.lora_(?P<side>A|B)\.(?:(?P<adapter>[^.]+)\.)?weight"),
     re.compile(rf"{_LAYER}\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"),
     re.compile(rf"{_LAYER}\.(?P<side>alpha)"),
 )
 _PROCESSOR = re.compile(rf"{_LAYER}\.to_(?P<which>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
-_KOHYA = re.compile(r"lora_(?P<part>unet|te)_(?P<module>[^.]+)\.(?:lora_)?(?P<side>down|up|alpha)(?:\.weight)?")
+_KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<module>[^.]+)\.(?:lora_)?(?P<side>down|up|alpha)(?:\.weight)?")
 _SIDES = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _TEXT_ROOT = "text_model."  # transformers 5 omits it
 _DEFAULT_ALPHA = 8  # of peft's LoraConfig
-_NUMBERS = ("F64", "F32", "F16", "BF16", "I64")  # dtypes of an alpha tensor
+_NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of an alpha tensor
 
 
 class Layer(NamedTuple):
@@ -73,7 +76,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     """Finds the changes in a LoRA file, by part of the pipeline and by kernel. Reads no tensor yet.
 
     Args:
-        path: a safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
+        path: a file, a folder or a hub repository, see lora_source.resolve.
         shapes: the parameter trees of "unet" and "text_encoder", whose leaves have a shape.
 
     Raises:
@@ -82,12 +85,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
             matrix, do not fit their layer, or are not of a floating dtype; or the metadata contradict the tensors; or
             the file is a variant of LoRA that is no product of two matrices.
     """
-    path = Path(path)
-    path = path / FILENAME if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected LoRA weights in safetensors")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a .safetensors file; other formats can run code when they are read")
+    path = lora_source.resolve(path)
     tensors = open_file(path)
     kernels = {
         Layer(part, ".".join(map(str, leaf[:-1]))): (leaf, torch_shape(leaf, tuple(struct.shape)))
@@ -103,7 +101,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     ]
     incomplete = problems.setdefault("without the other matrix", [])
     wrong_shaped = problems.setdefault("wrong-shaped", [])
-    adapters = _read_adapters(path, list(found))
+    adapters = _read_adapters(path, tensors, list(found))
     deltas: dict[str, Deltas] = {}
     for layer, sides in found.items():
         leaf, shape = kernels[layer]
@@ -119,7 +117,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
         factor = _factor(path, layer, rank, sides.get("alpha"), adapters[layer.part])
         deltas.setdefault(layer.part, {})[leaf] = Delta(up, down, factor)
     if any(problems.values()):
-        raise ValueError(diagnosis.misfit(f"{path}: the LoRA does not fit the model", problems))
+        kind = diagnosis.kind_of(tensors)
+        raise ValueError(diagnosis.misfit(f"{path}: the LoRA does not fit the model", problems, kind))
     if not deltas:
         raise ValueError(f"{path}: holds no LoRA")
     return deltas
@@ -172,10 +171,12 @@ def _targets(name: str, flat: Mapping[tuple[str, str], Layer]) -> Iterator[_Targ
         yield _Target(Layer(part, f"{module}.{last}"), match["side"])
     for pattern in _NAMES:
         if match := pattern.fullmatch(name):
-            part, module, side = match["part"] or "unet", match["module"], _SIDES[match["side"]]
-            yield _Target(Layer(part, module), side)
-            if part == "text_encoder":
-                yield _Target(Layer(part, _TEXT_ROOT + module), side)
+            module, side = match["module"], _SIDES[match["side"]]
+            # no name of a layer is in both parts, so a name without a part is that of one layer
+            for part in LORA_PARTS if match["part"] is None else (match["part"],):
+                yield _Target(Layer(part, module), side)
+                if part == "text_encoder":
+                    yield _Target(Layer(part, _TEXT_ROOT + module), side)
 
 
 # ---- ranks and alphas -----------------------------------------------------------------------------------------------
@@ -216,26 +217,47 @@ def _matches(pattern: str, layer: Layer) -> bool:
     return any(expression.match(name) for name in (layer.module, layer.module.removeprefix(_TEXT_ROOT)))
 
 
-def _read_adapters(path: Path, layers: Sequence[Layer]) -> dict[str, _Adapter]:
-    """The metadata of each part in LORA_PARTS, from the field that diffusers writes.
+def _read_adapters(path: Path, names: Collection[str], layers: Sequence[Layer]) -> dict[str, _Adapter]:
+    """The metadata of each part in LORA_PARTS: from the field that diffusers writes, or peft's adapter_config.json.
+
+    Args:
+        path: the file.
+        names: of its tensors.
+        layers: that they belong to.
 
     Raises:
+        FileNotFoundError: tensors have the names that peft saves, and there is no adapter_config.json beside the file.
         ValueError: the metadata are of another kind of adapter, are not in peft's form, or have a pattern that matches
             none of `layers`, the layers in the file.
     """
-    written = read_metadata(path).get(METADATA_KEY, "{}")
+    written = read_metadata(path).get(METADATA_KEY)
+    config = path.with_name(lora_source.PEFT_CONFIG)
+    source, fields = f"{path}: metadata field", {}
+    if written is not None:
+        fields = _parse(path, written)
+    elif any(name.startswith(_PEFT_ROOT) for name in names):
+        if not config.is_file():
+            raise FileNotFoundError(f"{config}: no such file, expected the alpha of {path} there, as peft saves it")
+        source, fields = f"{config}: field", read_json(config)
+        if fields.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"{config}: peft_type is {str(fields['peft_type'])[:50]!r}, only LORA is supported")
+    adapters = {}
+    for part in LORA_PARTS:
+        of_part = [layer for layer in layers if layer.part == part]
+        adapters[part] = _read_adapter(f"{source} {part}", _fields_of(part, fields) if of_part else {})
+        _check_patterns(adapters[part], of_part)
+    return adapters
+
+
+def _parse(path: Path, written: str) -> dict[str, Any]:
+    """The object in the metadata field of a file. ValueError if there is none."""
     try:
         fields = json.loads(written)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: metadata field {METADATA_KEY} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: metadata field {METADATA_KEY} is {written[:100]}, expected a JSON object")
-    adapters = {}
-    for part in LORA_PARTS:
-        of_part = [layer for layer in layers if layer.part == part]
-        adapters[part] = _read_adapter(f"{path}: metadata field {part}", _fields_of(part, fields) if of_part else {})
-        _check_patterns(adapters[part], of_part)
-    return adapters
+    return fields
 
 
 def _fields_of(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Merges LoRA files into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +24,20 @@ from tiue_jax.weights.pipeline_folder import (
 
 def merge_lora(
     model: str | Path,
-    lora: str | Path,
+    lora: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> int:
-    """Writes a pipeline with a LoRA merged into its UNet and its text encoder.
+    """Writes a pipeline with one or several LoRAs merged into its UNet and its text encoder.
 
     Args:
         model: a name for hub.resolve.
-        lora: a safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
+        lora: one or several names for lora_source.resolve: files, folders or hub repositories.
         out: the folder to write, see pipeline_folder.save_pipeline.
-        scale: 1 is the LoRA as it was trained, 0 is the model without it.
+        scale: 1 is the LoRA as it was trained, 0 is the model without it. A sequence has one for each LoRA.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -47,16 +48,25 @@ def merge_lora(
         OSError, ValueError: one line naming the file, tensor or argument that is missing or wrong.
     """
     check_writable(out, overwrite)
-    if not np.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    names = [lora] if isinstance(lora, str | Path) else list(lora)
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(names)
+    for one in scales:
+        if not np.isfinite(one):
+            raise ValueError(f"scale must be a finite number, got {one}")
+    if len(scales) != len(names):
+        raise ValueError(f"expected a scale for each LoRA, got {len(scales)} for {len(names)}")
     folder = hub.resolve(model)
     check_pipeline(folder)
     configs = read_configs(folder)
-    deltas = read_lora(lora, {part: part_shapes(folder, part, configs) for part in LORA_PARTS})
+    shapes = {part: part_shapes(folder, part, configs) for part in LORA_PARTS}
+    loras = [read_lora(name, shapes) for name in names]
     tiue_config = folder / TIUE_CONFIG
 
     def read(part: str) -> Params:
-        return apply(load_part(folder, part, configs), deltas.get(part, {}), scale)
+        params = load_part(folder, part, configs)
+        for deltas, factor in zip(loras, scales, strict=True):
+            params = apply(params, deltas.get(part, {}), factor)
+        return params
 
     save_pipeline(
         out,
@@ -69,7 +79,7 @@ def merge_lora(
         dtype=STORED_DTYPES[dtype],
         overwrite=overwrite,
     )
-    return sum(map(len, deltas.values()))
+    return len({(part, leaf) for deltas in loras for part, leaves_of_part in deltas.items() for leaf in leaves_of_part})
 
 
 def apply(params: Params, deltas: Deltas, scale: float) -> Params:

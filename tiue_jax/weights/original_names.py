@@ -22,6 +22,7 @@ EMA = "model_ema."  # and then the name of the UNet's tensor after "model.", wit
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
+PARTS = (UNET, VAE, CLIP, OPEN_CLIP)
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",

@@ -94,10 +94,16 @@ def from_torch_names(
                 if not finite:
                     problems[not_finite].append(_name_with_shard(name, tensor))
     if any(problems.values()):
-        raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems))
+        raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems, _foreign_kind(found)))
     if extra:
         logger.info("%s: %s", source, leftovers.summary(extra))
     return params
+
+
+def _foreign_kind(tensors: Mapping[str, Any]) -> str | None:
+    """What the tensors of a model that does not fit are, if they show another kind of model."""
+    kind = diagnosis.kind_of(tensors)
+    return kind if kind is not None and not kind.endswith((" 1.x", " 2.x")) else None
 
 
 def _read(
