@@ -202,9 +202,12 @@ def test_other_kinds_of_file_are_refused(tmp_path):
     (tmp_path / "lora.pt").touch()
     with pytest.raises(ValueError, match="lora.pt: expected a .safetensors file"):
         read_lora(tmp_path / "lora.pt", SHAPES)
+    for name in ("loras/style.safetensors", "loras/style.pt", "./a/b"):
+        with pytest.raises(FileNotFoundError, match=f"{name.removeprefix('./')}: no such file"):
+            read_lora(name, SHAPES)
     with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
         read_lora(tmp_path / "nowhere.safetensors", SHAPES)
-    with pytest.raises(ValueError, match=r"name one file: 4 LoRA files: alpha.safetensors, "):
+    with pytest.raises(ValueError, match=r"name one file: 5 LoRA files: alpha.safetensors, "):
         read_lora(tmp_path, SHAPES)
     (tmp_path / "new").mkdir()
     with pytest.raises(FileNotFoundError, match=r"new: no LoRA, expected pytorch_lora_weights.safetensors, adapter_m"):

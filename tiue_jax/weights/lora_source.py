@@ -13,7 +13,9 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"  # beside PEFT_FILE
 _SUFFIX = ".safetensors"
+_FILE_SUFFIXES = (_SUFFIX, ".bin", ".ckpt", ".pt", ".pth")  # of names that are no repositories
 _NO_LORA = ("scheduler", "optimizer", "checkpoint")  # in the names of other files of a training run, as in diffusers
+_REVISION = "main"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?", re.ASCII)  # owner/name or owner/name/file
 
 
@@ -35,7 +37,8 @@ def resolve(name: str | Path) -> Path:
         _check_suffix(str(path))
         return path
     match = _HUB_NAME.fullmatch(str(name))
-    if isinstance(name, Path) or match is None or str(name).startswith((".", "~")):
+    is_a_file = str(name).startswith((".", "~")) or (path.suffix in _FILE_SUFFIXES and len(path.parts) < 3)
+    if isinstance(name, Path) or match is None or is_a_file:
         raise FileNotFoundError(f"{path}: no such file, expected LoRA weights in safetensors")
     repository, file = match.groups()
     if file is not None:
@@ -72,20 +75,23 @@ def _fetch(repository: str, file: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        info = HfApi().model_info(repository, files_metadata=True)
+        info = HfApi().model_info(repository, revision=_REVISION, files_metadata=True)
     except Exception as error:  # of the hub, its HTTP library, or the operating system
         reason = _reason(error)
         try:
-            folder = Path(snapshot_download(repository, local_files_only=True))
+            # without a pattern it would ask for all files of the repository
+            earlier = snapshot_download(
+                repository, revision=_REVISION, local_files_only=True, allow_patterns=PEFT_CONFIG
+            )
         except Exception:  # there is no earlier download
             raise FileNotFoundError(f"no file {repository}, and hub {repository}: {reason}") from error
-        return resolve(folder / file if file else folder)
+        return resolve(Path(earlier) / file if file else Path(earlier))
     hashes = {entry.rfilename: entry.lfs and entry.lfs.sha256 for entry in info.siblings or []}
     file = file or choose(f"hub {repository}", list(hashes))
     if file not in hashes:
         raise FileNotFoundError(f"hub {repository}: no file {file}")
     try:
-        folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=[file, PEFT_CONFIG]))
+        folder = Path(snapshot_download(repository, revision=_REVISION, allow_patterns=[file, PEFT_CONFIG]))
     except Exception as error:
         raise OSError(f"hub {repository}: {_reason(error)}") from error
     if expected := hashes[file]:

@@ -92,10 +92,12 @@ def with_ema(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTenso
     """Takes the UNet's moving average, as full training checkpoints hold it, in the place of the UNet.
 
     Returns:
-        All tensors with the average under the names of the UNet, and the names of its tensors without an average.
+        The tensors with the average under the names of the UNet, and the names of its tensors without an average.
     """
-    replaced, without = dict(tensors), []
-    for name in tensors:
+    replaced, without = {}, []
+    for name, tensor in tensors.items():
+        if not name.startswith(EMA):
+            replaced[name] = tensor
         if name.startswith(UNET):
             average = EMA + name.removeprefix("model.").replace(".", "")
             if average in tensors:

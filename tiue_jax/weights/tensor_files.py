@@ -15,7 +15,17 @@ from tiue_jax.files import read_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name: UNet and VAE
 TRANSFORMERS_WEIGHTS = "model.safetensors"  # transformers' name: text and image encoders
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,8 +59,8 @@ def from_torch_names(
             reads only the rows that its devices hold.
 
     Raises:
-        ValueError: one error, which names `source` and every tensor that is missing, unused, wrong-shaped, not of a
-            floating dtype, or not finite.
+        ValueError: one error, which names `source`, and counts the tensors that are missing, unused, wrong-shaped, not
+            of a floating dtype, or not finite, with examples.
     """
     expected = {prefix + on_disk(path): (path, tuple(leaf.shape)) for path, leaf in leaves(shapes)}
     found = modernise(tensors, shapes, prefix)
