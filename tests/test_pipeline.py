@@ -17,7 +17,7 @@ from tiue_jax import images, pipeline
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.sampling import batches, samplers, text_to_image
+from tiue_jax.sampling import batches, samplers
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights.tensor_files import WEIGHTS
@@ -116,20 +116,6 @@ def test_guidance_scale(pipe):
     guided = sample(6)
     assert_close(guided.astype(np.uint8), by_hand(pipe, 0, ddim))
     assert np.abs(guided - sample(1)).max() > 5
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "lcm", "faster_diffusion"])
-def test_up_to_1_is_no_guidance(pipe, sampler):
-    def sample(prompt, w):
-        return pipe([prompt], sampler=sampler, num_inference_steps=2, guidance_scale=w)
-
-    conditional = sample("red apple", 1)
-    for w in (0, 0.5, -2):
-        np.testing.assert_array_equal(sample("red apple", w), conditional, err_msg=f"guidance scale {w}")
-    assert (sample("pear", 0) != conditional).any()
-    settings = pipe.settings(sampler=sampler, guidance_scale=0)
-    assert not text_to_image.Key.of(settings).guided
-    assert text_to_image.Key.of(settings, embeds_guidance=True).guided  # there 0 is a value of its own
 
 
 def test_an_image_does_not_depend_on_batch_order_or_company(pipe):

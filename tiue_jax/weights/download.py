@@ -6,8 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tiue_jax.models.tokenizer import TOKENIZER_FILES
-from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG
+from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG, TOKENIZER_FILES
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS, index_names
 
 # Variants of the weights by the dtype of the computation, the preferred one first. bfloat16 keeps fewer bits than fp16.

@@ -1,5 +1,6 @@
 """Finds a LoRA file: on this disk, or on the Hugging Face hub."""
 
+import hashlib
 import os
 import re
 from collections.abc import Collection
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from tiue_jax.files import expand
 from tiue_jax.weights import diagnosis, hub
-from tiue_jax.weights.download import _check_hash, _reason
+from tiue_jax.weights.download import _reason
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -99,6 +100,16 @@ def _fetch(repository: str, file: str | None) -> Path:
     licence = (info.card_data.get("license") if info.card_data else None) or "see its model card"
     hub.say(f"{repository}/{file}", [f"hub {repository} at {info.sha}", f"licence: {licence}"])
     return folder / file
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    """Raises ValueError if the file has another SHA-256, and removes it, so that the next run downloads it again."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        path.resolve().unlink()  # in the hub's cache a file is a link to its content
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path}: wrong hash: SHA-256 {got}, the hub says {expected}; removed it")
 
 
 def _check_suffix(path: str) -> None:
