@@ -101,10 +101,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     ]
     incomplete = problems.setdefault("without the other matrix", [])
     wrong_shaped = problems.setdefault("wrong-shaped", [])
-    adapters = _read_adapters(path, tensors, list(found))
-    deltas: dict[str, Deltas] = {}
     for layer, sides in found.items():
-        leaf, shape = kernels[layer]
+        _, shape = kernels[layer]
         if missing := sorted({"down", "up"} - set(sides)):
             incomplete.append(f"{layer} lacks {' and '.join(missing)}")
             continue
@@ -113,14 +111,17 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
         # files may store the matrices of a 1x1 convolution as those of a linear layer, and the other way round
         if not rank or _flat(up.shape) != (shape[0], rank) or _flat(down.shape) != (rank, math.prod(shape[1:])):
             wrong_shaped.append(f"{layer} is {list(up.shape)} @ {list(down.shape)}, expected a product {list(shape)}")
-            continue
-        factor = _factor(path, layer, rank, sides.get("alpha"), adapters[layer.part])
-        deltas.setdefault(layer.part, {})[leaf] = Delta(up, down, factor)
     if any(problems.values()):
         kind = diagnosis.kind_of(tensors)
         raise ValueError(diagnosis.misfit(f"{path}: the LoRA does not fit the model", problems, kind))
-    if not deltas:
+    if not found:
         raise ValueError(f"{path}: holds no LoRA")
+    adapters = _read_adapters(path, tensors, list(found))
+    deltas: dict[str, Deltas] = {}
+    for layer, sides in found.items():
+        leaf, _ = kernels[layer]
+        factor = _factor(path, layer, sides["up"].shape[1], sides.get("alpha"), adapters[layer.part])
+        deltas.setdefault(layer.part, {})[leaf] = Delta(sides["up"], sides["down"], factor)
     return deltas
 
 
