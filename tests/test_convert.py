@@ -142,6 +142,20 @@ def test_shards(folder, shapes, variant):
         model_folder.load(folder, shapes)
 
 
+def test_shards_of_2024(folder, shapes):
+    """diffusers of that year wrote the variant after the numbers, and `fp16.index.json`."""
+    want = model_folder.load(folder, shapes)
+    index = shard(folder, ".fp16")
+    written = index.read_text().replace("part-0.fp16", "diffusion_pytorch_model-00001-of-00002.fp16")
+    for i in (0, 1):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.fp16"
+        (folder / f"part-{i}.fp16.safetensors").rename(folder / f"{name}.safetensors")
+        written = written.replace(f"part-{i}.fp16", name)
+    index.unlink()
+    (folder / f"{WEIGHTS}.fp16.index.json").write_text(written)
+    assert_same(model_folder.load(folder, shapes), want)
+
+
 @pytest.mark.parametrize(
     "content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": "../b.safetensors"}}', "{", "[]"]
 )

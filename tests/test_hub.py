@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 
 from tests import fake_hub
+from tiue_jax.models.tokenizer import TOKENIZER_FILES
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.weights import download, hub
 from tiue_jax.weights.layout import PARTS
@@ -158,6 +159,22 @@ def test_shards_are_downloaded_with_their_index(serve):
     assert set(running.repositories["a/b"]) - set(held(hub.resolve("a/b"))) == {others[1]}
     with pytest.raises(FileNotFoundError, match=r"its shards are not all: \S*00001-of-00002.safetensors$"):
         hub.resolve("a/c")
+
+
+@pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "safetensors.fp16.index.json"])
+def test_shards_may_name_their_variant_after_the_numbers(serve, index):
+    shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+    names = ["unet/config.json", f"unet/diffusion_pytorch_model.{index}", *shards]
+    serve({"a/b": files(*names), "a/c": files(*names[:-1])})
+    assert held(hub.resolve("a/b")) == sorted(names)
+    with pytest.raises(FileNotFoundError, match=r"its shards are not all: \S*00001-of-00002.fp16.safetensors$"):
+        hub.resolve("a/c")
+
+
+def test_every_file_that_the_tokenizer_is_read_from_is_downloaded(serve):
+    names = [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    serve({"a/b": files("model_index.json", *CONFIGS, *PLAIN, *names, "tokenizer/chat_template.jinja")})
+    assert held(hub.resolve("a/b")) == sorted(["model_index.json", *CONFIGS, *PLAIN, *names])
 
 
 def test_everything_tried_is_in_one_error(serve, tmp_path, monkeypatch):

@@ -1,12 +1,16 @@
 import json
+import math
+import re
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from tests import tiny
+from tests import fake_hub, tiny
 from tiue_jax.cli import convert as cli
-from tiue_jax.convert.merge_lora import apply, merge_lora, read_lora
+from tiue_jax.convert.lora_files import read_lora
+from tiue_jax.convert.merge_lora import apply, merge_lora
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.unet import UNet
@@ -52,6 +56,18 @@ def kohya(part: str, module: str) -> tuple[str, str]:
     return tuple(f"{name}.lora_{side}.weight" for side in ("up", "down"))
 
 
+def kohya_by_diffusers(part: str, module: str) -> tuple[str, str]:
+    return tuple(name.replace("lora_te_", "lora_te1_") for name in kohya(part, module))
+
+
+def of_an_adapter(part: str, module: str) -> tuple[str, str]:
+    return tuple(name.replace(".weight", ".default_0.weight") for name in peft(part, module))
+
+
+def of_a_peft_model(part: str, module: str) -> tuple[str, str]:
+    return tuple(f"base_model.model.{module}.lora_{side}.weight" for side in "BA")
+
+
 def oldest(part: str, module: str) -> tuple[str, str]:
     attention, _, which = module.removesuffix(".0").rpartition(".to_")
     return tuple(f"{attention}.processor.to_{which}_lora.{side}.weight" for side in ("up", "down"))
@@ -80,6 +96,8 @@ METADATA = {"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 5}, "text_encod
         (peft, ALL, None, METADATA),
         (older, ALL, None, None),
         (kohya, ALL, 8, None),
+        (kohya_by_diffusers, ALL, 8, None),
+        (of_an_adapter, ALL, None, METADATA),
         (oldest, ALL[:2], None, None),
     ],
 )
@@ -117,11 +135,11 @@ def test_names_of_transformers_5_and_other_dtypes(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda x: x.update({"unet.nowhere.to_q.lora_A.weight": x["a"]}), "unused unet.nowhere.to_q.lora_A.weight"),
-        (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "unused unet.*dora_scale"),
+        (lambda x: x.update({"unet.nowhere.to_q.lora_A.weight": x["a"]}), "unused: a, unet.nowhere.to_q.lora_A.weight"),
+        (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "unused: a, unet.*dora_scale"),
         (
             lambda x: x.update({f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.lora_down.weight": x["a"]}),
-            "twice .*to_q",
+            "1 twice: .*to_q",
         ),
         (lambda x: x.pop(f"unet.{ATTENTION}.to_q.lora_B.weight"), rf"unet.{ATTENTION}.to_q lacks up"),
         (
@@ -148,17 +166,23 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path, damage, message)
     save_file(tensors, path)
     with pytest.raises(ValueError, match=message) as error:
         read_lora(path, SHAPES)
-    assert str(error.value).startswith(f"{path}: the LoRA does not fit the model: unused a; ") or "unused a" in str(
-        error.value
-    )
-    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}: the LoRA does not fit the model: ")
+    assert re.search("[12] unused: a[,;]?", str(error.value)) and "\n" not in str(error.value)
 
 
 def test_other_kinds_of_file_are_refused(tmp_path):
-    for field in ("use_dora", "use_rslora"):
-        kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": True})}
-        path = lora_file(tmp_path / f"{field}.safetensors", peft, ALL, metadata=kept)
-        with pytest.raises(ValueError, match=f"{field}.safetensors: metadata field unet.{field} is true: only plain"):
+    for fields, message in (
+        ({"unet.use_dora": True}, "unet.use_dora is true: only plain LoRA"),
+        ({"unet.alpha_pattern": {"to_q": 5, "to_k": 5}}, "unet.alpha_pattern: 'to_k' matches no layer of the file"),
+        ({"unet.rank_pattern": {"": 2}}, "unet.rank_pattern: '' matches no layer of the file"),
+        ({"unet.rank_pattern": {"(": 2}}, r"unet.rank_pattern: '\(' is no pattern: "),
+        ({"unet.rank_pattern": {"to_q": 3}}, rf"unet gives {ATTENTION}.to_q rank 3, its matrices have rank {RANK}"),
+        ({"unet.r": 4}, rf"unet gives \S+ rank 4, its matrices have rank {RANK}"),
+        ({"unet.alpha_pattern": 4}, "unet.alpha_pattern must be an object, got '4'"),
+    ):
+        path = tmp_path / "fields.safetensors"
+        lora_file(path, peft, ALL, metadata={"lora_adapter_metadata": json.dumps(fields)})
+        with pytest.raises(ValueError, match=f"fields.safetensors: metadata field {message}"):
             read_lora(path, SHAPES)
     for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan"))):
         kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})}
@@ -178,8 +202,88 @@ def test_other_kinds_of_file_are_refused(tmp_path):
     (tmp_path / "lora.pt").touch()
     with pytest.raises(ValueError, match="lora.pt: expected a .safetensors file"):
         read_lora(tmp_path / "lora.pt", SHAPES)
-    with pytest.raises(FileNotFoundError, match="pytorch_lora_weights.safetensors: no such file"):
+    for name in ("loras/style.safetensors", "loras/style.pt", "./a/b"):
+        with pytest.raises(FileNotFoundError, match=f"{name.removeprefix('./')}: no such file"):
+            read_lora(name, SHAPES)
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+        read_lora(tmp_path / "nowhere.safetensors", SHAPES)
+    with pytest.raises(ValueError, match=r"name one file: 5 LoRA files: alpha.safetensors, "):
         read_lora(tmp_path, SHAPES)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"new: no LoRA, expected pytorch_lora_weights.safetensors, adapter_m"):
+        read_lora(tmp_path / "new", SHAPES)
+
+
+def factors(path):
+    """The factors of all layers in a file, or the only file of a folder."""
+    return {delta.factor for deltas in read_lora(path, SHAPES).values() for delta in deltas.values()}
+
+
+def test_the_files_of_peft_have_their_alpha_beside_them(tmp_path):
+    unet = ALL[: len(UNET_LAYERS)]
+    path = lora_file(tmp_path / "adapter_model.safetensors", of_a_peft_model, unet)
+    config = tmp_path / "adapter_config.json"
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json: no such file, expected the alpha of "):
+        read_lora(tmp_path, SHAPES)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 7, "alpha_pattern": {"to_q": 3}}))
+    assert factors(tmp_path) == factors(path) == {7 / RANK, 3 / RANK}
+    config.write_text(json.dumps({"peft_type": "LOHA"}))
+    with pytest.raises(ValueError, match="peft_type is 'LOHA', only LORA is supported"):
+        read_lora(tmp_path, SHAPES)
+    text = ALL[len(UNET_LAYERS) :]
+    lora_file(path, of_a_peft_model, text)
+    config.write_text(json.dumps({"lora_alpha": 5, "use_rslora": True}))
+    assert factors(tmp_path) == {5 / math.sqrt(RANK)}
+
+
+def test_other_file_names_and_integer_alphas(tmp_path):
+    lora_file(tmp_path / "Style.SAFETENSORS", kohya, ALL)
+    tensors = load_file(tmp_path / "Style.SAFETENSORS")
+    for name in [name for name in tensors if name.endswith(".lora_down.weight")]:
+        tensors[name.replace(".lora_down.weight", ".alpha")] = np.array(3, np.int32)
+    save_file(tensors, tmp_path / "Style.SAFETENSORS")
+    (tmp_path / "optimizer.safetensors").touch()
+    assert factors(tmp_path) == factors(tmp_path / "Style.SAFETENSORS") == {3 / RANK}
+
+
+def test_a_lora_of_the_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TIUE_MODELS", raising=False)
+    content = lora_file(tmp_path / "a.safetensors", kohya, ALL, 4).read_bytes()
+    files = {"style.safetensors": content, "README.md": b"", "unet/model.safetensors": b"x"}
+    with fake_hub.serve(tmp_path / "downloads", {"a/one": files, "a/two": {**files, "more.safetensors": b"x"}}) as hub:
+        assert factors("a/one") == factors("a/two/style.safetensors") == {4 / RANK}
+        assert "a/one/style.safetensors: hub a/one at " in capsys.readouterr().err
+        assert set(hub.served) == {"style.safetensors"}
+        with pytest.raises(ValueError, match="hub a/two: name one file: 2 LoRA files: more.safetensors, style.safet"):
+            read_lora("a/two", SHAPES)
+        with pytest.raises(FileNotFoundError, match="hub a/two: no file x.safetensors"):
+            read_lora("a/two/x.safetensors", SHAPES)
+        with pytest.raises(FileNotFoundError, match="no file a/three, and hub a/three: no such repository"):
+            read_lora("a/three", SHAPES)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert factors("a/one") == {4 / RANK}
+    monkeypatch.setenv("TIUE_MODELS", str(tmp_path / "models"))
+    (tmp_path / "models" / "a--four").mkdir(parents=True)
+    lora_file(tmp_path / "models" / "a--four" / "x.safetensors", kohya, ALL, 6)
+    assert factors("a/four") == {6 / RANK}
+
+
+def test_several_loras_are_added_each_with_its_scale(tmp_path, capsys):
+    teacher = tiny.write_pipeline(tmp_path / "teacher")
+    one = lora_file(tmp_path / "one.safetensors", peft, ALL[:2])
+    two = lora_file(tmp_path / "two.safetensors", kohya, ALL[1:], 6)
+    command = ["convert", "merge-lora", "--model", str(teacher), "--lora", str(one), "--lora", str(two)]
+    assert cli.main([*command, "--out", str(tmp_path / "both"), "--scale", "0.5", "--scale", "-2"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{one} at scale 0.5 and {two} at scale -2 in {len(ALL)} weights" in printed
+    merge_lora(teacher, one, tmp_path / "first", scale=0.5)
+    merge_lora(tmp_path / "first", two, tmp_path / "second", scale=-2.0)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    got, want = (load_file(tmp_path / name / unet) for name in ("both", "second"))
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    with pytest.raises(ValueError, match="expected a scale for each LoRA, got 1 for 2"):
+        merge_lora(teacher, [one, two], tmp_path / "new", scale=[1.0])
 
 
 def test_values_that_are_not_finite_are_named(tmp_path):

@@ -68,9 +68,12 @@ def test_guidance_keeps_the_two_halves_of_a_sample_side_by_side():
     assert texts.ravel().tolist() == [5, 9, 6, 10]
     assert got.shape == (2, 3, 1, 1, 1)
     np.testing.assert_array_equal(got[:, 0].ravel(), [9 + 2 * (5 - 9), 2 * (10 + 2 * (6 - 10))])
+    for scale in (1.0, 0.5, -3.0):  # traced: no guidance, which is o(text)
+        got = samplers.guided(network, latents, np.array([3, 4]), text, null, jnp.float32(scale))
+        np.testing.assert_array_equal(got[:, 0].ravel(), [5, 2 * 6])
 
 
-@pytest.mark.parametrize(("guidance_scale", "rows"), [(1, 2), (1.0, 2), (1.5, 4)])
+@pytest.mark.parametrize(("guidance_scale", "rows"), [(1, 2), (1.0, 2), (0, 2), (-3.0, 2), (1.5, 4)])
 def test_no_guidance_evaluates_no_second_branch(guidance_scale, rows):
     calls = []
 

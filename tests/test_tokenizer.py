@@ -1,14 +1,24 @@
 """tokenizer.py: the token ids of transformers, padded and cut, also from several threads."""
 
+import json
 import logging
+import shutil
+import sys
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import CLIPTokenizer
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
 
 from tests import tiny
-from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from tiue_jax.weights import hub
 
 SHIPPED = hub.ASSETS / "emoji" / "tokenizer"
@@ -40,6 +50,44 @@ def test_truncation_in_the_tokenizers_file_is_ignored(tmp_path):
     theirs.save_pretrained(tmp_path)
     assert '"max_length": 4' in (tmp_path / "tokenizer.json").read_text()
     np.testing.assert_array_equal(Tokenizer(tmp_path, 77)(PROMPTS), Tokenizer(SHIPPED, 77)(PROMPTS))
+
+
+def test_the_list_of_files_is_what_transformers_opens(tmp_path):
+    """Walks the files that transformers opens in a folder that holds all that it may know."""
+    folder = tiny.write_tokenizer(tmp_path / "tokenizer")
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "whole")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(folder / name, tmp_path / "whole" / name)
+    for name in ("added_tokens.json", "special_tokens_map.json", "config.json", "preprocessor_config.json"):
+        (tmp_path / "whole" / name).write_text("{}")
+    opened = set()
+
+    def listen(event, arguments):
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(str(tmp_path / "whole")):
+            opened.add(Path(arguments[0]).name)
+
+    sys.addaudithook(listen)  # stays until Python ends; it listens to this folder only
+    CLIPTokenizer.from_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "tokenizer.json").unlink()  # then the vocabulary is read
+    CLIPTokenizer.from_pretrained(tmp_path / "whole")
+    known = {"config.json"}  # it says which tokenizer class to take, and the class is given here
+    print(f"transformers opens {sorted(opened)}")
+    assert {"vocab.json", "merges.txt", "added_tokens.json"} <= opened | {"vocab.json", "merges.txt"}
+    assert opened - known <= set(TOKENIZER_FILES)
+    names = {*CLIPTokenizer.vocab_files_names.values(), ADDED_TOKENS_FILE, FULL_TOKENIZER_FILE}
+    assert set(TOKENIZER_FILES) == names | {SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE}
+
+
+def test_added_tokens_are_read_and_other_files_are_not(tmp_path):
+    """Textual inversion saves its placeholder in added_tokens.json."""
+    folder = tiny.write_tokenizer(tmp_path / "tokenizer")
+    (folder / "added_tokens.json").write_text(json.dumps({"<cat-toy>": len(tiny.VOCABULARY)}))
+    (folder / "chat_template.jinja").mkdir()  # could not be read
+    ids = Tokenizer(folder, tiny.CONTEXT)(["a <cat-toy>"])
+    theirs = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=tiny.END)
+    theirs.add_tokens("<cat-toy>")
+    assert ids[0, 2] == len(tiny.VOCABULARY)
+    np.testing.assert_array_equal(ids[0, :4], theirs("a <cat-toy>").input_ids)
 
 
 def test_threads_may_share_a_tokenizer():

@@ -182,7 +182,7 @@ class Pipeline:
             sampler: a name in samplers.SAMPLERS: "tiue" for a student, "ddim" for its teacher, or another. None is the
                 model's sampler, and None in the next four arguments is the model's setting or the sampler's default.
             num_inference_steps: the number of steps; K for "tiue".
-            guidance_scale: the scale of classifier-free guidance, for samplers that take it. 1 is no guidance.
+            guidance_scale: the scale of classifier-free guidance, for samplers that take it. Up to 1 is no guidance.
             timestep_spacing: "leading", "trailing" or "linspace", for samplers that take it.
             key_steps: the steps at which "faster_diffusion" runs the encoder, from 0. One number n is every n-th step.
             batch_size: images in a batch, by default 8. It is rounded up to a multiple of the number of devices, or of
@@ -285,7 +285,7 @@ class Pipeline:
         Args:
             settings: resolved, as `settings` returns them.
         """
-        key = text_to_image.Key.of(settings)
+        key = text_to_image.Key.of(settings, self.unet.cfg.time_cond_proj_dim is not None)
         if key not in self._programs:
             parts = {name: getattr(self, name) for name in text_to_image.PARTS}
             function = text_to_image.make(parts, self.schedule, key, self.vae_tiling, self._mesh)

@@ -88,6 +88,8 @@ def test_guidance_embedding(dim):
         ("guidance embedding", LCM_UNET, 4, 8.5, "epsilon"),
         ("LCM-LoRA, guided", UNET, 3, 1.8, "v_prediction"),
         ("LCM-LoRA, no guidance, one step", UNET, 1, 1, "epsilon"),
+        ("LCM-LoRA, guidance off", UNET, 2, 0.0, "epsilon"),
+        ("guidance embedding of 0", LCM_UNET, 2, 0.0, "epsilon"),
     ],
 )
 def test_lcm(name, cfg, k, guidance_scale, prediction_type, monkeypatch):
@@ -120,7 +122,8 @@ def test_lcm(name, cfg, k, guidance_scale, prediction_type, monkeypatch):
                 output = theirs(x, t, y, timestep_cond=cond).sample
             else:
                 uncond = theirs(x, t, y_null).sample
-                output = uncond + guidance_scale * (theirs(x, t, y).sample - uncond)
+                guided = guidance_scale > 1  # StableDiffusionPipeline.do_classifier_free_guidance
+                output = uncond + (guidance_scale if guided else 1) * (theirs(x, t, y).sample - uncond)
             x = scheduler.step(output, t, x).prev_sample
     assert next(injected, None) is None
     check(f"lcm, {name}", sample(params, np.float32(guidance_scale)), x)

@@ -4,6 +4,7 @@
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
     tiue convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
+    tiue convert merge-lora --model sd15 --lora a.safetensors --scale 1 --lora owner/name --scale 0.5 --out teacher
 
 `tiue convert COMMAND --help` describes a command. Exit status: 0 done; 1 written, but --verify found a difference from
 PyTorch; 2 a wrong argument, file or folder.
@@ -95,7 +96,7 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "the folder to write: program, weights, tokenizer, sampler.py (required)", **add)
     flags.DEFINE_enum("sampler", None, list(SAMPLERS), "the sampler (default: the model's)", **add)
     flags.DEFINE_integer("num_inference_steps", None, "number of steps, K of a student (default: the model's)", **add)
-    guidance = "guidance scale of a call that does not give one; 1 compiles no guidance (default: the model's)"
+    guidance = "guidance scale of a call that does not give one; up to 1 compiles no guidance (default: the model's)"
     flags.DEFINE_float("guidance_scale", None, guidance, **add)
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "spacing of the steps (default: the model's)", **add)
     keys = "for faster_diffusion: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
@@ -144,8 +145,9 @@ def define_import(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     base = "a model that supplies the tokenizer and the configurations (default: the published model like the file)"
     flags.DEFINE_string("base", None, base, **add)
-    prediction = "the UNet's output; required for SD 2.x, whose files do not hold it (default: the base's)"
+    prediction = "the UNet's output; required for SD 2.x files that do not say it (default: the file's or the base's)"
     flags.DEFINE_enum("prediction_type", None, list(PREDICTION_TYPES), prediction, **add)
+    flags.DEFINE_bool("ema", False, "take the UNet's moving average (model_ema.*) in the file", **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
 
@@ -153,15 +155,18 @@ def define_import(values: flags.FlagValues) -> None:
 def run_import(args: flags.FlagValues) -> int:
     """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x."""
     require(args, "file", "out")
-    kind = import_single_file(
+    imported = import_single_file(
         args.file,
         args.out,
         base=args.base,
         prediction_type=args.prediction_type,
+        ema=args.ema,
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print(f"{args.out}: {args.file}, like {kind}, in {args.dtype}")
+    for note in imported.notes:
+        print(f"{args.file}: {note}")
+    print(f"{args.out}: {args.file}, like {imported.kind}, in {args.dtype}")
     return 0
 
 
@@ -169,19 +174,22 @@ def define_merge_lora(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue convert merge-lora`."""
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", None, _A_PIPELINE, **add)
-    lora = "LoRA weights: a .safetensors file, or a folder that diffusers wrote (required)"
-    flags.DEFINE_string("lora", None, lora, **add)
+    lora = "a LoRA: a .safetensors file, a folder, a hub repository, or owner/name/file; may be repeated (required)"
+    flags.DEFINE_multi_string("lora", None, lora, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    flags.DEFINE_float("scale", 1.0, "factor of the LoRA; 1 is the LoRA as it was trained", **add)
+    scale = "factor of the LoRA, one for each --lora; 1 is the LoRA as it was trained (default: 1)"
+    flags.DEFINE_multi_float("scale", None, scale, **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
 
 
 def run_merge_lora(args: flags.FlagValues) -> int:
-    """Writes a pipeline with a LoRA merged into its UNet and its text encoder."""
+    """Writes a pipeline with one or several LoRAs merged into its UNet and its text encoder."""
     require(args, "model", "lora", "out")
-    count = merge_lora(args.model, args.lora, args.out, scale=args.scale, dtype=args.dtype, overwrite=args.overwrite)
-    print(f"{args.out}: {args.model} with {args.lora} at scale {args.scale:g} in {count} weights, in {args.dtype}")
+    scales = args.scale or [1.0] * len(args.lora)
+    count = merge_lora(args.model, args.lora, args.out, scale=scales, dtype=args.dtype, overwrite=args.overwrite)
+    merged = " and ".join(f"{lora} at scale {scale:g}" for lora, scale in zip(args.lora, scales, strict=True))
+    print(f"{args.out}: {args.model} with {merged} in {count} weights, in {args.dtype}")
     return 0
 
 

@@ -44,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("latents", None, latents, **add)
     flags.DEFINE_enum("sampler", None, list(SAMPLERS), "by default the model's sampler", **add)
     flags.DEFINE_integer("num_inference_steps", None, "steps, K of a student; by default the model's", **add)
-    flags.DEFINE_float("guidance_scale", None, f"for {_names('guidance_scale')}; 1 is no guidance", **add)
+    flags.DEFINE_float("guidance_scale", None, f"for {_names('guidance_scale')}; up to 1 is no guidance", **add)
     spacing = f"for {_names('timestep_spacing')}; by default the model's spacing"
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), spacing, **add)
     keys = f"for {_names('key_steps')}: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"

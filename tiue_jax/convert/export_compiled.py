@@ -64,7 +64,7 @@ def export_compiled(
     settings = pipe.settings(**sampling)
     check_new_folder(out, MANIFEST, overwrite, [pipe.name])
 
-    key = text_to_image.Key.of(settings)
+    key = text_to_image.Key.of(settings, pipe.unet.cfg.time_cond_proj_dim is not None)
     batch = export.symbolic_shape("b")[0] if batch_size is None else batch_size
     params = {name: getattr(pipe, name).params for name in text_to_image.PARTS}
     weights = {name: leaf for name, leaf in _named(params).items() if not name.startswith(_ONLY_ENCODE)}

@@ -2,11 +2,23 @@
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# All files that a tokenizer is read from. Other files of its folder are not opened, so the same list is downloaded.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +66,12 @@ def _load(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that PyTorch is not installed
     from transformers import CLIPTokenizer  # here, since the import takes seconds
 
-    try:
-        return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # on broken files its parsers, in Rust and Python, raise plain Exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error
+    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+        for name in TOKENIZER_FILES:  # transformers sees no other file
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(aside) / name)
+        try:
+            return CLIPTokenizer.from_pretrained(aside)
+        except Exception as error:  # on broken files its parsers, in Rust and Python, raise plain Exceptions
+            reason = " ".join(str(error).replace(aside, str(folder)).split())
+            raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error

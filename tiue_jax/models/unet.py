@@ -16,6 +16,8 @@ from tiue_jax.models.layer_by_layer import LayerByLayer
 from tiue_jax.models.lora import LoRAConfig, adapt
 from tiue_jax.models.sharing import SkipResnetBlock2D
 
+# Fields that diffusers' EMAModel adds to the config of a moving average. The model does not depend on them.
+_EMA_FIELDS = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 _CLASS = "UNet2DConditionModel"
 # Fields of UNet2DConditionModel for which only one value is supported, with that value.
 _FIXED: dict[str, Any] = {
@@ -122,7 +124,7 @@ class UNetConfig:
         for name, value in config.items():
             if name in known:
                 kept[name] = tuple(value) if isinstance(value, list) else value
-            elif not name.startswith("_") and (name not in _FIXED or value != _FIXED[name]):
+            elif not name.startswith("_") and name not in _EMA_FIELDS and (name not in _FIXED or value != _FIXED[name]):
                 wanted = f"only {_FIXED[name]!r} is supported" if name in _FIXED else "the field is unknown"
                 raise ValueError(f"unet config field {name!r} is {value!r}: {wanted}")
         return cls(**kept)

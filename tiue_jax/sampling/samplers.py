@@ -34,8 +34,8 @@ class Inputs(NamedTuple):
         text: text embeddings of the prompts [b l d].
         schedule: the noise schedule, with its timestep spacing.
         num_inference_steps: the number of steps.
-        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None if guidance_scale is 1.
-        guidance_scale: w of classifier-free guidance, see `guided`.
+        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None without classifier-free guidance.
+        guidance_scale: w of classifier-free guidance, see `guided`; or the input of a UNet with `time_cond_proj_dim`.
         keys: random keys [b], for noise that is added between steps, see `image_keys`.
         key_steps: the steps at which "faster_diffusion" runs the encoder, increasing from 0.
         mesh: splits the timesteps of "tiue" over its axis `step`.
@@ -97,27 +97,28 @@ def guided(
     """Classifier-free guidance (arXiv 2207.12598; docs/method.md, section 6): o(null) + w (o(text) - o(null)).
 
     The network is evaluated once, on a batch of 2b. The two halves of each sample are neighbours in that batch: if the
-    batch is sharded, each device holds both halves of its samples, and no data moves between devices. If w is the
-    Python number 1 there is no guidance, and the network is evaluated on b.
+    batch is sharded, each device holds both halves of its samples, and no data moves between devices. A
+    scale of at most 1 is no guidance, as in diffusers: the result is o(text). If such a scale is a Python number, the
+    network is evaluated on b.
 
     Args:
         network: see Network.
         latents: [b h w c].
         t: timesteps [b ...].
         text: text embeddings of the prompts [b l d].
-        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None if guidance_scale is 1.
+        null_text: text embeddings of the empty (or a negative) prompt [b l d]. None if guidance_scale is at most 1.
         guidance_scale: w, a number or a traced scalar.
 
     Returns:
         [b ... h w c].
     """
-    if isinstance(guidance_scale, int | float) and guidance_scale == 1:
+    if isinstance(guidance_scale, int | float) and guidance_scale <= 1:
         return network(latents, t, text)
     assert null_text is not None
     texts = jnp.stack([text, null_text], axis=1).reshape(-1, *text.shape[1:])  # [2b l d]
     both = network(jnp.repeat(latents, 2, axis=0), jnp.repeat(t, 2, axis=0), texts)
     both = both.reshape(-1, 2, *both.shape[1:])  # [b 2 ... h w c]
-    return both[:, 1] + guidance_scale * (both[:, 0] - both[:, 1])
+    return both[:, 1] + jnp.maximum(guidance_scale, 1) * (both[:, 0] - both[:, 1])
 
 
 def tiue(inputs: Inputs) -> jax.Array:

@@ -18,7 +18,8 @@ class Sampling:
     Attributes:
         sampler: a name in samplers.SAMPLERS.
         num_inference_steps: the number of steps, >= 1; K of the student. None is the sampler's default.
-        guidance_scale: the scale of classifier-free guidance; 1 is no guidance. None is the sampler's default.
+        guidance_scale: the scale of classifier-free guidance; at most 1 is no guidance. A UNet with
+            `time_cond_proj_dim` takes it as an input, and then each value has a meaning. None is the sampler's default.
         timestep_spacing: among schedule.SPACINGS. None is the schedule's spacing.
         key_steps: the steps at which "faster_diffusion" runs the encoder, increasing from 0. One number n is every n-th
             step. None is the sampler's default.

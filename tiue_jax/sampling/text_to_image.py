@@ -27,7 +27,7 @@ class Batch(NamedTuple):
         prompt_ids: uint32 [b], a hash of each image's prompt.
         numbers: uint32 [b], each image's number among the images of its prompt.
         seed: uint32.
-        guidance_scale: float32. Not used if the function is not guided.
+        guidance_scale: float32. Not used if the function is not guided. At most 1 is no guidance.
         latents: float32 [b h w c], the initial noise if `given` is true. The shape sets the size of the images.
         given: bool, takes the initial noise from `latents`. Otherwise it is drawn from the seed.
     """
@@ -48,16 +48,26 @@ class Key:
 
     Attributes:
         settings: resolved, without the guidance scale, which is an argument.
-        guided: the guidance scale is not 1. A guided function evaluates the UNet twice for each image.
+        guided: the function takes the guidance scale of a batch. It evaluates the UNet twice for each image, or, if the
+            UNet takes the scale as an input (`time_cond_proj_dim`), once.
     """
 
     settings: Sampling
     guided: bool
 
     @classmethod
-    def of(cls, settings: Sampling) -> "Key":
-        """The key of resolved settings."""
-        return cls(dataclasses.replace(settings, guidance_scale=None), settings.guidance_scale not in (None, 1))
+    def of(cls, settings: Sampling, embeds_guidance: bool = False) -> "Key":
+        """The key of resolved settings.
+
+        Classifier-free guidance needs a scale above 1. At most 1 means no guidance, as in diffusers.
+
+        Args:
+            settings: resolved.
+            embeds_guidance: the UNet takes the guidance scale as an input, so that each value has a meaning.
+        """
+        scale = settings.guidance_scale
+        guided = scale is not None and (embeds_guidance or scale > 1)
+        return cls(dataclasses.replace(settings, guidance_scale=None), guided)
 
 
 def make(
@@ -98,7 +108,7 @@ def make(
         text_encoder = parts["text_encoder"].bind(params["text_encoder"])
         text = text_encoder(batch.ids).last_hidden_state
         null_text = None
-        if key.guided:
+        if key.guided and parts["unet"].cfg.time_cond_proj_dim is None:
             null_text = jnp.broadcast_to(text_encoder(batch.null_ids).last_hidden_state, text.shape)
         keys = samplers.image_keys(batch.seed, batch.prompt_ids, batch.numbers)
         noise = jnp.where(batch.given, batch.latents, samplers.normal(keys, batch.latents.shape[1:]))

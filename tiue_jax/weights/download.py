@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tiue_jax.files import user_cache, writing_aside
 from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG, TOKENIZER_FILES
-from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
+from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS, index_names
 
 # Variants of the weights by the dtype of the computation, the preferred one first. bfloat16 keeps fewer bits than fp16.
 _VARIANTS = {"float32": ("", ".fp16"), "bfloat16": (".fp16", "")}
@@ -164,10 +164,14 @@ def _variant(files: Collection[str], folder: str, variant: str) -> list[str]:
     for stem in (Path(WEIGHTS).stem, Path(TRANSFORMERS_WEIGHTS).stem):
         if (single := f"{folder}{stem}{variant}.safetensors") in files:
             return [single]
-        if (index := f"{folder}{stem}.safetensors.index{variant}.json") in files:
-            pattern = re.compile(rf"{folder}{stem}{re.escape(variant)}-\d+-of-(\d+)\.safetensors")
+        for index in (folder + name for name in index_names(stem, variant)):
+            if index not in files:
+                continue
+            ends = re.escape(variant)  # before the numbers, or after them (diffusers in 2024)
+            numbers = rf"(?:{ends}-\d+-of-(\d+)|-\d+-of-(\d+){ends})"
+            pattern = re.compile(rf"{re.escape(folder + stem)}{numbers}\.safetensors")
             shards = {name: match for name in files if (match := pattern.fullmatch(name))}
-            if any(int(match[1]) != len(shards) for match in shards.values()) or not shards:
+            if any(int(match[1] or match[2]) != len(shards) for match in shards.values()) or not shards:
                 raise ValueError(f"{index} is there, its shards are not all: {', '.join(sorted(shards)) or 'none'}")
             return [index, *sorted(shards)]
     return []

@@ -142,7 +142,7 @@ def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bo
     tried = []
     for folder in _local_folders(text, model):
         if folder.is_dir():
-            _say(text, [f"folder {folder}", f"licence: {model.licence or 'see its model card'}"])
+            say(text, [f"folder {folder}", f"licence: {model.licence or 'see its model card'}"])
             return folder
         tried.append(f"no folder {folder}")
     if not tried:
@@ -154,7 +154,7 @@ def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bo
             tried.append(f"hub {repository} at {revision}: {error}")
             continue
         licence = model.licence or fetched.licence or "see its model card"
-        _say(text, [f"hub {repository} at {fetched.commit}", f"licence: {licence}", *fetched.notes])
+        say(text, [f"hub {repository} at {fetched.commit}", f"licence: {licence}", *fetched.notes])
         return fetched.folder
     raise FileNotFoundError(f"cannot find model {text!r}, tried: {'; '.join(tried)}")
 
@@ -210,6 +210,6 @@ def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) 
     return whole
 
 
-def _say(text: str, facts: list[str]) -> None:
+def say(text: str, facts: list[str]) -> None:
     """Prints facts on a model. They are not logged, since the user must always see the source and the licence."""
     print(f"model {text}: {'; '.join(facts)}", file=sys.stderr)

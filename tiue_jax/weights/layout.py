@@ -1,5 +1,7 @@
 """The names of files and folders in a pipeline folder, as diffusers lays it out. Each name is defined once, here."""
 
+from tiue_jax.models import tokenizer
+
 MODEL_PARTS = ("unet", "vae", "text_encoder")  # folders with a config.json and weights
 PARTS = (*MODEL_PARTS, "tokenizer", "scheduler")
 
@@ -9,11 +11,4 @@ TIUE_CONFIG = "tiue_config.json"  # how the model is sampled, see sampling.setti
 CARD = "README.md"
 TORCH_PIPELINE = "pipeline.py"  # the name under which diffusers looks for a custom pipeline
 LORA_TEACHER = "lora_teacher"
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+TOKENIZER_FILES = tokenizer.TOKENIZER_FILES  # all that the reader opens

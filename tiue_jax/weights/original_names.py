@@ -18,9 +18,11 @@ from tiue_jax.weights.tensor_files import StoredTensor
 
 # how the names of each part begin in the file
 UNET = "model.diffusion_model."
+EMA = "model_ema."  # and then the name of the UNet's tensor after "model.", without dots
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
+PARTS = (UNET, VAE, CLIP, OPEN_CLIP)
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -45,14 +47,10 @@ _OPEN_CLIP = {
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
-# OpenCLIP's loss uses the first two, and the mask is a constant: the output of a text encoder depends on none of them
-_OPEN_CLIP_UNUSED = ("text_projection", "logit_scale", "attn_mask")
 
 
 def unet_tensors(tensors: Mapping[str, StoredTensor], cfg: UNetConfig, shapes: Params) -> dict[str, StoredTensor]:
     """Returns the UNet's tensors under diffusers' names. A tensor that fits nowhere keeps its name in the file.
-
-    Full training checkpoints also hold the moving average (`model_ema.*`). It is ignored, as in diffusers.
 
     Args:
         tensors: all tensors of the file by name.
@@ -72,7 +70,7 @@ def text_tensors(tensors: Mapping[str, StoredTensor], cfg: CLIPTextConfig, shape
     if not is_open_clip(tensors):
         return {name.removeprefix(CLIP): tensor for name, tensor in tensors.items() if name.startswith(CLIP)}
     held = {name.removeprefix(OPEN_CLIP): tensor for name, tensor in tensors.items() if name.startswith(OPEN_CLIP)}
-    found, used = {}, set(_OPEN_CLIP_UNUSED)
+    found, used = {}, set[str]()
     for path, _ in leaves(shapes):
         name = on_disk(path)
         theirs, third = _open_clip_name(name)
@@ -88,6 +86,25 @@ def text_tensors(tensors: Mapping[str, StoredTensor], cfg: CLIPTextConfig, shape
     beyond = re.compile(rf"transformer\.resblocks\.{cfg.num_hidden_layers}\..*")
     unused = {name for name in held if name not in used and not beyond.fullmatch(name)}
     return found | {OPEN_CLIP + name: held[name] for name in unused}
+
+
+def with_ema(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Takes the UNet's moving average, as full training checkpoints hold it, in the place of the UNet.
+
+    Returns:
+        The tensors with the average under the names of the UNet, and the names of its tensors without an average.
+    """
+    replaced, without = {}, []
+    for name, tensor in tensors.items():
+        if not name.startswith(EMA):
+            replaced[name] = tensor
+        if name.startswith(UNET):
+            average = EMA + name.removeprefix("model.").replace(".", "")
+            if average in tensors:
+                replaced[name] = tensors[average]
+            else:
+                without.append(name)
+    return replaced, without
 
 
 def is_open_clip(tensors: Mapping[str, StoredTensor]) -> bool:

@@ -15,7 +15,17 @@ from tiue_jax.files import read_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name: UNet and VAE
 TRANSFORMERS_WEIGHTS = "model.safetensors"  # transformers' name: text and image encoders
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +74,12 @@ class StoredTensor:
         kind = np.dtype(_NUMPY[self.dtype])
         x = np.fromfile(self.path, kind, math.prod(shape), offset=self.offset + skip * kind.itemsize)
         return x.reshape(shape)
+
+
+def index_names(stem: str, variant: str) -> tuple[str, ...]:
+    """The names that the index of a model's shards may have, for a variant such as ".fp16" or "" for none."""
+    names = (f"{stem}.safetensors.index{variant}.json", f"{stem}.safetensors{variant}.index.json")
+    return tuple(dict.fromkeys(names))
 
 
 def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
@@ -133,7 +149,7 @@ def _find_weights(folder: Path) -> Path:
     tried = []
     for variant in ("", ".fp16"):
         for stem in (Path(WEIGHTS).stem, Path(TRANSFORMERS_WEIGHTS).stem):
-            for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+            for name in (f"{stem}{variant}.safetensors", *index_names(stem, variant)):
                 if (folder / name).is_file():
                     return folder / name
                 tried.append(name)

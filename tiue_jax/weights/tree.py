@@ -1,6 +1,6 @@
 """Converts tensors under torch's names to parameter trees and back. Strict, and only a few tensors at a time."""
 
-import re
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from tiue_jax.weights import diagnosis, leftovers
 from tiue_jax.weights.names import Params, from_torch, insert, leaves, modernise, on_disk, to_torch, torch_shape
+
+logger = logging.getLogger(__name__)
 
 READERS = 4  # threads; each reads, transposes and places one tensor at a time
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# buffers that transformers < 4.31 stored beside the parameters: 0, 1, 2, ...
-_HARMLESS_EXTRA = re.compile(r"(text_model|vision_model)\.embeddings\.position_ids")
 
 
 def to_torch_names(params: Params, prefix: str = "", dtype: Any = None) -> dict[str, np.ndarray]:
@@ -58,14 +59,15 @@ def from_torch_names(
             reads only the rows that its devices hold.
 
     Raises:
-        ValueError: one error, which names `source` and every tensor that is missing, unused, wrong-shaped, not of a
-            floating dtype, or not finite.
+        ValueError: one error, which names `source`, and counts the tensors that are missing, unused, wrong-shaped, not
+            of a floating dtype, or not finite, with examples.
     """
     expected = {prefix + on_disk(path): (path, tuple(leaf.shape)) for path, leaf in leaves(shapes)}
     found = modernise(tensors, shapes, prefix)
     placed = {} if shardings is None else dict(leaves(jax.tree.broadcast(shardings, shapes)))
     both = [(name, found[name], *expected[name]) for name in expected if name in found]
-    unused = [name for name in found if name not in expected and not _HARMLESS_EXTRA.fullmatch(name)]
+    extra = [name for name in found if name not in expected]
+    unused = [name for name in extra if leftovers.reason(name) is None]
     problems = {
         "missing": sorted(set(expected) - set(found)),
         "unused": sorted(_name_with_shard(name, found[name]) for name in unused),
@@ -92,9 +94,16 @@ def from_torch_names(
                 if not finite:
                     problems[not_finite].append(_name_with_shard(name, tensor))
     if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{source}: weights do not fit the model: {listed}")
+        raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems, _foreign_kind(found)))
+    if extra:
+        logger.info("%s: %s", source, leftovers.summary(extra))
     return params
+
+
+def _foreign_kind(tensors: Mapping[str, Any]) -> str | None:
+    """What the tensors of a model that does not fit are, if they show another kind of model."""
+    kind = diagnosis.kind_of(tensors)
+    return kind if kind is not None and not kind.endswith((" 1.x", " 2.x")) else None
 
 
 def _read(

@@ -1,0 +1,117 @@
+"""Finds a LoRA file: on this disk, or on the Hugging Face hub."""
+
+import hashlib
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from tiue_jax.files import expand
+from tiue_jax.weights import diagnosis, hub
+from tiue_jax.weights.download import _reason
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"  # beside PEFT_FILE
+_SUFFIX = ".safetensors"
+_FILE_SUFFIXES = (_SUFFIX, ".bin", ".ckpt", ".pt", ".pth")  # of names that are no repositories
+_NO_LORA = ("scheduler", "optimizer", "checkpoint")  # in the names of other files of a training run, as in diffusers
+_REVISION = "main"
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?", re.ASCII)  # owner/name or owner/name/file
+
+
+def resolve(name: str | Path) -> Path:
+    """Finds a LoRA file, after a download if necessary. Prints the source and the licence of a download on stderr.
+
+    Args:
+        name: a file; a folder with one LoRA; a hub repository with one LoRA (owner/name); or a file in a hub repository
+            (owner/name/file.safetensors). The folder $TIUE_MODELS is searched before the hub.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or repository.
+        ValueError: it is no safetensors file, or the folder or repository holds none or several.
+    """
+    path = expand(name)
+    if path.is_dir():
+        return path / choose(str(path), [entry.name for entry in path.iterdir() if entry.is_file()])
+    if path.is_file():
+        _check_suffix(str(path))
+        return path
+    match = _HUB_NAME.fullmatch(str(name))
+    is_a_file = str(name).startswith((".", "~")) or (path.suffix in _FILE_SUFFIXES and len(path.parts) < 3)
+    if isinstance(name, Path) or match is None or is_a_file:
+        raise FileNotFoundError(f"{path}: no such file, expected LoRA weights in safetensors")
+    repository, file = match.groups()
+    if file is not None:
+        _check_suffix(str(name))
+    if root := os.environ.get("TIUE_MODELS"):
+        for folder in (expand(root) / repository, expand(root) / repository.replace("/", "--")):
+            if folder.is_dir():
+                return resolve(folder / file if file else folder)
+    return _fetch(repository, file)
+
+
+def choose(source: str, files: Collection[str]) -> str:
+    """The LoRA among the names of the files in a folder, without those in its subfolders.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several. The error names `source` and the files.
+    """
+    for name in (DIFFUSERS_FILE, PEFT_FILE):
+        if name in files:
+            return name
+    found = [name for name in sorted(files) if name.lower().endswith(_SUFFIX) and "/" not in name]
+    found = [name for name in found if not any(word in name for word in _NO_LORA)]
+    if not found:
+        raise FileNotFoundError(f"{source}: no LoRA, expected {DIFFUSERS_FILE}, {PEFT_FILE} or another *{_SUFFIX}")
+    if len(found) > 1:
+        raise ValueError(diagnosis.misfit(f"{source}: name one file", {"LoRA files": found}))
+    return found[0]
+
+
+def _fetch(repository: str, file: str | None) -> Path:
+    """Downloads a LoRA from the hub. Errors as `resolve`."""
+    # imported here, since it takes half a second that files on this disk do not need
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        info = HfApi().model_info(repository, revision=_REVISION, files_metadata=True)
+    except Exception as error:  # of the hub, its HTTP library, or the operating system
+        reason = _reason(error)
+        try:
+            # without a pattern it would ask for all files of the repository
+            earlier = snapshot_download(
+                repository, revision=_REVISION, local_files_only=True, allow_patterns=PEFT_CONFIG
+            )
+        except Exception:  # there is no earlier download
+            raise FileNotFoundError(f"no file {repository}, and hub {repository}: {reason}") from error
+        return resolve(Path(earlier) / file if file else Path(earlier))
+    hashes = {entry.rfilename: entry.lfs and entry.lfs.sha256 for entry in info.siblings or []}
+    file = file or choose(f"hub {repository}", list(hashes))
+    if file not in hashes:
+        raise FileNotFoundError(f"hub {repository}: no file {file}")
+    try:
+        folder = Path(snapshot_download(repository, revision=_REVISION, allow_patterns=[file, PEFT_CONFIG]))
+    except Exception as error:
+        raise OSError(f"hub {repository}: {_reason(error)}") from error
+    if expected := hashes[file]:
+        _check_hash(folder / file, expected)
+    licence = (info.card_data.get("license") if info.card_data else None) or "see its model card"
+    hub.say(f"{repository}/{file}", [f"hub {repository} at {info.sha}", f"licence: {licence}"])
+    return folder / file
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    """Raises ValueError if the file has another SHA-256, and removes it, so that the next run downloads it again."""
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        path.resolve().unlink()  # in the hub's cache a file is a link to its content
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path}: wrong hash: SHA-256 {got}, the hub says {expected}; removed it")
+
+
+def _check_suffix(path: str) -> None:
+    if not path.lower().endswith(_SUFFIX):
+        raise ValueError(f"{path}: expected a {_SUFFIX} file; other formats can run code when they are read")
