@@ -19,6 +19,7 @@ from tiue_jax.cli.command_line import BAD_INPUT, parse, print_error, require, su
 from tiue_jax.convert import export, export_compiled
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
+from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.samplers import SAMPLERS
@@ -208,6 +209,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs a subcommand. Returns the exit status; an error is one line on stderr."""
+    platforms.leave_out_missing_tpu()
     width = max(map(len, COMMANDS))
     overview = "\n".join(f"    {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     try:

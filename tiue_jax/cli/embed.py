@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
 from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.data import corpus, embeddings
+from tiue_jax.models import platforms
 from tiue_jax.weights import hub
 
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> str:
 @protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    platforms.leave_out_missing_tpu()
     args = parse(argv)
     try:
         print(run(args))

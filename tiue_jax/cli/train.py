@@ -58,7 +58,7 @@ from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
-from tiue_jax.models import functional
+from tiue_jax.models import functional, platforms
 from tiue_jax.training import compiled_step, distributed, memory_table, train_state
 from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.changed_settings import check_resumed
@@ -359,6 +359,7 @@ def stop_if_not_finite(values: Mapping[str, float], step: int, limit: int, check
 @output.protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit status. An error is one line on stderr; an unexpected one, a traceback."""
+    platforms.leave_out_missing_tpu()
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
