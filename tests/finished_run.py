@@ -3,6 +3,7 @@
 import functools
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from tiue_jax.models.unet import UNet
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
 
+METRIC = "eval/teacher_distance"
 LORA = lora.LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))
 
 
@@ -32,8 +34,13 @@ def weights(name: str, step: int) -> functional.Params:
     return jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), tree)
 
 
-def write(folder: Path, teacher: Path, steps: tuple[int, ...] = (1, 2)) -> Path:
-    """Writes the folder of a run whose teacher is `tiny.write_pipeline`'s, with K = 3 and "trailing" timesteps."""
+def write(
+    folder: Path, teacher: Path, steps: tuple[int, ...] = (1, 2), distances: Mapping[int, float] | None = None
+) -> Path:
+    """Writes the folder of a run whose teacher is `tiny.write_pipeline`'s, with K = 3 and "trailing" timesteps.
+
+    With `distances`, the run keeps the best checkpoint, and they are the distances to its teacher by step.
+    """
     distill = DistillConfig(
         num_inference_steps=3,
         timestep_spacing="trailing",
@@ -42,11 +49,14 @@ def write(folder: Path, teacher: Path, steps: tuple[int, ...] = (1, 2)) -> Path:
         lora_targets=LORA.targets,
         max_train_steps=9,
     )
-    settings = Settings(ModelConfig(str(teacher)), DataConfig("a.txt"), TrainConfig(max_train_steps=9), distill)
+    best = {"checkpoints_best_metric": METRIC, "validation_prompts": ("a",)} if distances else {}
+    train = TrainConfig(max_train_steps=9, **best)
+    settings = Settings(ModelConfig(str(teacher)), DataConfig("a.txt"), train, distill)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings.to_dict()))
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, best=(METRIC, "min") if distances else None) as checkpoints:
         for step in steps:
             state = {name: weights(name, step) for name in ("ema", "params", "lora")}
-            checkpoints.save(step, state, settings.to_dict(), {})
+            measured = {METRIC: distances[step]} if distances else None
+            checkpoints.save(step, state, settings.to_dict(), {}, measured)
     return folder

@@ -82,6 +82,20 @@ def test_keeps_the_newest(tmp_path):
         assert_same(again.restore(3, structs(make(3)))[0], make(3))
 
 
+def test_a_lower_limit_frees_old_checkpoints_as_soon_as_the_newest_is_read(tmp_path):
+    distance = ("eval/distance", "min")
+    with Checkpoints(tmp_path, None, best=distance) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, make(step), CONFIG, {}, {"eval/distance": step / 8})
+    with Checkpoints(tmp_path, total_limit=2, best=distance) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3, 4]  # the newest one could be broken
+        assert checkpoints.resume(structs(make(4)), lambda config: None).step == 4
+        assert checkpoints.steps() == [1, 3, 4]
+    with Checkpoints(tmp_path, total_limit=1) as checkpoints:
+        checkpoints.resume(structs(make(4)), lambda config: None)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["4"]
+
+
 def test_keeps_the_best_too(tmp_path):
     distances = {1: 0.5, 2: 0.1, 3: 0.3, 4: float("nan"), 5: None, 6: 0.4}
     with Checkpoints(tmp_path, total_limit=2, best=("eval/distance", "min")) as checkpoints:

@@ -69,6 +69,20 @@ def test_a_runs_student_is_exported_bit_for_bit(workdir, teacher, tmp_path, caps
     assert sorted(path.name for path in out.parent.iterdir()) == ["student"]
 
 
+def test_the_best_checkpoint_is_exported(teacher, workdir, tmp_path, capsys):
+    run = finished_run.write(tmp_path / "run", teacher, (1, 2, 3), distances={1: 0.5, 2: 0.25, 3: 0.75})
+    for step, expected in (("best", 2), ("last", 3), ("1", 1)):
+        assert command("--checkpoint", run, "--out", tmp_path / step, "--step", step) == 0
+        assert capsys.readouterr().out == f"{tmp_path / step}: the student of step {expected} (ema) in float32\n"
+    best = Pipeline.from_pretrained(tmp_path / "best").unet.params
+    jax.tree.map(np.testing.assert_array_equal, best, weights("ema", 2))
+    assert command("--checkpoint", workdir, "--out", tmp_path / "none", "--step", "best") == 2
+    assert "has no best checkpoint: expected a run with train.checkpoints_best_metric" in capsys.readouterr().err
+    assert command("--checkpoint", run, "--out", tmp_path / "none", "--step", "worst") == 2
+    assert capsys.readouterr().err == "error: --step must be best, last or a number, got 'worst'\n"
+    assert not (tmp_path / "none").exists()
+
+
 def test_everything_in_an_exported_folder(exported):
     names = {*PARTS, "model_index.json", "tiue_config.json", "README.md", "pipeline.py", "lora_teacher"}
     assert {path.name for path in exported.iterdir()} == names

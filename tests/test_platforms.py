@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tiue_jax import sharding
-from tiue_jax.models.platforms import compiler_options
+from tiue_jax.models import platforms
+from tiue_jax.models.platforms import compiler_options, leave_out_missing_tpu, tpu_devices
 from tiue_jax.plan import chips, hlo
 
 
@@ -52,3 +53,36 @@ def test_a_v6e_gathers_parameters_while_it_computes():
 
 def test_other_platforms_take_no_options():
     assert compiler_options("gpu") == {}
+
+
+def test_the_files_of_tpus(tmp_path):
+    assert tpu_devices(tmp_path) == []
+    (tmp_path / "dev" / "vfio").mkdir(parents=True)
+    (tmp_path / "dev" / "vfio" / "vfio").touch()  # the driver's file, without a device
+    assert tpu_devices(tmp_path) == []
+    for name in ("vfio/0", "accel0"):
+        (tmp_path / "dev" / name).touch()
+    assert tpu_devices(tmp_path) == [tmp_path / "dev" / "accel0", tmp_path / "dev" / "vfio" / "0"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "devices", "chosen", "expected"),
+    [
+        (("libtpu",), [], None, "cpu"),
+        (("libtpu",), ["/dev/accel0"], None, None),
+        (("libtpu", "jax_plugins"), [], None, None),
+        ((), [], None, None),
+        (("libtpu",), [], "tpu", "tpu"),
+    ],
+)
+def test_libtpu_is_left_out_only_without_a_tpu(monkeypatch, installed, devices, chosen, expected):
+    monkeypatch.setattr(platforms.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(platforms.importlib.metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(platforms, "tpu_devices", lambda: devices)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", chosen)
+        leave_out_missing_tpu()
+        assert jax.config.jax_platforms == expected
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -108,6 +108,11 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(corpus, "WRITTEN_AT_ONCE", 3)
 
 
+def test_prepare_knows_the_prompts_of_a_shipped_model(tmp_path, capsys):
+    assert prepare.main(["prepare", "--prompts", "emoji", "--out", str(tmp_path / "corpus")]) == 0
+    assert f"{tmp_path / 'corpus'}: {len(corpus.open_prompts('emoji')):,} prompts" in capsys.readouterr().out
+
+
 def test_a_corpus_is_the_sequence_of_its_files(tmp_path, small_shards, capsys):
     path = write(tmp_path / "p.txt", "".join(f"prompt é {i}\n" for i in range(10)) + "\nprompt é 1\n")
     out = tmp_path / "corpus"

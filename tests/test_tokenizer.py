@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import (
 )
 
 from tests import tiny
+from tiue_jax.cli import output
 from tiue_jax.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from tiue_jax.weights import hub
 
@@ -41,6 +42,18 @@ def test_cut_text_is_logged(tmp_path, caplog):
         assert tokenize(["red apple pear red", "red"]).shape == (2, tiny.CONTEXT)
     (record,) = caplog.records
     assert record.getMessage() == "prompt 'red apple pear red' is longer than 8 tokens, ignored: 'red'"
+
+
+def test_of_many_cut_prompts_five_are_shown_and_all_are_counted(caplog, capsys):
+    tokenize = Tokenizer(SHIPPED, 16)
+    long = "red " * 1_000
+    with output.few_warnings_of_cut_prompts():
+        for _ in range(4):
+            tokenize([long, "red", long, "apple"])
+    assert len(caplog.records) == 5 and tokenize.cut_share == 0.5
+    assert all(len(record.getMessage()) < 2 * 200 + 100 for record in caplog.records)
+    assert caplog.records[0].getMessage().startswith(f"prompt {long[:200]!r}... is longer than 16 tokens, ignored: 're")
+    assert capsys.readouterr().err.splitlines()[-1] == "warning: 8 prompts were cut; the first 5 were shown"
 
 
 def test_truncation_in_the_tokenizers_file_is_ignored(tmp_path):

@@ -226,7 +226,22 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_a_good_che
     assert f"2 skipped steps in a row; the last good one is {tmp_path / 'run/checkpoints/2'}" in output.err
     assert checkpoints(tmp_path / "run") == [2] and "Traceback" not in output.err
     skipped = {step: value for step, tag, value in scalars(tmp_path / "run") if tag == "train/skipped_steps"}
+    rare = two | {"train__log_every": 100, "train__checkpoint_every": 100}
+    assert train.main(command(broken, tmp_path / "run", **rare)) == train.NOT_FINITE
+    assert "training stopped at step 4: " in capsys.readouterr().err  # also where nothing is logged
     assert skipped == {1: 0, 2: 0, 3: 1, 4: 2}
+
+
+def test_the_best_student_is_exported_beside_the_last(model, tmp_path, monkeypatch, capsys):
+    distances = iter([0.25, 0.5])
+    monkeypatch.setattr(train.distributed, "from_process_0", lambda value: next(distances))
+    best = {"train__checkpoints_best_metric": "eval/teacher_distance", "train__validation_prompts": "('a red apple',)"}
+    best |= {"train__validation_every": 2, "train__validation_num_inference_steps": 2}
+    assert train.main(command(model, tmp_path, **best)) == 0
+    assert "best: step 2 with eval/teacher_distance 0.25, student: " in capsys.readouterr().out
+    for folder, step in (("student", 4), ("student_best", 2)):
+        kernel = Pipeline.from_pretrained(tmp_path / folder).unet.params["conv_in"]["kernel"]
+        np.testing.assert_array_equal(kernel, saved(tmp_path, step)["ema"]["conv_in"]["kernel"])
 
 
 def test_a_time_limit_ends_a_run_with_everything_it_leaves(model, tmp_path, monkeypatch):

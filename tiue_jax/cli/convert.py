@@ -20,6 +20,7 @@ from tiue_jax.cli.command_line import BAD_INPUT, parse, print_error, require, su
 from tiue_jax.convert import export, export_compiled
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
+from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.samplers import SAMPLERS
@@ -46,7 +47,7 @@ def define_export(values: flags.FlagValues) -> None:
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("checkpoint", None, f"the folder of a training run, or {_A_PIPELINE}", **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    flags.DEFINE_integer("step", None, "step of the run's checkpoint (default: the newest)", **add)
+    flags.DEFINE_string("step", "last", "the run's checkpoint: best, last, or a step", **add)
     weights = "the student's moving average, or the last weights of the run"
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
     flags.DEFINE_bool("lora", False, "also write the run's LoRA teacher, to OUT/lora_teacher", **add)
@@ -64,11 +65,13 @@ def run_export(args: flags.FlagValues) -> int:
     require(args, "checkpoint", "out")
     if args.verify:
         verify = _verifier()
+    if args.step not in ("best", "last") and not args.step.isdecimal():
+        raise ValueError(f"--step must be best, last or a number, got {args.step!r}")
     if export.is_run(args.checkpoint):
         step = export.export_run(
             args.checkpoint,
             args.out,
-            step=args.step,
+            step=int(args.step) if args.step.isdecimal() else args.step,
             weights=args.weights,
             lora_teacher=args.lora,
             dtype=args.dtype,
@@ -214,6 +217,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str]) -> int:
     """Runs a subcommand. Returns the exit status; an error is one line on stderr."""
+    platforms.leave_out_missing_tpu()
     width = max(map(len, COMMANDS))
     overview = "\n".join(f"    {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     try:

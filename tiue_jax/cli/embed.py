@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
-from tiue_jax.cli.output import protected
+from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.data import corpus, embeddings
+from tiue_jax.models import platforms
 from tiue_jax.weights import hub
 
 
@@ -41,13 +42,15 @@ def run(args: argparse.Namespace) -> str:
     prompts = corpus.open_prompts(args.prompts, args.field)
     encode = embeddings.load_encode(folder, args.batch_size)
     key = embeddings.make_key(prompts, folder / "tokenizer", folder / "text_encoder")
-    made = embeddings.write(args.out, prompts, encode, key, args.batch_size)
+    with few_warnings_of_cut_prompts():
+        made = embeddings.write(args.out, prompts, encode, key, args.batch_size)
     return f"{args.out}: text embeddings {list(made.null.shape)} of {len(prompts):,} prompts"
 
 
 @protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
+    platforms.leave_out_missing_tpu()
     args = parse(argv)
     try:
         print(run(args))

@@ -40,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}; see --help", file=sys.stderr)
         return BAD_INPUT
-    command = importlib.import_module(
-        f"tiue_jax.cli.{name}"
-    )  # only one command is imported, since imports take seconds
+    from tiue_jax.models import platforms  # here, since jax takes a second
+
+    platforms.leave_out_missing_tpu()
+    command = importlib.import_module(f"tiue_jax.cli.{name}")  # only one, since imports take seconds
     return command.main([f"tiue {name}", *rest])
 
 

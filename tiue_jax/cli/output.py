@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Self, TextIO, cast
@@ -15,6 +17,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tiue_jax.data.progress import clock, duration
+
+SHOWN_WARNINGS = 5
 
 
 class LenientStream:
@@ -71,6 +75,28 @@ def say(message: str | Table, file: TextIO | None = None) -> None:
     """Prints a line or a table on process 0."""
     if jax.process_index() == 0:
         Console(file=file, markup=False, highlight=False, emoji=False, soft_wrap=True).print(message)
+
+
+@contextlib.contextmanager
+def few_warnings_of_cut_prompts() -> Iterator[None]:
+    """Shows the first five warnings of the tokenizer, and at the end how many there were."""
+    count = 0
+    counting = threading.Lock()
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        nonlocal count
+        with counting:
+            count += 1
+            return count <= SHOWN_WARNINGS
+
+    logger = logging.getLogger("tiue_jax.models.tokenizer")
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
+        if count > SHOWN_WARNINGS:
+            print(f"warning: {count:,} prompts were cut; the first {SHOWN_WARNINGS} were shown", file=sys.stderr)
 
 
 class JsonLog:

@@ -14,6 +14,7 @@ from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
 from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompts import describe
+from tiue_jax.weights import hub
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -21,7 +22,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = "text with a prompt a line, JSON lines, or a folder that tensorflow-datasets prepared"
+    kinds = "text with a prompt a line, JSON lines, a folder of tensorflow-datasets, or the name of a shipped model"
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
     parser.add_argument("--field", help="path to the prompt, with dots, except for text: Task2.Caption")
     parser.add_argument("--split", default="train", help="split of a tensorflow-datasets folder (default: %(default)s)")
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     args = parse(argv)
     try:
-        made = corpus.write(args.prompts, args.out, args.field, args.split)
+        prompts = [hub.SHIPPED_PROMPTS.get(name, name) for name in args.prompts]
+        made = corpus.write(prompts, args.out, args.field, args.split)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tiue_jax import compile_cache, images
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error
 from tiue_jax.files import read_text
+from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.batches import number_images
@@ -255,6 +256,7 @@ def _names(setting: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error of one line on stderr, or 130 after Ctrl-C."""
+    platforms.leave_out_missing_tpu()
     try:
         args = parse(argv, define_flags, __doc__)
         if args is not None:

@@ -6,7 +6,7 @@
 To resume a run, give the same command again. The run's folder is on a disk or in a bucket (gs://). It gets
 `checkpoints/<step>`, `tensorboard/`, `samples/` (the student's images above the teacher's, for the same prompts and
 noise), `config.json`, `memory_table.tsv` (every array, with its sharding and its bytes on each device), and at the end
-`student/`, a pipeline folder:
+`student/`, a pipeline folder, and `student_best/`, that of the best checkpoint if the run keeps it:
 
     python sample.py --model runs/emoji/student --prompt "a red apple" --out apple.png
 
@@ -37,13 +37,12 @@ the signal. Output that cannot be written, since its reader is gone or the disk 
 
 import contextlib
 import functools
-import logging
 import signal
 import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,24 +58,26 @@ from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
-from tiue_jax.models import functional
+from tiue_jax.models import functional, platforms
 from tiue_jax.training import compiled_step, distributed, memory_table, train_state
+from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.changed_settings import check_resumed
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
+from tiue_jax.training.checkpoint_files import read_weights
+from tiue_jax.training.compiled_step import TrainProgram
 from tiue_jax.training.distill import Metrics
 from tiue_jax.training.metrics import MetricsWriter
 from tiue_jax.training.preview import Preview
 from tiue_jax.training.profile import StepProfile
 from tiue_jax.training.settings import EVAL_METRICS, Settings, default_config
 from tiue_jax.training.stop_request import StopRequest
-from tiue_jax.training.teacher import read_teacher
+from tiue_jax.training.teacher import Teacher, read_teacher
 from tiue_jax.training.workdir import Workdir
 from tiue_jax.weights.pipeline_folder import check_writable
 
 UNEXPECTED, NOT_FINITE, NOT_SAVED = 1, 3, 4  # exit statuses, besides those of command_line
 # Two steps: one runs, and one waits behind it on the device. On CPUs a waiting step would block threads.
 STEPS_IN_FLIGHT = 2
-CUT_PROMPT_WARNINGS = 5
 
 
 def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
@@ -92,7 +93,8 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         compile_cache.disable()
     json_log = stack.enter_context(output.JsonLog(arguments.log_json))
     workdir = stack.enter_context(Workdir(arguments.workdir))
-    check_writable(workdir.local / "student", overwrite=True)  # before the training and not after it
+    for name in ("student", "student_best"):
+        check_writable(workdir.local / name, overwrite=True)  # before the training and not after it
 
     # ---- mesh -----------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
@@ -114,7 +116,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
         null = teacher.tokenize([""])[0]
     if teacher.tokenize_clip is not None:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
-    stack.enter_context(limit_warnings("tiue_jax.models.tokenizer", CUT_PROMPT_WARNINGS))
+    stack.enter_context(output.few_warnings_of_cut_prompts())
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
     facts = {"fingerprint of the prompts": prompts.fingerprint}
     for section, values in settings.to_dict().items():
@@ -176,11 +178,14 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     while not last:
         batch = sharding.place_rows(next(batches), train.batch_size, mesh)
         if len(running) == in_flight:
-            jax.block_until_ready(running.popleft())
+            finished = jax.block_until_ready(running.popleft())
+            if int(finished["skipped_in_a_row"]) >= train.max_skipped_steps:
+                stop_if_not_finite(numbers(finished), done - len(running), train.max_skipped_steps, checkpoints)
         profile.before_step()
         with jax.transfer_guard("disallow"):  # the batch is the only transfer between host and devices
             state, metrics = train_step(state, frozen, batch, key)
         profile.after_step(metrics)
+        metrics["skipped_in_a_row"].copy_to_host_async()  # so that reading it does not wait
         running.append(metrics)
         done += 1
         progress.step()
@@ -194,12 +199,18 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
             validate_now = False
 
         if log_now:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = numbers(metrics)
+            if "input_ids" in columns:
+                values["cut_prompts_share"] = teacher.tokenize.cut_share
             rate = (done - logged) / (time.monotonic() - logged_at)
             writer.scalars(done, {f"train/{name}": value for name, value in values.items()})
             writer.scalars(done, {"perf/images_per_sec": train.batch_size * rate})
             progress.logged(done, values, rate, train.batch_size, stop.minutes_left)
-            skipped = check_finite(values, done, skipped, train.max_skipped_steps, checkpoints)
+            stop_if_not_finite(values, done, train.max_skipped_steps, checkpoints)
+            if (new := int(values["skipped_steps"]) - skipped) > 0:
+                skipped += new
+                reason = "a loss or gradient was not finite"
+                say(f"step {done}: skipped {new} update(s), {reason} ({skipped} in all)")
             checkpoints.check()
             logged, logged_at = done, time.monotonic()
         if stop.save_requested(all_meet=log_now):
@@ -234,8 +245,31 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     if ema is not None:
         training = Training(settings.to_dict(), done, "ema")
         export_student(workdir.local / "student", teacher.folder, ema, settings, training, overwrite=True)
+    if train.checkpoints_best_metric is not None:
+        export_best(workdir, settings, teacher, program)
     say(f"done: {done} steps, student: {workdir.path / 'student'}, images: {workdir.path / 'samples'}")
     return 0
+
+
+def export_best(workdir: Workdir, settings: Settings, teacher: Teacher, program: TrainProgram) -> None:
+    """Exports the student of the best checkpoint as `student_best/`, and prints which one it is."""
+    try:
+        found = find_best(workdir.path, settings) if jax.process_index() == 0 else None
+    except ValueError as error:  # such as of a run whose checkpoints are all older than the setting
+        say(f"no student_best: {error}")
+        found = None
+    found = distributed.gather(found)[0]  # all take the one that process 0 sees
+    if found is None:
+        return
+    step, value = found
+    structs = program.state.ema
+    average = distributed.to_process_0(read_weights(workdir.path, structs, step=step))
+    if average is not None:
+        training = Training(settings.to_dict(), step, "ema")
+        best = workdir.local / "student_best"
+        export_student(best, teacher.folder, average, settings, training, overwrite=True)
+    metric = settings.train.checkpoints_best_metric
+    say(f"best: step {step} with {metric} {value:.4g}, student: {workdir.path / 'student_best'}")
 
 
 class Arguments(NamedTuple):
@@ -291,13 +325,17 @@ def print_settings(settings: Settings) -> None:
             print(f"{section}.{name} = {value!r}" + (f"  # default: {default!r}" if differs else ""))
 
 
-def check_finite(values: dict[str, float], step: int, before: int, limit: int, checkpoints: Checkpoints) -> int:
-    """Returns the number of skipped steps so far, and prints a line if there are new ones.
+def numbers(metrics: Metrics) -> dict[str, float]:
+    """The metrics of a step, read from the devices. Waits for the step."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def stop_if_not_finite(values: Mapping[str, float], step: int, limit: int, checkpoints: Checkpoints) -> None:
+    """Ends a run that makes no updates any more.
 
     Args:
         values: the metrics of the step.
         step: number of steps done.
-        before: the number of skipped steps when it was last checked.
         limit: how many skipped steps in a row end the run.
         checkpoints: of the run.
 
@@ -305,43 +343,23 @@ def check_finite(values: dict[str, float], step: int, before: int, limit: int, c
         FloatingPointError: after `limit` skipped steps in a row. It names each loss and gradient norm that is not
             finite, and the last good checkpoint.
     """
-    skipped, in_a_row = int(values["skipped_steps"]), int(values["skipped_in_a_row"])
-    if in_a_row >= limit:
-        bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not np.isfinite(value))
-        checkpoints.wait()
-        last = checkpoints.latest()
-        kept = "no checkpoint was saved" if last is None else f"the last good one is {checkpoints.folder / str(last)}"
-        raise FloatingPointError(
-            f"training stopped at step {step}: expected finite numbers, got {bad}, and {in_a_row} skipped steps in a "
-            f"row; {kept}"
-        )
-    if skipped > before:
-        say(f"step {step}: skipped {skipped - before} update(s), a loss or gradient was not finite ({skipped} in all)")
-    return skipped
-
-
-@contextlib.contextmanager
-def limit_warnings(name: str, count: int) -> Iterator[None]:
-    """Shows only the first `count` messages of a logger. A corpus may hold thousands of prompts that are too long."""
-    seen = 0
-
-    def allow(record: logging.LogRecord) -> bool:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            record.msg += " (further such warnings are not shown)"
-        return seen <= count
-
-    logging.getLogger(name).addFilter(allow)
-    try:
-        yield
-    finally:
-        logging.getLogger(name).removeFilter(allow)
+    in_a_row = int(values["skipped_in_a_row"])
+    if in_a_row < limit:
+        return
+    bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not np.isfinite(value))
+    checkpoints.wait()
+    last = checkpoints.latest()
+    kept = "no checkpoint was saved" if last is None else f"the last good one is {checkpoints.folder / str(last)}"
+    raise FloatingPointError(
+        f"training stopped at step {step}: expected finite numbers, got {bad}, and {in_a_row} skipped steps in a row; "
+        f"{kept}"
+    )
 
 
 @output.protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit status. An error is one line on stderr; an unexpected one, a traceback."""
+    platforms.leave_out_missing_tpu()
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0

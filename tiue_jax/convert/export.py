@@ -14,6 +14,7 @@ from tiue_jax.models import functional, lora
 from tiue_jax.models.presets import Configs
 from tiue_jax.models.unet import UNet
 from tiue_jax.sampling.settings import Sampling
+from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.checkpoint_files import read_weights, saved_steps
 from tiue_jax.training.settings import Settings, student_config, student_sampling
 from tiue_jax.weights import hub, layout
@@ -49,7 +50,7 @@ def export_run(
     workdir: str | Path,
     out: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     weights: str = "ema",
     lora_teacher: bool = False,
     dtype: str = "float32",
@@ -60,7 +61,7 @@ def export_run(
     Args:
         workdir: the run's folder, on this disk or in a bucket (gs://).
         out: the folder to write, see pipeline_folder.save_pipeline.
-        step: of the checkpoint; None is the newest.
+        step: of the checkpoint; None or "last" is the newest, "best" is the best by the run's metric.
         weights: one of STUDENT_WEIGHTS.
         lora_teacher: also write the LoRA teacher, to `lora_teacher/pytorch_lora_weights.safetensors`.
         dtype: of the weights on disk, one of STORED_DTYPES.
@@ -85,7 +86,12 @@ def export_run(
     configs = read_configs(teacher)
     _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
     shapes, lora_shapes = lora.split(all_shapes)
-    step = saved_steps(workdir)[-1] if step is None else step
+    if step == "best":
+        step, _ = find_best(workdir, settings)
+    elif step is None or isinstance(step, str):
+        if step not in (None, "last"):
+            raise ValueError(f"step must be best, last or a number, got {step!r}")
+        step = saved_steps(workdir)[-1]
     on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
     def read(name: str, shapes: functional.Params) -> functional.Params:

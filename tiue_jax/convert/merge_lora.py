@@ -56,7 +56,7 @@ def merge_lora(
     if len(scales) != len(names):
         raise ValueError(f"expected a scale for each LoRA, got {len(scales)} for {len(names)}")
     folder = hub.resolve(model)
-    check_writable(out, overwrite, [folder, lora])
+    check_writable(out, overwrite, [folder, *names])
     check_pipeline(folder)
     configs = read_configs(folder)
     shapes = {part: part_shapes(folder, part, configs) for part in LORA_PARTS}

@@ -210,8 +210,8 @@ def _is_whole(path: epath.Path, count: int) -> bool:
 
 
 def _encode(encode: Encode, prompts: list[str], batch_size: int) -> np.ndarray:
-    """Returns embeddings in bfloat16 [b l d]. Fills the batch with its last prompt, so that `encode` compiles once."""
-    filled = prompts + prompts[-1:] * (batch_size - len(prompts))
+    """Returns embeddings in bfloat16 [b l d]. Fills the batch with empty prompts, so that `encode` compiles once."""
+    filled = prompts + [""] * (batch_size - len(prompts))
     embeddings = np.asarray(encode(filled))[: len(prompts)].astype(DTYPE)
     if not np.isfinite(embeddings.astype(np.float32)).all():
         raise ValueError(f"expected finite embeddings, got NaN or infinity in a batch that begins with {prompts[:3]}")

@@ -1,6 +1,10 @@
 """Choices by platform: the implementation of a function, and the compiler options of a network."""
 
+import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +16,26 @@ _OPTIONS = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     },
 }
+
+
+def leave_out_missing_tpu() -> None:
+    """Tells jax to use the CPU if libtpu is installed, and the machine has no TPU. Call it before jax has devices.
+
+    Otherwise libtpu prints five lines of errors. Nothing is changed if the user chose platforms, or if plug-ins for
+    GPUs are installed.
+    """
+    if jax.config.jax_platforms or "JAX_FORCE_TPU_INIT" in os.environ:  # type: ignore[attr-defined]
+        return
+    is_installed = "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None
+    has_gpu_plugin = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
+    if is_installed and not has_gpu_plugin and not tpu_devices():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def tpu_devices(root: Path = Path("/")) -> list[Path]:
+    """The files of this machine's TPUs: /dev/accel0 up to TPU v4, and /dev/vfio/0 since TPU v5."""
+    vfio = (path for path in (root / "dev" / "vfio").glob("*") if path.name != "vfio")  # that one is no device
+    return sorted([*(root / "dev").glob("accel*"), *vfio])
 
 
 def run_for_platform(

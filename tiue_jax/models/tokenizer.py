@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ TOKENIZER_FILES = (
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_SHOWN = 200  # characters of a prompt in a warning
 
 
 class Tokenizer:
@@ -45,18 +48,36 @@ class Tokenizer:
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()  # tokenizer.json may have set both
         self.backend.no_padding()
+        self._read = self._cut = 0
+        self._counting = threading.Lock()
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the prompts until now that were too long and were cut, 0 to 1."""
+        return self._cut / max(self._read, 1)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Prompts to token ids int32 [b l], padded. Logs a warning for each prompt that is too long and is cut."""
+        cut_here = 0
         padded = np.full((len(prompts), self.length), self.pad, np.int32)
         for row, prompt, encoding in zip(padded, prompts, self.backend.encode_batch_fast(list(prompts)), strict=True):
             ids = encoding.ids
             if len(ids) > self.length:
                 cut = self.backend.decode(ids[self.length - 1 : -1]).strip()
-                logger.warning("prompt %r is longer than %d tokens, ignored: %r", prompt, self.length, cut)
+                shown, ignored = _shortened(prompt), _shortened(cut)
+                logger.warning("prompt %s is longer than %d tokens, ignored: %s", shown, self.length, ignored)
+                cut_here += 1
                 ids = ids[: self.length - 1] + ids[-1:]  # the last token is the end of text
             row[: len(ids)] = ids
+        with self._counting:
+            self._read += len(prompts)
+            self._cut += cut_here
         return padded
+
+
+def _shortened(text: str) -> str:
+    """The repr of a text, of which at most MAX_SHOWN characters are shown."""
+    return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
 
 
 def _load(folder: Path) -> Any:

@@ -189,6 +189,8 @@ class Checkpoints:
             # Perhaps only one process reads the damaged file. All processes must take the same checkpoint.
             if distributed.all_agree(error is None):
                 self._move_aside(broken)
+                with self._reporting():
+                    self._manager.delete_old()  # the limit may have been lowered
                 return restored
             broken.append(step)
             if not allow_older:

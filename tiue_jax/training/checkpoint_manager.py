@@ -28,6 +28,7 @@ class CheckpointManager(ocp.CheckpointManager):
         """See checkpoint.Checkpoints; `mode` is "min" or "max"."""
         self.damaged: dict[int, str] = {}
         self._metric = metric
+        self._limited = total_limit is not None
         for library in ("absl", "asyncio"):
             logging.getLogger(library).addFilter(_is_no_traceback_of_orbax)
         options = ocp.CheckpointManagerOptions(
@@ -55,6 +56,11 @@ class CheckpointManager(ocp.CheckpointManager):
             self.damaged[step] = one_line(error)
             return None
         return {self._metric: saved[self._metric]} if self._metric in saved else None
+
+    def delete_old(self) -> None:
+        """Deletes the checkpoints beyond the limit, which orbax does only after the next save. All must call it."""
+        for step in self._get_old_steps_to_remove() if self._limited else []:
+            self.delete(step)
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         return metrics[self._metric or ""]

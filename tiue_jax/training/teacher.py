@@ -44,7 +44,7 @@ class Teacher:
     models: FrozenModels
     folders: Mapping[str, Path]
     schedule: Schedule
-    tokenize: Tokenize
+    tokenize: Tokenizer
     tokenize_clip: Tokenize | None = None
 
     def load_student(self, structs: Params) -> Params:
