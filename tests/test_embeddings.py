@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     calls.clear()
     calls.extend([None] * 10)
     np.testing.assert_array_equal(write(tmp_path / "e", encode=stops).read(range(10))[:, 0, 0].astype(int), range(10))
-    assert [c for c in calls if c] == [[""] * 4, ["6", "7", "8", "8"], ["9", "9", "9", "9"]]
+    assert [c for c in calls if c] == [[""] * 4, ["6", "7", "8", ""], ["9", "", "", ""]]
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "one byte less", "fewer records"])
@@ -101,7 +101,7 @@ def test_a_damaged_shard_is_written_again(tmp_path, damage):
         return encode(prompts)
 
     made = write(tmp_path / "e", encode=encode_and_note)
-    assert calls == [[""] * 4, ["3", "4", "5", "5"]]
+    assert calls == [[""] * 4, ["3", "4", "5", ""]]
     np.testing.assert_array_equal(made.read(range(10))[:, 0, 0].astype(int), range(10))
 
 
