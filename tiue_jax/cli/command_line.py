@@ -9,7 +9,12 @@ from absl import flags
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is a shell's status of a program that Ctrl-C stopped
 
 _HELP_WIDTH = 100
-_VALUES = {"int": "INTEGER", "float": "NUMBER", "comma separated list of strings": "A,B,..."}  # by absl's flag_type()
+_VALUES = {  # by absl's flag_type()
+    "int": "INTEGER",
+    "float": "NUMBER",
+    "multi float": "NUMBER",
+    "comma separated list of strings": "A,B,...",
+}
 
 
 def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], description: str) -> flags.FlagValues | None:

@@ -180,7 +180,7 @@ def define_merge_lora(values: flags.FlagValues) -> None:
     lora = "a LoRA: a .safetensors file, a folder, a hub repository, or owner/name/file; may be repeated (required)"
     flags.DEFINE_multi_string("lora", None, lora, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    scale = "factor of the LoRA, one for each --lora; 1 is the LoRA as it was trained (default: 1)"
+    scale = "factor of the LoRA, one for each --lora; 1 is the LoRA as it was trained (default: 1.0)"
     flags.DEFINE_multi_float("scale", None, scale, **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
