@@ -14,6 +14,8 @@ WITH_DEFAULTS = [
     ("convert export-compiled", "--dtype=float32|bfloat16", "(default: float32)"),
     ("convert import", "--[no]overwrite", "(default: false)"),
     ("convert merge-lora", "--scale=NUMBER", "(default: 1.0)"),
+    ("train", "--[no]print_config", "(default: false)"),
+    ("plan", "--mode=quick|full", "(default: quick)"),
     ("data prepare", "--split", "(default: train)"),
     ("data embed", "--batch_size", "(default: 64)"),
     ("demo", "--minutes", "(default: 4)"),

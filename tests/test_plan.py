@@ -345,7 +345,7 @@ def test_help_of_the_module():
     call = [sys.executable, "-m", "tiue_jax.plan", "--help"]
     result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "tiue plan --config sd21_tiue" in result.stdout
-    assert "--batch_per_chip: batch sizes to try" in result.stdout and "(default: 'quick')" in result.stdout
+    assert "--batch_per_chip=TEXT\n      batch sizes to try" in result.stdout and "(default: quick)" in result.stdout
 
 
 def given(**flags):

@@ -73,4 +73,4 @@ def test_a_student_folder_that_holds_something_else_is_found_before_the_run(mode
 
 def test_help(capsys):
     assert train.main(["train.py", "--help"]) == 0
-    assert "--config configs/emoji_tiue.py" in capsys.readouterr().out
+    assert "--config emoji_tiue" in capsys.readouterr().out

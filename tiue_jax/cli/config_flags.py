@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tiue_jax import recipes
-from tiue_jax.cli.command_line import require
+from tiue_jax.cli.command_line import describe_flags, require
 from tiue_jax.training.settings import Settings, optional_settings
 
 RECIPES = Path(recipes.__file__).parent
@@ -17,6 +17,18 @@ RECIPES = Path(recipes.__file__).parent
 def recipe_names() -> list[str]:
     """The recipes of the package, which `--config` finds by name."""
     return sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "__init__")
+
+
+def describe(values: flags.FlagValues) -> str:
+    """Help on the flags of a command with settings. Call it before the command line is parsed."""
+    recipes_known = ", ".join(recipe_names())
+    return (
+        f"{describe_flags(values)}\n"
+        "  --config=RECIPE\n"
+        f"      a recipe, by name ({recipes_known}) or as a file; it is Python code that is run\n"
+        "  --config.SECTION.NAME=VALUE\n"
+        "      a setting; `tiue train --config RECIPE --print_config` prints every setting"
+    )
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]) -> Settings:

@@ -223,7 +223,7 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FlagValues()
     define_flags(values)
     if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{values.get_help()}")
+        print(f"{__doc__}\n{config_flags.describe(values)}")
         return 0
     try:
         return run(argv, values)

@@ -1,14 +1,14 @@
 """Distils a text-to-image diffusion model into a loop-free student.
 
-    python train.py --config configs/emoji_tiue.py --workdir runs/emoji
-    python train.py --config configs/emoji_tiue.py --workdir runs/x --config.train.batch_size=32
+    tiue train --config emoji_tiue --workdir runs/emoji
+    tiue train --config emoji_tiue --workdir runs/x --config.train.batch_size=32
 
 To resume a run, give the same command again. The run's folder is on a disk or in a bucket (gs://). It gets
 `checkpoints/<step>`, `tensorboard/`, `samples/` (the student's images above the teacher's, for the same prompts and
 noise), `config.json`, `memory_table.tsv` (every array, with its sharding and its bytes on each device), and at the end
 `student/`, a pipeline folder, and `student_best/`, that of the best checkpoint if the run keeps it:
 
-    python sample.py --model runs/emoji/student --prompt "a red apple" --out apple.png
+    tiue sample --model runs/emoji/student --prompt "a red apple" --out apple.png
 
 On several hosts, start the same command on each. They share the run's folder. On Cloud TPU, SLURM, Open MPI and
 Kubernetes the processes find each other. Elsewhere, add `--coordinator_address=HOST:PORT --num_processes=N
@@ -284,8 +284,8 @@ class Arguments(NamedTuple):
     processes: tuple[str | None, int | None, int | None]  # address of the coordinator, number of processes, process id
 
 
-def read_flags(argv: Sequence[str]) -> Arguments:
-    """Reads the command line. ValueError or OSError with one line on what is wrong with it."""
+def define_flags() -> flags.FlagValues:
+    """The flags of the command, but for the settings."""
     values = flags.FlagValues()
     flags.DEFINE_bool("print_config", False, "Print every setting and end.", flag_values=values)
     flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
@@ -297,6 +297,12 @@ def read_flags(argv: Sequence[str]) -> Arguments:
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
+    return values
+
+
+def read_flags(argv: Sequence[str]) -> Arguments:
+    """Reads the command line. ValueError or OSError with one line on what is wrong with it."""
+    values = define_flags()
     settings = config_flags.parse(argv, values, required=("config",))
     if not values.print_config:
         require(values, "workdir")
@@ -361,7 +367,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit status. An error is one line on stderr; an unexpected one, a traceback."""
     platforms.leave_out_missing_tpu()
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(f"{__doc__}\n{config_flags.describe(define_flags())}")
         return 0
     try:
         with contextlib.ExitStack() as stack:

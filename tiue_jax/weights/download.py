@@ -58,25 +58,47 @@ def fetch(
             are removed, so that the next run downloads them again.
     """
     # imported here, since it takes half a second that shipped and local models do not need
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:  # of the hub, its HTTP library, or the operating system
-        return _earlier(repository, revision, dtype, parts, weights, _reason(error))
-    hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings or []}
+        return _earlier(repository, revision, dtype, parts, weights, reason_of(error))
+    hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
     commit = info.sha or revision
     cached = {name for name in hashes if isinstance(try_to_load_from_cache(repository, name, revision=commit), str)}
     names, notes = needed(hashes, dtype, parts, weights, cached)
-    try:
-        # the commit and not the revision, which may have moved since its hashes were listed
-        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=names))
-    except Exception as error:
-        raise OSError(_reason(error)) from error
-    _verify({folder / name: expected for name in names if (expected := hashes[name])})
-    _remember(folder, revision, commit)
+    folder = download_verified(repository, revision, commit, {name: hashes[name] for name in names})
     licence = info.card_data.get("license") if info.card_data else None
     return Fetched(folder, commit, licence, notes)
+
+
+def download_verified(repository: str, revision: str, commit: str, hashes: Mapping[str, str | None]) -> Path:
+    """Downloads files of a repository that are not in the hub's cache yet, and checks each one before its first use.
+
+    Args:
+        repository: owner/name.
+        revision: the requested branch, tag or commit. Later runs find the files by it if they cannot reach the hub.
+        commit: the commit that the hub resolved `revision` to.
+        hashes: the SHA-256 by the name of each file; None if the hub knows none.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        OSError: the files cannot be downloaded.
+        ValueError: files have another hash. They are removed.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        # the commit and not the revision, which may have moved since its hashes were listed
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(hashes)))
+    except Exception as error:  # of the hub, its HTTP library, or the operating system
+        raise OSError(reason_of(error)) from error
+    _verify({folder / name: expected for name, expected in hashes.items() if expected})
+    _remember(folder, revision, commit)
+    return folder
 
 
 def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], weights: bool, reason: str) -> Fetched:
@@ -229,7 +251,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
             aside.write_text(commit, encoding="utf-8")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The reason for which the hub gives nothing, in one line."""
     from huggingface_hub import errors
 

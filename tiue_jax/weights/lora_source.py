@@ -1,6 +1,5 @@
 """Finds a LoRA file: on this disk, or on the Hugging Face hub."""
 
-import hashlib
 import os
 import re
 from collections.abc import Collection
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from tiue_jax.files import expand
 from tiue_jax.weights import diagnosis, hub
-from tiue_jax.weights.download import _reason
+from tiue_jax.weights.download import download_verified, reason_of
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -78,7 +77,7 @@ def _fetch(repository: str, file: str | None) -> Path:
     try:
         info = HfApi().model_info(repository, revision=_REVISION, files_metadata=True)
     except Exception as error:  # of the hub, its HTTP library, or the operating system
-        reason = _reason(error)
+        reason = reason_of(error)
         try:
             # without a pattern it would ask for all files of the repository
             earlier = snapshot_download(
@@ -87,29 +86,18 @@ def _fetch(repository: str, file: str | None) -> Path:
         except Exception:  # there is no earlier download
             raise FileNotFoundError(f"no file {repository}, and hub {repository}: {reason}") from error
         return resolve(Path(earlier) / file if file else Path(earlier))
-    hashes = {entry.rfilename: entry.lfs and entry.lfs.sha256 for entry in info.siblings or []}
+    hashes = {entry.rfilename: entry.lfs.sha256 if entry.lfs else None for entry in info.siblings or []}
     file = file or choose(f"hub {repository}", list(hashes))
     if file not in hashes:
         raise FileNotFoundError(f"hub {repository}: no file {file}")
+    wanted = {name: hashes[name] for name in (file, PEFT_CONFIG) if name in hashes}
     try:
-        folder = Path(snapshot_download(repository, revision=_REVISION, allow_patterns=[file, PEFT_CONFIG]))
-    except Exception as error:
-        raise OSError(f"hub {repository}: {_reason(error)}") from error
-    if expected := hashes[file]:
-        _check_hash(folder / file, expected)
+        folder = download_verified(repository, _REVISION, info.sha or _REVISION, wanted)
+    except OSError as error:
+        raise OSError(f"hub {repository}: {error}") from error
     licence = (info.card_data.get("license") if info.card_data else None) or "see its model card"
     hub.say(f"{repository}/{file}", [f"hub {repository} at {info.sha}", f"licence: {licence}"])
     return folder / file
-
-
-def _check_hash(path: Path, expected: str) -> None:
-    """Raises ValueError if the file has another SHA-256, and removes it, so that the next run downloads it again."""
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != expected:
-        path.resolve().unlink()  # in the hub's cache a file is a link to its content
-        path.unlink(missing_ok=True)
-        raise ValueError(f"{path}: wrong hash: SHA-256 {got}, the hub says {expected}; removed it")
 
 
 def _check_suffix(path: str) -> None:
