@@ -16,7 +16,6 @@ Takes three minutes on two cores, and 8.7 GiB of memory.
 """
 
 import argparse
-import math
 import os
 import resource
 import sys
@@ -33,6 +32,7 @@ import transformers
 from diffusers import AutoencoderKL as TorchAutoencoderKL
 from diffusers import UNet2DConditionModel
 from machine import machine
+from random_weights import spread_
 from side_by_side import relative_error
 
 from tiue_jax.models import functional
@@ -141,22 +141,6 @@ def text_case(model: str) -> Case:
     return Case(f"{model} text", (words,), make_theirs, run_theirs, (CLIPTextModel, cfg), run_ours, "text_model.")
 
 
-@torch.no_grad()
-def randomize(module: torch.nn.Module) -> torch.nn.Module:
-    """Draws every parameter, in place, so that no norm scale or bias keeps the value 0 or 1.
-
-    Weights are normal with variance 1/fan_in, norm scales 1 + 0.3 n, biases and other vectors 0.3 n.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim >= 2:
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-        else:
-            parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
-    return module.eval()
-
-
 def nchw(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).permute(0, 3, 1, 2)
 
@@ -172,7 +156,7 @@ def compare(case: Case) -> Result:
         print(f"[{time.monotonic() - STARTED:5.0f} s] {case.name}: {stage}", flush=True)
 
     progress("torch")
-    theirs = randomize(case.make_theirs())
+    theirs = spread_(case.make_theirs(), seed=0)
     with torch.inference_mode():
         expected = case.run_theirs(theirs, *case.inputs)
 

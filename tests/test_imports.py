@@ -38,7 +38,7 @@ WITH_TORCH = ("tests", "benchmarks", "tiue_jax.convert.verify", "tiue_jax.conver
 
 
 def within(module: str, *packages: str) -> bool:
-    """Whether a dotted module name is one of these packages or lies in one."""
+    """Returns True if a dotted module name is one of these packages or lies in one."""
     return any(module == p or module.startswith(p + ".") for p in packages)
 
 

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from tiue_jax.cli import output
 from tiue_jax.data import progress
 
+ROOT = Path(__file__).parents[1]
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
@@ -44,10 +46,10 @@ def test_a_stream_that_cannot_be_written_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize("where", ["/dev/full", "a pipe without a reader", "closed"])
 def test_a_process_whose_output_cannot_be_written_ends_well(where):
-    program = "from tiue_jax.cli import output\nwith output.protected():\n    print('a line'); print('x', end='')"
+    program = [sys.executable, "-m", "tests.programs.print_protected"]
     if where == "closed":
-        command = [*("sh", "-c", '"$@" >&- 2>&-', "sh"), sys.executable, "-c", program]
-        assert subprocess.run(command).returncode == 0
+        command = ["sh", "-c", '"$@" >&- 2>&-', "sh", *program]
+        assert subprocess.run(command, cwd=ROOT).returncode == 0
         return
     if where == "/dev/full":
         file = os.open(where, os.O_WRONLY)
@@ -55,7 +57,7 @@ def test_a_process_whose_output_cannot_be_written_ends_well(where):
         reader, file = os.pipe()
         os.close(reader)
     try:
-        assert subprocess.run([sys.executable, "-c", program], stdout=file, stderr=file).returncode == 0
+        assert subprocess.run(program, cwd=ROOT, stdout=file, stderr=file).returncode == 0
     finally:
         os.close(file)
 

@@ -1,31 +1,15 @@
 """Helpers for the parity tests: torch modules with random weights, and the same weights in our parameter trees."""
 
-import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 import torch
 
+from benchmarks.random_weights import spread_ as spread_
 from tiue_jax.models.functional import Params
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-
-
-@torch.no_grad()
-def spread_(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Draws all parameters of a module again, in place. Initial values of 0 and 1 could hide errors.
-
-    Weights are normal with variance 1/fan_in. With normal n, norm scales are 1 + 0.3 n, biases and other vectors 0.3 n.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if p.ndim >= 2:
-            p.copy_(noise / math.sqrt(p[0].numel()))
-        else:
-            p.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
-    return module.eval()
 
 
 def from_torch(state_dict: Mapping[str, torch.Tensor], shapes: Params) -> Params:

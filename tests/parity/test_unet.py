@@ -79,7 +79,9 @@ def check(name: str, error: float) -> None:
     assert error < TOLERANCE, name
 
 
-@pytest.mark.parametrize(("name", "cfg", "size"), [("sd15 odd size", SD15, (11, 9)), ("one level", VARIED, (5, 6))])
+@pytest.mark.parametrize(
+    ("name", "cfg", "size"), [("sd15 odd size", SD15, (11, 9)), ("sd21", SD21, (8, 8)), ("one level", VARIED, (5, 6))]
+)
 def test_output(name, cfg, size):
     theirs, graphdef, params = build(cfg)
     latents, t, text = inputs(cfg, size)

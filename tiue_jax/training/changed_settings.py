@@ -1,8 +1,9 @@
-"""Which settings may change when a run is resumed, and the check that no other setting has changed."""
+"""The settings that may change when a run is resumed, and the check that no other setting has changed."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from tiue_jax.training.listing import listed
 from tiue_jax.training.settings import Settings
 
 # These change no update of the weights.
@@ -44,7 +45,7 @@ def check_resumed(saved: Mapping[str, Any], settings: Settings) -> None:
         settings: those to go on with.
 
     Raises:
-        ValueError: naming every setting that has changed and may not.
+        ValueError: naming the settings that have changed and may not.
     """
     check_config(saved, settings.to_dict(), free_settings(settings))
 
@@ -69,7 +70,7 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Map
     A setting that is missing in one of them differs. See `free_settings` for the types in `free`.
 
     Raises:
-        ValueError: naming every setting that differs, with dots.
+        ValueError: naming the settings that differ, with dots.
     """
     before, now = _flat(saved), _flat(current)
     missing = object()
@@ -84,7 +85,7 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Map
         if before.get(name, missing) != now.get(name, missing) and not is_free(name)
     ]
     if changed:
-        raise ValueError(f"settings differ from those that the run was started with: {'; '.join(changed)}")
+        raise ValueError(f"settings differ from those that the run was started with: {listed(changed)}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

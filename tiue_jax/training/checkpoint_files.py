@@ -11,6 +11,7 @@ from etils import epath
 
 from tiue_jax import files
 from tiue_jax.training import checksums
+from tiue_jax.training.listing import listed
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums/metadata"  # the file of a checkpoint that orbax writes for the item "checksums"
@@ -84,10 +85,10 @@ def compare(checkpoint: epath.Path, saved: Mapping[str, int | None], found: Mapp
     """Compares the saved checksums of a checkpoint with those of what was read.
 
     Raises:
-        BrokenCheckpointError: naming every array or item whose checksum is missing or another.
+        BrokenCheckpointError: naming the arrays or items whose checksum is missing or another.
     """
     if damaged := [name for name, value in saved.items() if found.get(name) != value]:
-        raise broken(checkpoint, f"another checksum than when it was saved: {', '.join(damaged)}")
+        raise broken(checkpoint, f"another checksum than when it was saved: {listed(damaged, ', ')}")
 
 
 def broken(checkpoint: epath.Path, why: str) -> BrokenCheckpointError:
@@ -104,7 +105,7 @@ def check_shapes(folder: epath.Path, saved: dict[str, list[int]], structs: Any, 
     """Checks that a checkpoint holds the arrays of `structs`, and no others unless `partial`.
 
     Raises:
-        ValueError: naming every array that is missing, unused or of another shape.
+        ValueError: naming the arrays that are missing, unused or of another shape.
     """
     wanted = _shapes(structs)
     problems = [f"missing {name}" for name in wanted if name not in saved]
@@ -115,7 +116,7 @@ def check_shapes(folder: epath.Path, saved: dict[str, list[int]], structs: Any, 
         if name in saved and saved[name] != shape
     ]
     if problems:
-        raise ValueError(f"checkpoint {folder} does not fit this model: {'; '.join(problems)}")
+        raise ValueError(f"checkpoint {folder} does not fit this model: {listed(problems)}")
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

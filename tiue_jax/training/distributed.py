@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from tiue_jax.training.listing import listed
+
 BARRIER_MINUTES = 60
 
 
@@ -110,7 +112,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     """Checks that facts, by name, are the same on all processes. All must call it.
 
     Raises:
-        DisagreementError: naming every fact that differs, with its values on process 0 and on the first other process.
+        DisagreementError: naming the facts that differ, with their values on process 0 and on the first other process.
     """
     everyone = gather({name: repr(value) for name, value in facts.items()})
     problems = []
@@ -120,7 +122,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
         if others:
             problems.append(f"{name}: {values[0]} on process 0, {values[others[0]]} on process {others[0]}")
     if problems:
-        raise DisagreementError(f"expected the same on all processes, got {'; '.join(problems)}")
+        raise DisagreementError(f"expected the same on all processes, got {listed(problems)}")
 
 
 def barrier(name: str) -> None:

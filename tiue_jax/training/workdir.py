@@ -12,6 +12,7 @@ import jax
 
 from tiue_jax import files
 from tiue_jax.training import distributed
+from tiue_jax.training.listing import listed
 from tiue_jax.weights.layout import MODEL_INDEX
 
 SEEN_WITHIN_SECONDS = 60  # a network file system may cache for some time that a folder does not exist
@@ -88,7 +89,7 @@ class Workdir:
             folder_of_process_0, _ = found[0]
             raise distributed.DisagreementError(
                 f"expected a run's folder that all processes share, got {mark} written by process 0 in "
-                f"{folder_of_process_0} and not found by {', '.join(apart)}"
+                f"{folder_of_process_0} and not found by {listed(apart, ', ')}"
             )
 
     def publish(self) -> None:
