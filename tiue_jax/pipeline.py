@@ -351,7 +351,7 @@ class Pipeline:
                 first = start + int(np.argmin(finite))
                 raise FloatingPointError(
                     f"image {first} of prompt {numbered[first].prompt!r} is not finite: "
-                    "the weights, guidance_scale or dtype are to blame"
+                    "check the weights, guidance_scale and dtype"
                 )
             yield np.asarray(images)[:count]
 

@@ -116,7 +116,9 @@ def parameter_spec(
         return PartitionSpec()
     divisible = [size for size in shape if size % fsdp == 0]
     if not divisible:
-        raise ValueError(f"{jax.tree_util.keystr(path)} {list(shape)} has no axis that fsdp={fsdp} divides")
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)} {list(shape)} has no axis that fsdp={fsdp} divides: choose another fsdp"
+        )
     axis = shape.index(max(divisible))
     return PartitionSpec(*[None] * axis, "fsdp")
 

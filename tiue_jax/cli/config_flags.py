@@ -62,7 +62,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
     require(values, *required)
     file = config_flags.get_config_filename(values["config"])
     if not Path(file).is_file():
-        raise FileNotFoundError(f"no config file at {file}; recipes with a name: {', '.join(recipe_names())}")
+        raise FileNotFoundError(f"no recipe and no file {file!r}; recipes: {', '.join(recipe_names())}")
     config = values.config.to_dict()
     for section, name in empty:
         if section in config:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from tiue_jax.cli.command_line import BAD_INPUT, parse, print_error, require, subcommand
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require, subcommand
 from tiue_jax.convert import export, export_compiled
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
@@ -48,7 +48,7 @@ def define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, f"the folder of a training run, or {_A_PIPELINE}", **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     flags.DEFINE_string("step", "last", "the run's checkpoint: best, last, or a step", **add)
-    weights = "the student's moving average, or the last weights of the run"
+    weights = "ema: the moving average of the student; params: the last weights, not averaged"
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
     flags.DEFINE_bool("lora", False, "also write the run's LoRA teacher, to OUT/lora_teacher", **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
@@ -227,6 +227,8 @@ def main(argv: Sequence[str]) -> int:
         command = COMMANDS[name]
         args = parse([f"{argv[0]} {name}", *argv[2:]], command.define, inspect.cleandoc(command.run.__doc__ or ""))
         return 0 if args is None else command.run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, OSError, flags.Error) as error:
         print_error(error)
         return BAD_INPUT

@@ -3,6 +3,9 @@
     tiue data prepare --prompts train_anno.jsonl --field Task2.Caption --out data/journeydb
     tiue data embed --model emoji --prompts emoji --out runs/embeddings
 
+    prepare  makes a prompt corpus on disk, which training reads in random order
+    embed    computes the text embeddings of all prompts once
+
 `tiue data COMMAND --help` describes a command. Exit status: 0; 2 for a wrong argument, file or folder; 130 after
 Ctrl-C.
 """

@@ -109,8 +109,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=4, help="of distillation (default: %(default)s)")
-    parser.add_argument("--outdir", type=Path, default=Path("runs/demo"), help="for images (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--outdir", type=Path, default=Path("runs/demo"), help="of images and the run (default: %(default)s)"
+    )
     args = parser.parse_args(argv[1:])
     try:
         run(args.minutes, args.outdir.resolve())

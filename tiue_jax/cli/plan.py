@@ -58,9 +58,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("sampler", False, "plan the student's sampler, not the training step", flag_values=values)
     flags.DEFINE_string("batch_per_chip", None, "batch sizes to try, with commas, or max", flag_values=values)
     flags.DEFINE_string("fsdp", None, "sizes of the mesh axis fsdp to try, with commas, or all", flag_values=values)
-    flags.DEFINE_string("remat", None, "remat policies to try, with commas", flag_values=values)
+    flags.DEFINE_string(
+        "remat", None, f"remat policies to try, with commas: {', '.join(REMAT_POLICIES)}", flag_values=values
+    )
     flags.DEFINE_bool("search", False, "try every mesh and policy, each with its largest batch", flag_values=values)
-    flags.DEFINE_enum("mode", "quick", MODES, "full waits for the compiler to end", flag_values=values)
+    flags.DEFINE_enum(
+        "mode",
+        "quick",
+        MODES,
+        "quick: schedule and memory; full: also the compiler's estimate of the time, much slower",
+        flag_values=values,
+    )
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
 
 

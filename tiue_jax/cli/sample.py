@@ -36,7 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", "emoji-tiue", "a shipped model or alias, a folder, or a hub repository", **add)
-    flags.DEFINE_multi_string("prompt", [], "a description of the image; may be repeated", **add)
+    flags.DEFINE_multi_string("prompt", [], "a description of the image", **add)
     flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line", **add)
     flags.DEFINE_string("out", "sample.png", "a .png file (a grid if there are several images), or a folder", **add)
     flags.DEFINE_integer("num_images_per_prompt", 1, "number of images of each prompt", **add)
@@ -44,16 +44,21 @@ def define_flags(values: flags.FlagValues) -> None:
     latents = ".npy file of initial noise, float32, [n h w c] or PyTorch's [n c h w]; by default from the seed"
     flags.DEFINE_string("latents", None, latents, **add)
     flags.DEFINE_enum("sampler", None, list(SAMPLERS), "by default the model's sampler", **add)
-    flags.DEFINE_integer("num_inference_steps", None, "steps, K of a student; by default the model's", **add)
+    flags.DEFINE_integer(
+        "num_inference_steps",
+        None,
+        "number of steps; for a student K, the number of decoder passes; by default the model's",
+        **add,
+    )
     flags.DEFINE_float("guidance_scale", None, f"for {_names('guidance_scale')}; up to 1 is no guidance", **add)
     spacing = f"for {_names('timestep_spacing')}; by default the model's spacing"
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), spacing, **add)
     keys = f"for {_names('key_steps')}: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
-    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "of the weights and the computation", **add)
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
     vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model"
     flags.DEFINE_string("vae", None, vae, **add)
-    flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "of the autoencoder; by default --dtype", **add)
+    flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder; by default --dtype", **add)
     flags.DEFINE_bool("vae_tiling", False, "decode large images in tiles, in the memory of one tile", **add)
     tile = "side of a tile in pixels, for --vae_tiling; by default the autoencoder's training size"
     flags.DEFINE_integer("tile_sample_min_size", None, tile, **add)
@@ -64,10 +69,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("mesh_step", 1, step, **add)
     flags.DEFINE_integer("height", None, "in pixels; by default the model's training size", **add)
     flags.DEFINE_integer("width", None, "in pixels; by default the model's training size", **add)
-    columns = "images in a row of the grid; by default num_images_per_prompt, or a square if that is 1"
+    columns = "images in a row of the grid; by default num_images_per_prompt, and a square grid if that is 1"
     flags.DEFINE_integer("columns", None, columns, **add)
     flags.DEFINE_integer("upscale", 1, "repeat each pixel this many times in both directions", **add)
-    flags.DEFINE_bool("no_compile_cache", False, "do not use the compiled programs in ~/.cache/tiue_jax/xla", **add)
+    flags.DEFINE_bool("no_compile_cache", False, "compile again, and keep nothing in ~/.cache/tiue_jax/xla", **add)
 
 
 def run(args: flags.FlagValues) -> None:

@@ -10,7 +10,7 @@ The one-step student that it is compared with takes `--config.distill.num_infere
 `--config.distill.timestep_spacing=trailing`, since "leading" would give one step timestep 1.
 
 The shipped student was made by this recipe. docs/emoji.md shows grids and measured quality. The 1,200 steps took 24
-minutes on one core of an AMD EPYC. `loss_vsd` says nothing about quality: look at the images.
+minutes on an AMD EPYC with other work on it (2026-11-23). `loss_vsd` says nothing about quality: look at the images.
 """
 
 import ml_collections
