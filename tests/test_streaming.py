@@ -39,7 +39,12 @@ def test_a_stored_tensor_reads_its_rows_and_no_others(folder, monkeypatch):
     tensors = tensor_files.open_file(folder / WEIGHTS)
     counts = []
     real = np.fromfile
-    monkeypatch.setattr(np, "fromfile", lambda *args, **kw: counts.append(args[2]) or real(*args, **kw))
+
+    def counting(*args, **kwargs):
+        counts.append(args[2])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(np, "fromfile", counting)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(np.asarray(tensors[name]), array)
     linear = tensors["linear.weight"]
@@ -69,7 +74,7 @@ def test_placed_tensors_are_the_same(folder):
     want = model_folder.load(folder, SHAPES, ml_dtypes.bfloat16)
     for where in (sharding.replicated(mesh), sharding.shardings(SHAPES, mesh)):
         got = model_folder.load(folder, SHAPES, ml_dtypes.bfloat16, shardings=where)
-        assert jax.tree.structure(got) == jax.tree.structure(want)
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, got, want))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert isinstance(a, jax.Array) and a.dtype == b.dtype and a.committed
             np.testing.assert_array_equal(np.asarray(a), b)
@@ -89,9 +94,12 @@ def test_a_host_reads_only_the_rows_that_its_devices_hold(folder, monkeypatch):
     tensors = tensor_files.open_file(folder / WEIGHTS)
     read = []
     real = tensor_files.StoredTensor.__getitem__
-    monkeypatch.setattr(
-        tensor_files.StoredTensor, "__getitem__", lambda self, rows: read.append(rows) or real(self, rows)
-    )
+
+    def recording(self, rows):
+        read.append(rows)
+        return real(self, rows)
+
+    monkeypatch.setattr(tensor_files.StoredTensor, "__getitem__", recording)
     here = OneHostOfTwo(slice(4, 6), slice(6, 8))
     monkeypatch.setattr(
         jax,

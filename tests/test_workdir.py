@@ -36,7 +36,12 @@ def bucket(tmp_path):
 def copied(monkeypatch):
     """The names of the files that are copied, in order."""
     copy, names = files.copy, []
-    monkeypatch.setattr(files, "copy", lambda source, target: names.append(target.name) or copy(source, target))
+
+    def recording(source, target):
+        names.append(target.name)
+        return copy(source, target)
+
+    monkeypatch.setattr(files, "copy", recording)
     return names
 
 
@@ -148,7 +153,12 @@ def test_checkpoints_of_a_run_in_a_bucket_are_in_the_bucket(bucket, monkeypatch)
     """Checks the folder that orbax gets. Orbax writes with Google's libraries, and no folder can stand in for them."""
     managed = []
     manager = SimpleNamespace(damaged={}, latest_step=lambda: None)
-    monkeypatch.setattr(checkpoint, "CheckpointManager", lambda folder, *how: managed.append(folder) or manager)
+
+    def recording(folder, *how):
+        managed.append(folder)
+        return manager
+
+    monkeypatch.setattr(checkpoint, "CheckpointManager", recording)
     assert str(checkpoint.Checkpoints("gs://bucket/run").folder) == "gs://bucket/run/checkpoints" == str(managed[0])
     with pytest.raises(FileNotFoundError, match="no checkpoint in gs://bucket/run/checkpoints"):
         checkpoint_files.saved_steps("gs://bucket/run")

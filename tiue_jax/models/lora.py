@@ -81,6 +81,7 @@ class LoRAConv(Conv):
         return super().__call__(inputs, out_sharding) + self.scale * self.lora_B(self.lora_A(inputs))
 
     def linear(self, apply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """As Conv.linear; `apply` replaces the convolution with A, too."""
         return super().linear(apply) + self.scale * self.lora_B(self.lora_A.linear(apply))
 
 

@@ -19,6 +19,7 @@ from tiue_jax.training.settings import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the recipe."""
     config = default_config()
     config.model.pretrained_model_name_or_path = "emoji"
     config.data.prompts = "emoji"  # the prompts that come with the model

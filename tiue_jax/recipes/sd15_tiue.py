@@ -20,6 +20,7 @@ from tiue_jax.recipes import sd21_tiue
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the recipe."""
     config = sd21_tiue.get_config()
     config.model.pretrained_model_name_or_path = "sd15"
     return config

@@ -32,6 +32,7 @@ from tiue_jax.training.settings import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the recipe."""
     config = default_config()
     config.model.pretrained_model_name_or_path = "sd21-base"
     config.data.prompts = "data/journeydb"
