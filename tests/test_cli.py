@@ -5,7 +5,7 @@ import importlib.metadata
 import pytest
 from absl import flags
 
-from tiue_jax.cli.command_line import parse
+from tiue_jax.cli.command_line import parse, print_error
 from tiue_jax.cli.main import COMMANDS, main
 
 WITH_DEFAULTS = [
@@ -104,3 +104,10 @@ def test_each_kind_of_flag_in_the_help(capsys):
         "  --name=TEXT",
         "      some names; repeat this option to specify a list of values",
     ]
+
+
+def test_an_error_is_one_line_of_at_most_600_characters(capsys):
+    print_error(ValueError("weights do not fit:\n" + "conv_in.weight, " * 1000))
+    err = capsys.readouterr().err
+    assert err.startswith("error: weights do not fit: conv_in.weight,") and err.endswith(" ...\n")
+    assert err.count("\n") == 1 and len(err) <= len("error: ") + 600 + 1

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
+MAX_MESSAGE = 600  # characters of an error
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is a shell's status of a program that Ctrl-C stopped
 
 _HELP_WIDTH = 100
@@ -76,8 +77,9 @@ def require(values: flags.FlagValues, *names: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks."""
-    return " ".join(str(error).split())
+    """The message of an error, without line breaks, of at most MAX_MESSAGE characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 4]} ..."
 
 
 def print_error(error: BaseException) -> None:

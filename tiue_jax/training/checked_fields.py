@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
 
 
 def _check(annotation: Any, value: Any) -> tuple[str, bool]:
-    """What an annotation expects, as a text, and whether a value is that."""
+    """Checks a value against an annotation. Returns a text of the expected values, and True if the value is one."""
     if (inner := without_none(annotation)) is not None:
         expected, holds = _check(inner, value)
         return f"{expected} or None", holds or value is None
