@@ -93,6 +93,7 @@ def test_a_time_limit_is_no_signal():
         assert stop.reached(1) and stop.cause() is None
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_terminal_that_is_closed_is_a_request_unless_it_is_ignored():
     with StopRequest() as stop:
         stop.listen()

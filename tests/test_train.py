@@ -147,6 +147,7 @@ def test_sigterm_again_and_again_does_not_keep_a_run_from_saving(model, tmp_path
     assert checkpoints(tmp_path) == [2, 3] and f"saved {tmp_path / 'checkpoints/3'}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_process_goes_on_without_a_reader_saves_for_usr1_and_ends_for_hup(model, tmp_path):
     log = tmp_path / "log.jsonl"
     settings = {"train__max_train_steps": 10**6, "train__checkpoint_every": 10**6}
@@ -166,11 +167,14 @@ def test_a_process_goes_on_without_a_reader_saves_for_usr1_and_ends_for_hup(mode
     def logged():
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
-    wait_until(lambda: len(logged()) >= 2)
-    process.send_signal(signal.SIGUSR1)
-    wait_until(lambda: (tmp_path / "run" / "checkpoints").exists() and checkpoints(tmp_path / "run"))
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(300) == 128 + signal.SIGHUP
+    try:
+        wait_until(lambda: len(logged()) >= 2)
+        process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: (tmp_path / "run" / "checkpoints").exists() and checkpoints(tmp_path / "run"))
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(300) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
     first, second = checkpoints(tmp_path / "run")
     assert 2 < first < second == logged()[-1]["step"]
     assert [row["step"] for row in logged()] == list(range(1, second + 1))
