@@ -161,7 +161,7 @@ def test_compiles_once_for_prompts_seeds_guidance_latents_and_partial_batches(pi
     given = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
     how = {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 2}
     with compilations() as finished:
-        for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 0.5)):
+        for seed, prompts, scale in ((0, ["red"] * 5, 2), (1, ["apple"] * 7, 3.5), (2, ["", "pear"], 1.5)):
             pipe(prompts, seed=seed, guidance_scale=scale, **how)
         pipe(["red"] * 3, guidance_scale=2, latents=given, **how)
     assert len(finished) == 1, finished

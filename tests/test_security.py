@@ -39,7 +39,10 @@ def model(tmp_path_factory) -> Path:
 
 def run(*arguments: object, cache: Path) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "HF_", "TRANSFORMERS_"))}
-    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
+    temporary = cache.parent / "temporary"
+    temporary.mkdir()
+    env |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "TMPDIR": str(temporary)}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "tests.programs.sample_under_audit", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
 
@@ -60,7 +63,7 @@ def test_sampling_a_model_folder_touches_nothing_else(model, tmp_path):
 
 def test_the_hook_sees_what_it_should_refuse(model, tmp_path):
     (tmp_path / "writable").mkdir()
-    done = run(tmp_path / "writable", model, "attack", cache=tmp_path)
+    done = run(tmp_path / "writable", model, "attack", cache=tmp_path / "cache")
     for event in (
         "socket.connect ",
         "subprocess.Popen ",

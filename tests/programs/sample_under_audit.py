@@ -15,6 +15,7 @@ from typing import Any
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+BELOW_A_FOLDER = ("os.remove", "os.rmdir", "os.mkdir")  # their last argument is the number of an open folder, or -1
 SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 
 found: list[str] = []
@@ -48,7 +49,10 @@ def watch(writable: Path, model: Path) -> None:
                 found.append(f"open for writing {path}")
         elif event in CHANGES:
             seen[event] += 1
-            if not all(within(path, writable) for path in arguments if isinstance(path, str | bytes)):
+            paths = [os.fsdecode(path) for path in arguments if isinstance(path, str | bytes)]
+            if event in BELOW_A_FOLDER and arguments[-1] >= 0:  # relative to an open folder
+                paths = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), path) for path in paths]
+            if not all(within(path, writable) for path in paths):
                 found.append(f"{event} {arguments}")
         elif event == "import":
             seen[event] += 1

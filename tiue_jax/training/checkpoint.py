@@ -23,6 +23,7 @@ from tiue_jax.training.checkpoint_manager import CheckpointManager
 logger = logging.getLogger(__name__)
 
 BROKEN_FOLDER = "checkpoints_broken"
+LONGEST_REASON = 200  # characters of the reason in an error
 
 
 class NotSavedError(OSError):
@@ -231,7 +232,10 @@ class Checkpoints:
             whole = [path for path in self.folder.iterdir() if path.name.isdigit()]
             last = max(whole, key=lambda path: int(path.name), default=None)
             kept = "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
-            raise NotSavedError(f"cannot save a checkpoint in {self.folder}: {one_line(error)}; {kept}") from error
+            reason = one_line(error)
+            if len(reason) > LONGEST_REASON:  # the operating system's message is at the end
+                reason = f"... {reason[-LONGEST_REASON:]}"
+            raise NotSavedError(f"cannot save a checkpoint in {self.folder}: {reason}; {kept}") from error
 
 
 def _of_json(**items: Mapping[str, Any]) -> dict[str, int]:
