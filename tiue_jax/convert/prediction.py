@@ -22,7 +22,7 @@ _METADATA = "modelspec.prediction_type"  # of the SAI model specification
 
 
 class Evidence(NamedTuple):
-    """What a file says about its UNet.
+    """The evidence that a file holds about its UNet.
 
     Attributes:
         prediction_type: "epsilon" or "v_prediction".
@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
 
 
 def read_evidence(path: Path, tensors: Mapping[str, StoredTensor]) -> Evidence | None:
-    """What the tensors, the metadata or a .yaml file beside a checkpoint say. None if they say nothing.
+    """Reads the evidence in the tensors, the metadata or a .yaml file beside a checkpoint. None if there is none.
 
     Raises:
         ValueError: they contradict each other, name another parameterization, or say that the noise schedule was

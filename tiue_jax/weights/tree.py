@@ -101,7 +101,7 @@ def from_torch_names(
 
 
 def _foreign_kind(tensors: Mapping[str, Any]) -> str | None:
-    """What the tensors of a model that does not fit are, if they show another kind of model."""
+    """Names the kind of model that the tensors of a misfit show. None if they show no other kind."""
     kind = diagnosis.kind_of(tensors)
     return kind if kind is not None and not kind.endswith((" 1.x", " 2.x")) else None
 
