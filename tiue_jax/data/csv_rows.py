@@ -4,6 +4,7 @@ import codecs
 import csv
 import re
 from collections.abc import Iterator
+from typing import Self
 
 from tiue_jax.data.fields import USUAL_FIELDS, Bad, Value, listed, named_column, spelling, usual_field
 from tiue_jax.data.file_kinds import Opened, is_binary
@@ -11,6 +12,7 @@ from tiue_jax.data.text_rows import MAX_LINE
 
 SUFFIXES = (".csv", ".tsv")
 _DELIMITERS = "\t,;|"
+_MAX_LINES = 100  # of a row
 _SAMPLE = 50  # rows that the delimiter is chosen by
 _NAME = re.compile(r"[^\W\d][\w.:-]{0,39}( [\w.:-]{1,20}){0,2}")
 
@@ -52,10 +54,12 @@ def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:
     has_header = _is_header(first, field)
     names = first if has_header else [str(number + 1) for number in range(len(first))]
     column = _column(names, sample[1 if has_header else 0 :], field)
-    reader = csv.reader(_lines(opened), delimiter=delimiter)
+    lines = _Lines(opened)
+    reader = csv.reader(lines, delimiter=delimiter)
     if has_header:
         next(reader)
     while True:
+        before = reader.line_num
         try:
             row = next(reader)
         except StopIteration:
@@ -63,7 +67,9 @@ def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:
         except csv.Error as error:
             yield reader.line_num, Bad(f"expected a row of CSV, got {error}")
             continue
-        if not row:
+        if lines.ended or reader.line_num - before > _MAX_LINES:  # a whole row does not look for a next line
+            yield before + 1, Bad(f"a quote that is not closed: the row has {reader.line_num - before:,} lines")
+        elif not row:
             yield reader.line_num, ""
         elif len(row) > len(names):
             yield reader.line_num, Bad(f"expected {len(names)} columns, got {len(row)}")
@@ -71,14 +77,25 @@ def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:
             yield reader.line_num, row[column] if column < len(row) else None
 
 
-def _lines(opened: Opened) -> Iterator[str]:
-    """Yields the lines as they are, with their ends. A longer line than MAX_LINE bytes comes in parts."""
-    first = True
-    while line := opened.stream.readline(MAX_LINE):
-        if first:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        first = False
-        yield line.decode("utf-8", "surrogateescape")
+class _Lines:
+    """An iterator of the lines as they are, with their ends. A longer line than MAX_LINE bytes comes in parts."""
+
+    def __init__(self, opened: Opened):
+        self._stream = opened.stream
+        self._first = True
+        self.ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_LINE)
+        if not line:
+            self.ended = True
+            raise StopIteration
+        if self._first:
+            line, self._first = line.removeprefix(codecs.BOM_UTF8), False
+        return line.decode("utf-8", "surrogateescape")
 
 
 def _sample(opened: Opened, delimiter: str) -> list[list[str]]:

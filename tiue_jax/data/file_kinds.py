@@ -98,16 +98,28 @@ class Opened:
         if self.seekable:
             return self.stream
         copied = tempfile.TemporaryFile()  # noqa: SIM115
-        shutil.copyfileobj(self.stream, copied, _BUFFER)
+        with self.stream:
+            shutil.copyfileobj(self.stream, copied, _BUFFER)
         copied.seek(0)
+        self.stream, self.seekable = copied, True
         return copied
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.stream.close()
 
 
 class _Rewound(io.RawIOBase):
-    """A stream that cannot go back, of which the first bytes were read already."""
+    """A decompressed stream, which cannot go back, and of which the first bytes were read already."""
 
-    def __init__(self, first: bytes, rest: Any):
-        self._first, self._rest = first, rest
+    def __init__(self, first: bytes, rest: Any, compressed: BinaryIO):
+        self._first, self._rest, self._compressed = first, rest, compressed
+
+    def close(self) -> None:
+        if not self.closed:
+            self._rest.close()
+            self._compressed.close()
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -167,7 +179,7 @@ def open_file(path: epath.Path) -> Opened:
         if opener := next((opener for magic, opener in COMPRESSIONS.items() if head.startswith(magic)), None):
             inner = opener(stream)
             head, seekable = _read(inner, HEAD), False
-            stream = io.BufferedReader(_Rewound(head, inner), _BUFFER)
+            stream = io.BufferedReader(_Rewound(head, inner, stream), _BUFFER)
         refuse(head)
     except (ValueError, *DAMAGE) as error:
         stream.close()

@@ -1,10 +1,12 @@
 """Finds files of prompts and reads their texts. A format is one row of FORMATS, and is known by the content."""
 
+import contextlib
 import dataclasses
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -120,7 +122,7 @@ class Source:
         if not self.files:
             return True
         opened, found = _open(self.files[0])
-        opened.stream.close()
+        opened.close()
         return found.has_fields
 
     def texts(self, field: str | None, split: str, max_bad_share: float, dropped: Counter[str]) -> Iterator[str]:
@@ -146,7 +148,7 @@ def _open(path: epath.Path) -> tuple[Opened, Format]:
     try:
         return opened, detect(opened)
     except ValueError as error:
-        opened.stream.close()
+        opened.close()
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -154,7 +156,7 @@ def _rows(path: epath.Path, field: str | None) -> Iterator[tuple[str, Value]]:
     """Yields the rows of a file after their places, such as `prompts.txt:3`."""
     opened, found = _open(path)
     where = str(path)
-    with opened.stream:
+    with contextlib.closing(opened):
         try:
             for place, row in found.rows(opened, field):
                 where = f"{path}:{place}"
@@ -281,6 +283,8 @@ def _of_folder(folder: epath.Path) -> Source:
 def _of_pattern(pattern: epath.Path) -> Source:
     """The files of a pattern, in the order of their names."""
     parts = pattern.parts
+    if "**" in parts:
+        raise ValueError(f"{pattern}: ** is not read, expected the folder itself: the folders in it are read, too")
     first = next(i for i, part in enumerate(parts) if _WILDCARDS & set(part))
     base = epath.Path(*parts[:first]) if first else epath.Path(".")
     found = sorted(base.glob("/".join(parts[first:])))
@@ -309,24 +313,22 @@ def _of_files(name: epath.Path, root: epath.Path, paths: list[epath.Path]) -> So
         there = ", ".join(f"{len(those):,} of {format_name}" for format_name, those in by_format.items())
         example = f"{root}/*{chosen[0].suffix}"
         raise ValueError(f"{name}: holds files of several formats ({there}): name those of one, such as '{example}'")
-    inside = [path for path in chosen if _is_inside(path, root)]
-    if len(inside) < len(chosen):
-        outside = next(path for path in chosen if path not in inside)
-        raise ValueError(
-            f"{outside}: a link that leads out of {root} (or nowhere), and is not followed: "
-            "name the file that it leads to, or copy it"
-        )
-    return Source(os.fspath(name), files=tuple(inside))
+    if not files.is_remote(root):
+        links = [path for path in chosen if os.path.islink(path)]
+        for path in (*links, *sorted({path.parent for path in chosen})):
+            if not _is_inside(path, root):
+                raise ValueError(
+                    f"{path}: a link that leads out of {root} (or nowhere), and is not followed: "
+                    "name what it leads to, or copy it"
+                )
+    return Source(os.fspath(name), files=tuple(chosen))
 
 
 def _is_inside(path: epath.Path, root: epath.Path) -> bool:
-    """Returns True unless a path is a link that leads out of a folder.
+    """Returns True if a path lies in a folder after all links are followed.
 
     In the hub's cache, the files of `snapshots/<commit>` are links to the folder `blobs` beside `snapshots`.
     """
-    if files.is_remote(path) or not os.path.islink(path):
-        return True
-    folder = root.resolve()
+    folder, target = Path(os.path.realpath(root)), Path(os.path.realpath(path))  # resolve() of epath follows no link
     above = [parent.parent for parent in (folder, *folder.parents) if parent.name == "snapshots"]
-    target = path.resolve()
     return target.exists() and any(target.is_relative_to(each) for each in (folder, *above))
