@@ -37,7 +37,7 @@ def is_csv(opened: Opened) -> bool:
 
 
 def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:
-    """Yields the text of the column after the number of the line on which its row ends.
+    """Yields the text of the column after the number of the line on which its row begins.
 
     Args:
         opened: the file.
@@ -59,22 +59,22 @@ def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:
     if has_header:
         next(reader)
     while True:
-        before = reader.line_num
+        begins = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, Bad(f"expected a row of CSV, got {error}")
+            yield begins, Bad(f"expected a row of CSV, got {error}")
             continue
-        if lines.ended or reader.line_num - before > _MAX_LINES:  # a whole row does not look for a next line
-            yield before + 1, Bad(f"a quote that is not closed: the row has {reader.line_num - before:,} lines")
+        if lines.ended or reader.line_num - begins >= _MAX_LINES:  # a whole row does not look for a next line
+            yield begins, Bad(f"a quote that is not closed: the row has {reader.line_num - begins + 1:,} lines")
         elif not row:
-            yield reader.line_num, ""
+            yield begins, ""
         elif len(row) > len(names):
-            yield reader.line_num, Bad(f"expected {len(names)} columns, got {len(row)}")
+            yield begins, Bad(f"expected {len(names)} columns, got {len(row)}")
         else:
-            yield reader.line_num, row[column] if column < len(row) else None
+            yield begins, row[column] if column < len(row) else None
 
 
 class _Lines:
