@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.bucket import in_place_of_gcs
 from tests.captions import CAPTIONS, COCO, FORMATS, KARPATHY, LINES, ROWS, parquet, samples, shard, write
 from tiue_jax.data import corpus, json_rows, prompt_files
 from tiue_jax.data.prompts import load_prompts
@@ -234,3 +235,15 @@ def test_a_data_set_on_the_hub(monkeypatch):
     assert asked == [(("owner/name", "small"), {"split": "test", "streaming": True})]
     with pytest.raises(ValueError, match="owner/name: no field 'title'; its fields are id"):
         load_prompts("owner/name", "title")
+
+
+def test_folders_and_patterns_in_a_bucket(tmp_path):
+    with in_place_of_gcs(tmp_path / "gcs") as bucket:
+        for i in range(2):
+            write(bucket / "texts" / f"{i}.txt", "\n".join(CAPTIONS[10 * i : 10 * i + 10]).encode())
+        write(bucket / "p.jsonl.gz", gzip.compress(LINES))
+        write(bucket / "p.parquet", parquet())
+        for path in ("gs://bucket/texts", "gs://bucket/texts/*.txt", "gs://bucket/p.jsonl.gz", "gs://bucket/p.parquet"):
+            assert load_prompts(path).prompts == CAPTIONS
+        with pytest.raises(FileNotFoundError, match="no prompt file at gs://bucket/none"):
+            load_prompts("gs://bucket/none")

@@ -37,7 +37,7 @@ def rows(name: str, field: str | None, split: str) -> Iterator[tuple[object, Val
     assert parts is not None, name
     with _errors_named(name):
         found: Any = datasets.load_dataset(parts["repository"], parts["config"], split=split, streaming=True)
-        first = next(iter(found), {})
+        first: dict[str, Any] = next(iter(found), {})
     column = named_column(list(first), usual_field(first) if field is None else field)
     if column is None:
         raise ValueError(f"{name}: no field {field!r}; {listed(first)}")

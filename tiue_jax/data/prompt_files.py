@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import logging
 import os
 from collections import Counter
@@ -273,11 +274,18 @@ def _problem(text: str) -> str | None:
 
 def _of_folder(folder: epath.Path) -> Source:
     """The files of a folder, and of the folders in it, that hold prompts, in the order of their names."""
-    found = []
-    for parent, folders, names in folder.walk():
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [parent / name for name in sorted(names) if not name.startswith(".") and name not in _NO_CAPTIONS]
-    return _of_files(folder, folder, found)
+    return _of_files(folder, folder, list(_below(folder)))
+
+
+def _below(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields the files below a folder, apart from hidden ones. Links to folders are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in _NO_CAPTIONS:
+            continue
+        if not path.is_dir():
+            yield path
+        elif files.is_remote(path) or not os.path.islink(path):
+            yield from _below(path)
 
 
 def _of_pattern(pattern: epath.Path) -> Source:
@@ -286,8 +294,13 @@ def _of_pattern(pattern: epath.Path) -> Source:
     if "**" in parts:
         raise ValueError(f"{pattern}: ** is not read, expected the folder itself: the folders in it are read, too")
     first = next(i for i, part in enumerate(parts) if _WILDCARDS & set(part))
-    base = epath.Path(*parts[:first]) if first else epath.Path(".")
-    found = sorted(base.glob("/".join(parts[first:])))
+    base = pattern
+    for _ in parts[first:]:
+        base = base.parent
+    found = [base]
+    for part in parts[first:]:  # glob() of epath loses gs://
+        inside = [path for folder in found if folder.is_dir() for path in sorted(folder.iterdir())]
+        found = [path for path in inside if fnmatch.fnmatchcase(path.name, part)]
     if not found:
         raise FileNotFoundError(f"no prompt file at {pattern}: nothing fits this pattern")
     return _of_files(pattern, base, [path for path in found if not path.is_dir()])
