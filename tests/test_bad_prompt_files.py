@@ -138,6 +138,7 @@ REFUSED = {
     "a ZIP archive": archive(),
     "an SQLite database, not prompts: sqlite3 -csv -header": database,
     "a pickle, which could run code when it is read: export": pickle.dumps(CAPTIONS),
+    "a pickle, which": pickle.dumps(CAPTIONS, protocol=0),
     "a safetensors file, not prompts: it holds weights": weights,
     "a NumPy array": array(),
     "a web page, not prompts: download the file itself": b"\n<!DOCTYPE html>\n<html>",

@@ -222,6 +222,9 @@ def test_a_data_set_on_the_hub(monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no prompt file at owner/name; .*pip install 'tiue-jax\[datasets\]'"):
         load_prompts("owner/name")
 
+    with pytest.raises(FileNotFoundError, match="no prompt file at data/prompts.txt$"):
+        load_prompts("data/prompts.txt")
+
     class Streamed(list):
         def select_columns(self, names):
             return [{name: row[name] for name in names} for row in self]

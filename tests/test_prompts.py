@@ -71,6 +71,7 @@ BAD_FILES = [
     ("p.jsonl", '{"a": "b"}', None, r"p.jsonl: has no field with a usual name.*its fields are a \('b'\)"),
     ("p.jsonl", '{"text": "b", "caption": "c"}', None, "p.jsonl:1: has the fields caption and text: name the prompt's"),
     ("p.jsonl", '{"a": "b"}\n{"a": ', "a", "p.jsonl:2: expected a JSON object on every line"),
+    ("p.json", "[3]", None, "p.json:1: expected a JSON object or a text, got a number"),
     ("p.jsonl", "[[3]]", "a", "p.jsonl:1: expected a JSON object or a text, got a list"),
     ("p.jsonl", '{"a": 3}', "a", "p.jsonl:1: expected text or a list of texts in 'a', got a number"),
     ("p.jsonl", '{"a": ["b", true]}', "a", "p.jsonl:1: expected text or a list of texts in 'a', got true or false"),

@@ -69,7 +69,7 @@ REFUSED = (
     Refused(b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > p.txt"),
     Refused(b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > p.txt"),
 )
-_PICKLE_PROTOCOLS = range(2, 6)
+_PICKLES = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"(lp0\n", b"(dp0\n", b"ccopy_reg\n")
 
 
 @dataclasses.dataclass
@@ -223,7 +223,7 @@ def refuse(head: bytes) -> None:
         found = head[kind.at : kind.at + len(kind.magic)]
         if found == kind.magic or (kind.magic[:1] == b"<" and lowered.startswith(kind.magic)):
             raise ValueError(f"{kind.name}, not prompts: {kind.remedy}")
-    if head[:1] == b"\x80" and head[1:2] and head[1] in _PICKLE_PROTOCOLS:
+    if head.startswith(_PICKLES):
         raise ValueError(f"a pickle, which could run code when it is read: {_AS_TABLE}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
         raise ValueError("a safetensors file, not prompts: it holds weights")

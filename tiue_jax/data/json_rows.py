@@ -30,7 +30,7 @@ def is_json(opened: Opened) -> bool:
     rest = together[1:].lstrip()[:1]
     if (together[:1] == b"{" and rest in (b'"', b"}")) or (together[:1] == b"[" and rest in (b"{", b'"', b"[", b"]")):
         return True
-    return opened.suffix in SUFFIXES and any(line[:1] in (b"{", b'"') for line in lines[:5])
+    return opened.suffix in SUFFIXES and any(line[:1] in (b"{", b"[", b'"') for line in lines[:5])
 
 
 def rows(opened: Opened, field: str | None) -> Iterator[tuple[object, Value]]:

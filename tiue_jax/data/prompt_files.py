@@ -85,7 +85,7 @@ def find(path: str | os.PathLike[str]) -> "Source":
         return Source(name, folder=found) if dataset_folder.is_dataset_folder(found) else _of_folder(found)
     if _WILDCARDS & set(name):
         return _of_pattern(found)
-    if hub_rows.is_name(name) and not files.is_remote(name):
+    if hub_rows.is_name(name) and not any(content_suffix(found) in each.suffixes for each in FORMATS):
         hub_rows.check_installed(name)
         return Source(name, on_hub=True)
     raise FileNotFoundError(f"no prompt file at {path}")
@@ -186,7 +186,7 @@ class _Rows:
         for where, row in rows:
             if isinstance(row, dict):
                 if field is None and (usual := usual_fields(row)):
-                    field = usual[0] if len(usual) == 1 else self._ambiguous(where, row)
+                    field = usual[0] if len(usual) == 1 else self._usual(where, row)
                 found = None if field is None else value_at(row, field)
                 values = found if isinstance(found, list) else [found]
                 if not values or found is None:
@@ -227,7 +227,7 @@ class _Rows:
         self._counts[reason] += 1
         self._dropped[reason] += 1
 
-    def _ambiguous(self, where: str, row: dict[str, Any]) -> str:
+    def _usual(self, where: str, row: dict[str, Any]) -> str:
         try:
             return usual_field(row)
         except ValueError as error:
@@ -248,7 +248,7 @@ class _Rows:
         if self._good:
             return
         if self._field is None and self._without is not None:
-            self._ambiguous(self._name, self._without)
+            self._usual(self._name, self._without)
         within = f" in {self._field!r}" if self._field else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self._counts.items()) or "it is empty"
         there = f"; {listed(self._without)}" if self._without is not None else ""
