@@ -42,7 +42,8 @@ def merge_lora(
         model: a name for hub.resolve.
         lora: one or several names for lora_source.resolve: files, folders or hub repositories.
         out: the folder to write, see pipeline_folder.save_pipeline.
-        scale: 1 is the LoRA as it was trained, 0 is the model without it. A sequence has one for each LoRA.
+        scale: 1 is the LoRA as it was trained, 0 is the model without it (a DoRA still sets the magnitudes). A sequence
+            has one for each LoRA.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
