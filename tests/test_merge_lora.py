@@ -197,7 +197,7 @@ def test_other_kinds_of_file_are_refused(tmp_path):
         lora_file(path, peft, ALL, metadata={"lora_adapter_metadata": json.dumps(fields)})
         with pytest.raises(ValueError, match=f"fields.safetensors: metadata field {message}"):
             read_lora(path, SHAPES)
-    for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan"))):
+    for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan")), ("lora_alpha", 10**400)):
         kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})}
         path = lora_file(tmp_path / "alpha.safetensors", peft, ALL, metadata=kept)
         with pytest.raises(

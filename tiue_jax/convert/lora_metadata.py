@@ -20,6 +20,7 @@ TEXT_ROOT = "text_model."  # transformers 5 omits it
 _PEFT_ROOT = "base_model.model."  # begins the names in the file of a single model that peft saves
 _ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # peft's field of the alpha, by peft_type
 _DEFAULT = 8  # of rank and alpha in peft
+_LARGEST = 1e30  # alpha; larger ones are no numbers of a training
 # fields of peft's LoraConfig for adapters that are more than a change of the weight that their matrices give
 _REFUSED = (
     "alora_invocation_tokens",
@@ -97,8 +98,9 @@ class Adapter:
         """
         told = next((x for key, x in self.rank_pattern.items() if matches(key, layer)), self.r)
         if told is not None and (rank is None or told != rank):
-            if rank is not None or not isinstance(told, int) or told < 1:
-                raise ValueError(f"{self.source} gives {layer.module} rank {told!r}, its matrices have rank {rank}")
+            if rank is not None or not isinstance(told, int) or not 1 <= told <= _LARGEST:
+                said = f"gives {layer.module} rank {str(told)[:50]}"
+                raise ValueError(f"{self.source} {said}, its matrices have rank {rank}")
             rank = told
         if rank is None:
             if self.alpha is None:
@@ -108,7 +110,7 @@ class Adapter:
             alpha = next((x for key, x in self.alpha_pattern.items() if matches(key, layer)), self.alpha)
         if alpha is None:
             alpha = rank
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -_LARGEST <= alpha <= _LARGEST:
             raise ValueError(f"{self.source}: alpha of {layer} must be a finite number, got {str(alpha)[:100]!r}")
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -148,7 +150,7 @@ def _parse(path: Path, written: str) -> dict[str, Any]:
     """The object in the metadata field of a file. ValueError if there is none."""
     try:
         fields = json.loads(written)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: metadata field {METADATA_KEY} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: metadata field {METADATA_KEY} is {written[:100]}, expected a JSON object")
@@ -232,7 +234,7 @@ def check_pattern(source: str, pattern: str) -> int:
     # a repetition that follows nothing, or another one, is left to the parser
     if len(pattern) > _LONGEST or repeats > _MOST_REPEATS or not plain:
         raise ValueError(
-            f"{source}: {pattern[:200]!r} is refused, since some regular expressions run for ever: expected the "
+            f"{source}: {pattern[:100]!r} is refused, since some regular expressions run for ever: expected the "
             rf"name of a layer with ^, $, ., \., \d, \w, [classes] and up to {_MOST_REPEATS} of *, +, ?; "
             "write (a|b) as two patterns"
         )
