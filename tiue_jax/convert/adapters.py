@@ -40,7 +40,10 @@ class Kind:
     def missing(self, names: Collection[str]) -> list[str] | None:
         """The tensors that the closest form has and `names` lacks. None if no form has all of `names`."""
         larger = [form - set(names) for form in self.forms if form >= set(names)]
-        return sorted(min(larger, key=len)) if larger else None
+        if not larger:
+            return None
+        closest = min(larger, key=len)
+        return sorted(closest)
 
     def rank(self, tensors: Mapping[str, Any]) -> int | None:
         """The rank of an adapter with these tensors, or with objects that have their shapes. None if it has none."""

@@ -129,7 +129,7 @@ def _change(
     wrong = problems.setdefault("wrong-shaped", [])
     made = product_shape(kind, {name: tensor.shape for name, tensor in main.items()})
     # files may store the matrices of a 1x1 convolution as those of a linear layer, and the other way round
-    if made != (weight.shape[0], math.prod(weight.shape[1:])) or 0 in made:
+    if made is None or 0 in made or made != (weight.shape[0], math.prod(weight.shape[1:])):
         given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in main.items())
         wrong.append(f"{layer} is {list(weight.shape)}, the file has {given}")
         return None
