@@ -43,6 +43,21 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], descr
     return values
 
 
+def named_argument(argv: Sequence[str], flag: str | None) -> list[str]:
+    """Gives the first argument that is no flag the name of one, so that `parse` takes it.
+
+    Args:
+        argv: the arguments. All flags but this one are booleans, or are written as --name=value.
+        flag: the name. None changes nothing.
+    """
+    given = list(argv)
+    if flag is not None and f"--{flag}" not in given:
+        first = next((i for i, text in enumerate(given) if not text.startswith("-")), None)
+        if first is not None:
+            given[first] = f"--{flag}={given[first]}"
+    return given
+
+
 def describe_flags(values: flags.FlagValues) -> str:
     """Help on the flags of a command, in the order of their definition: values, help text and default.
 

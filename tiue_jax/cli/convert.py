@@ -1,5 +1,6 @@
-"""Converts checkpoints: exports, imports, and merges LoRAs.
+"""Converts checkpoints: says what they are, exports, imports, and merges LoRAs.
 
+    tiue convert inspect community.safetensors
     tiue convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
@@ -11,13 +12,15 @@ PyTorch; 2 a wrong argument, file or folder.
 """
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require, subcommand
-from tiue_jax.convert import export, export_compiled
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, named_argument, parse, print_error, require, subcommand
+from tiue_jax.cli.inspect_table import print_report
+from tiue_jax.convert import export, export_compiled, inspect_model
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
 from tiue_jax.models import platforms
@@ -35,11 +38,19 @@ _PIPELINE_OUT = "the pipeline folder to write, for diffusers and tiue_jax (requi
 
 
 class Command(NamedTuple):
-    """A subcommand: its summary, the function that defines its flags, and the function that runs it."""
+    """A subcommand.
+
+    Attributes:
+        summary: for the overview.
+        define: defines its flags.
+        run: runs it and returns the exit status.
+        argument: the flag that an argument without a flag's name is for.
+    """
 
     summary: str
     define: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], int]
+    argument: str | None = None
 
 
 def define_export(values: flags.FlagValues) -> None:
@@ -197,6 +208,30 @@ def run_merge_lora(args: flags.FlagValues) -> int:
     return 0
 
 
+def define_inspect(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue convert inspect`."""
+    add: dict[str, Any] = {"flag_values": values}
+    model = "a file, a folder, a shipped model or alias, or a hub repository; the name of the flag may be left out"
+    flags.DEFINE_string("model", None, f"{model} (required)", **add)
+    flags.DEFINE_bool("json", False, "print the report as JSON", **add)
+    values_help = "look for values that are not finite, which reads all weights"
+    flags.DEFINE_bool("values", True, values_help, **add)
+
+
+def run_inspect(args: flags.FlagValues) -> int:
+    """Says what a file, a folder or a hub repository is, and which commands read it.
+
+    tiue convert inspect FILE|FOLDER|HUB_ID [--json] [--novalues]
+    """
+    require(args, "model")
+    report = inspect_model.inspect(args.model, read_values=args.values)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report)
+    return 0
+
+
 def _verifier() -> Callable[..., Any]:
     """Imports the function that compares with PyTorch. ValueError if PyTorch is not installed."""
     try:
@@ -212,6 +247,9 @@ COMMANDS = {
         "write a sampler as a program that runs without tiue_jax", define_export_compiled, run_export_compiled
     ),
     "import": Command("read a checkpoint in one file, write a pipeline folder", define_import, run_import),
+    "inspect": Command(
+        "say what a file, a folder or a repository is, and what reads it", define_inspect, run_inspect, "model"
+    ),
     "merge-lora": Command("add a LoRA to a pipeline, write a new folder", define_merge_lora, run_merge_lora),
 }
 
@@ -226,7 +264,8 @@ def main(argv: Sequence[str]) -> int:
         if name is None:
             return 0
         command = COMMANDS[name]
-        args = parse([f"{argv[0]} {name}", *argv[2:]], command.define, inspect.cleandoc(command.run.__doc__ or ""))
+        given = named_argument(argv[2:], command.argument)
+        args = parse([f"{argv[0]} {name}", *given], command.define, inspect.cleandoc(command.run.__doc__ or ""))
         return 0 if args is None else command.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiue_jax.convert.prediction import read_evidence
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.presets import PRESETS, Configs
@@ -15,6 +14,7 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.schedule import PREDICTION_TYPES
 from tiue_jax.weights import clip_vocabulary, diagnosis, hub, leftovers, original_names
 from tiue_jax.weights.pipeline_folder import STORED_DTYPES, check_writable, read_configs, save_pipeline
+from tiue_jax.weights.prediction import read_evidence
 from tiue_jax.weights.tensor_files import StoredTensor, open_file
 from tiue_jax.weights.tree import from_torch_names
 

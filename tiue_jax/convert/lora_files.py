@@ -208,3 +208,22 @@ def _readings(name: str, flat: Mapping[tuple[str, str], Layer]) -> Iterator[tupl
                 yield Layer(part, module), side
                 if part == "text_encoder":
                     yield Layer(part, TEXT_ROOT + module), side
+
+
+def split_name(name: str) -> tuple[str, str, str] | None:
+    """Splits the name of a tensor of an adapter without knowing the model. None if it is no such name.
+
+    Returns:
+        The part, "unet", "text_encoder", or "" if the name does not say it; the layer, in kohya's files with _ for each
+        dot; and the name of the tensor in `Kind.forms`, or MAGNITUDES, or "alpha".
+    """
+    if match := _KOHYA.fullmatch(name):
+        part = {"unet": "unet", None: ""}.get(match["part"], "text_encoder")
+        return part, match["module"], match["pair"] or match["side"]
+    if match := _PROCESSOR.fullmatch(name):
+        last = f"to_{match['which']}" + (".0" if match["which"] == "out" else "")
+        return match["part"] or "", f"{match['module']}.{last}", match["side"]
+    for pattern in _NAMES:
+        if match := pattern.fullmatch(name):
+            return match["part"] or "", match["module"], _SIDES.get(match["side"], match["side"])
+    return None

@@ -94,16 +94,26 @@ def from_torch_names(
                 if not finite:
                     problems[not_finite].append(_name_with_shard(name, tensor))
     if any(problems.values()):
-        raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems, _foreign_kind(found)))
+        kind = _foreign_kind(
+            found, {name: jax.ShapeDtypeStruct(torch_shape(*leaf), np.float32) for name, leaf in expected.items()}
+        )
+        raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems, kind))
     if extra:
         logger.info("%s: %s", source, leftovers.summary(extra))
     return params
 
 
-def _foreign_kind(tensors: Mapping[str, Any]) -> str | None:
-    """Names the kind of model that the tensors of a misfit show. None if they show no other kind."""
-    kind = diagnosis.kind_of(tensors)
-    return kind if kind is not None and not kind.endswith((" 1.x", " 2.x")) else None
+def _foreign_kind(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Names the kind of model that the tensors of a misfit show. None if they show no other kind than is expected.
+
+    Args:
+        tensors: by their names.
+        expected: the tensors of the model that is read.
+    """
+    kind, wanted = diagnosis.recognise(tensors), diagnosis.recognise(expected)
+    if kind is None or (wanted is not None and kind.role == wanted.role and not diagnosis.is_foreign(kind)):
+        return None
+    return str(kind)
 
 
 def _read(
