@@ -133,7 +133,7 @@ def _inspect_tensors(source: str, path: Path, tensors: Mapping[str, StoredTensor
     about = {field: str(metadata[field])[:_LONGEST_VALUE] for field in _METADATA if field in metadata}
     report = Report(source, "unknown: no tensor of it is known here" if kind is None else str(kind), metadata=about)
     if kind is None:
-        notes = (f"holds {len(tensors)} tensors, the largest are listed",)
+        notes = (f"not read: no command knows its {len(tensors)} tensors, of which the largest are listed",)
         parts = {"": facts(tensors, read_values)}
         return dataclasses.replace(report, parts=parts, largest=largest(tensors), notes=notes)
     if kind.role == diagnosis.ADAPTER:
@@ -291,9 +291,7 @@ def _inspect_pipeline(source: str, folder: Path, read_values: bool) -> Report:
         base = "Stable Diffusion XL" if unet is not None else None
     report = Report(source, f"a pipeline folder ({written})", base_model=base, parts=parts, notes=notes)
     if scheduler.is_file():
-        evidence = f"scheduler/{layout.SCHEDULER_CONFIG}" + (
-            "" if said else " does not say it, and this is the default"
-        )
+        evidence = f"scheduler/{layout.SCHEDULER_CONFIG}" + ("" if said else ": the default")
         report = dataclasses.replace(report, prediction_type=str(said or "epsilon"), prediction_evidence=evidence)
     sampling: Sampling | None = None
     try:

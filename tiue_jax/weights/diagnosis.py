@@ -20,7 +20,7 @@ _IN_CHANNELS = {
 }
 _FIRST_CONVOLUTION = re.compile(r"(?:model\.diffusion_model\.input_blocks\.0\.0|(?:unet\.)?conv_in)\.weight")
 _CROSS_ATTENTION = re.compile(
-    r".*attn2[._]to_[kv](?:\.processor)?(?:_lora)?(?:(?:[._](?:lora|down).*)?\.weight|\.hada_w1_b)"
+    r".*attn2[._](?:processor\.)?to_[kv](?:\.processor)?(?:_lora)?(?:(?:[._](?:lora|down).*)?\.weight|\.hada_w1_b)"
 )
 _LATENTS = re.compile(r"(?:.*\.)?decoder\.conv_in\.weight")
 _UP = re.compile(r"lora_B|[._]up\.")  # the matrix of a LoRA whose width is the rank
