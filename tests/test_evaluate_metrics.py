@@ -61,13 +61,13 @@ def test_near_copies_are_counted():
     assert neighbours.near_copies(copied, real).value == pytest.approx(0.5, abs=0.03)
 
 
-def test_retrieval_clip_score_and_diversity():
+def test_retrieval_cosines_and_diversity():
     texts = np.eye(4, 6)
     prompts = np.array([0, 1, 2, 3, 0, 1, 2, 3])
     images = texts[prompts] * 2
     images[0] = texts[1]  # one image of the wrong prompt
     assert image_text.retrieval(images, texts, prompts).value == 7 / 8
-    assert image_text.clip_score(images, texts[prompts]).value == pytest.approx(7 / 8)
+    assert image_text.cosines(images, texts[prompts]).mean() == pytest.approx(7 / 8)
     assert image_text.diversity(images, prompts).value == pytest.approx(1 / 4)  # the two images of prompt 0 differ
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from tiue_jax import files, sharding
-from tiue_jax.data.progress import PromptProgress
+from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompts import PathLike, PromptSource
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.weights import pipeline_folder
@@ -117,7 +117,7 @@ def write(
         target.mkdir(parents=True, exist_ok=True)
         files.write_json(target / MANIFEST, manifest)
     shards = _shards(target, manifest)
-    with PromptProgress(len(prompts)) as progress:
+    with Progress(len(prompts)) as progress:
         for path, wanted in shards.items():
             if _is_whole(path, len(wanted)):
                 progress.update(min(wanted.stop, len(prompts)) - wanted.start, found=True)
@@ -173,7 +173,7 @@ def _write_shard(
     encode: Encode,
     null: np.ndarray,
     batch_size: int,
-    progress: PromptProgress,
+    progress: Progress,
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -8,13 +8,8 @@ INCEPTION_SPLITS = 10
 _SHUFFLE_SEED = 2020
 
 
-def clip_score(images: np.ndarray, texts: np.ndarray, seed: int = 0) -> Estimate:
-    """The mean cosine of image features [n d] and the text features [n d] of their prompts (arXiv 2104.08718)."""
-    return of_mean(cosines(images, texts), seed)
-
-
 def cosines(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """The cosine of each image [n d] and its text [n d]: float64 [n]."""
+    """The cosine of each image [n d] and its text [n d]: float64 [n]. Its mean is the CLIP score (arXiv 2104.08718)."""
     return np.einsum("nd,nd->n", unit(images), unit(texts))
 
 
@@ -54,9 +49,9 @@ def diversity(features: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Estim
 
 
 def inception_score(logits: np.ndarray, seed: int = 0) -> Estimate:
-    """The inception score of class scores [n c] (arXiv 1606.03498): the mean over 10 splits, shuffled as torch-fidelity.
+    """The inception score of class scores [n c] (arXiv 1606.03498): the mean over 10 splits.
 
-    The score of a split is exp(mean KL(p(class | image) || p(class))).
+    The score of a split is exp(mean KL(p(class | image) || p(class))). Images are shuffled as in torch-fidelity.
 
     Raises:
         ValueError: there are fewer images than splits.
