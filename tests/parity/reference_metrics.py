@@ -45,3 +45,8 @@ class _Anything(types.ModuleType):
 def clean_fid() -> Any:
     """clean-fid's module of distances."""
     return _import_without_torchvision("cleanfid.fid")
+
+
+def clean_resizer() -> Any:
+    """clean-fid's function that resizes an image uint8 [h w 3] to 299 pixels."""
+    return _import_without_torchvision("cleanfid.resize").build_resizer("clean")

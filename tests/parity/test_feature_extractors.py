@@ -7,8 +7,11 @@ import torch
 import transformers
 
 from tests.parity.conftest import from_torch, relative_error, spread_
-from tests.parity.reference_metrics import torch_fidelity_module
+from tests.parity.reference_metrics import clean_resizer, torch_fidelity_module
+from tiue_jax.cli import convert
 from tiue_jax.convert.import_inception import import_inception
+from tiue_jax.evaluate import extractors
+from tiue_jax.evaluate.pixels import clean_resize
 from tiue_jax.models import functional
 from tiue_jax.models.dinov2 import Dinov2Config, Dinov2Model
 from tiue_jax.models.inception import InceptionV3
@@ -79,6 +82,24 @@ def test_dinov2_has_the_features_of_transformers(size):
     error = relative_error(ours, expected)
     print(f"DINOv2 at {size} px: {error:.1e}")
     assert error < TOLERANCE
+
+
+def test_the_command_writes_a_folder_that_evaluate_reads(inception, tmp_path, capsys):
+    _, _, path = inception
+    assert convert.main(["tiue convert", "import-inception", "--file", str(path), "--out", str(tmp_path / "i")]) == 0
+    extractor = extractors.load(tmp_path / "i")
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    assert {name: x.shape for name, x in extractor.image_features(images).items()} == {
+        "features": (1, 2048),
+        "logits": (1, 1008),
+    }
+
+
+def test_clean_resize_is_that_of_clean_fid():
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 56, 3), np.uint8)
+    resizer = clean_resizer()
+    expected = np.stack([resizer(image) for image in images])
+    np.testing.assert_array_equal(clean_resize(images, 299), expected)
 
 
 def test_a_foreign_file_is_refused_by_name(tmp_path):

@@ -196,6 +196,27 @@ def run_merge_lora(args: flags.FlagValues) -> int:
     return 0
 
 
+def define_import_inception(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue convert import-inception`."""
+    add: dict[str, Any] = {"flag_values": values}
+    weights = "torch-fidelity's file weights-inception-2015-12-05-6726825d.pth (required)"
+    flags.DEFINE_string("file", None, weights, **add)
+    flags.DEFINE_string("out", None, "the folder to write, an --extractor of tiue evaluate (required)", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older folder of this kind", **add)
+
+
+def run_import_inception(args: flags.FlagValues) -> int:
+    """Writes the Inception-v3 of the FID as a folder of safetensors. Needs pip install 'tiue-jax[torch]'."""
+    require(args, "file", "out")
+    try:
+        from tiue_jax.convert.import_inception import import_inception
+    except ModuleNotFoundError as error:
+        raise ValueError(f"import-inception needs PyTorch ({error}): pip install 'tiue-jax[torch]'") from error
+    import_inception(args.file, args.out, overwrite=args.overwrite)
+    print(f"{args.out}: Inception-v3 of {args.file}")
+    return 0
+
+
 def _verifier() -> Callable[..., Any]:
     """Imports the function that compares with PyTorch. ValueError if PyTorch is not installed."""
     try:
@@ -211,6 +232,11 @@ COMMANDS = {
         "write a sampler as a program that runs without tiue_jax", define_export_compiled, run_export_compiled
     ),
     "import": Command("read a checkpoint in one file, write a pipeline folder", define_import, run_import),
+    "import-inception": Command(
+        "read the Inception-v3 of the FID, write a folder for tiue evaluate",
+        define_import_inception,
+        run_import_inception,
+    ),
     "merge-lora": Command("add a LoRA to a pipeline, write a new folder", define_merge_lora, run_merge_lora),
 }
 
