@@ -180,6 +180,11 @@ def write_broken_latents():
         (["--prompt_file", "empty.txt"], "empty.txt: expected at least one prompt"),
         (["--prompt_file", "latin1.txt"], "latin1.txt"),
         (["--prompt_file", "absent.txt"], "absent.txt"),
+        (["--prompt_file", "/dev/zero"], "/dev/zero: a device, expected a file"),
+        (
+            ["--prompt_file", "table.csv", "--field", "title"],
+            "no field 'title'; its fields are caption ('a cat'), x ('1')",
+        ),
         (["--prompt", "caf\udce9"], r"prompt must be UTF-8 text, got b'caf\xe9'"),
         (["--num_inference_steps", "0"], "num_inference_steps must be an integer >= 1, got 0"),
         (["--num_inference_steps", "1001"], "between 1 and 1000, got 1001"),
@@ -218,6 +223,7 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, args, message):
     Path("file.txt").write_text("red\n")
     Path("empty.txt").write_text("\n \n")
     Path("latin1.txt").write_bytes(b"caf\xe9\n")
+    Path("table.csv").write_text("caption,x\na cat,1\n")
     Path("folder.png").mkdir()
     write_broken_latents()
     before = sorted(Path().rglob("*"))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
 from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
+from tiue_jax.cli.prepare import add_reading_arguments
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.models import platforms
 from tiue_jax.weights import hub
@@ -24,10 +25,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="the teacher: a shipped model, a folder or a hub repository")
-    parser.add_argument(
-        "--prompts", required=True, help="a file, a folder made by `prepare`, or the name of a shipped model"
-    )
-    parser.add_argument("--field", help="path to the prompt in JSON lines, with dots: Task2.Caption")
+    parser.add_argument("--prompts", required=True, help="a folder made by `prepare`, or what `prepare` takes")
+    add_reading_arguments(parser)
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new folder, or one to continue, on this disk or gs://"
     )
@@ -39,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> str:
     """Computes and writes the embeddings. Returns a line about the result. ValueError or OSError for wrong input."""
     folder = hub.resolve(args.model)
-    prompts = corpus.open_prompts(args.prompts, args.field)
+    prompts = corpus.open_prompts(args.prompts, args.field, args.split, args.max_bad_share)
     encode = embeddings.load_encode(folder, args.batch_size)
     key = embeddings.make_key(prompts, folder / "tokenizer", folder / "text_encoder")
     with few_warnings_of_cut_prompts():

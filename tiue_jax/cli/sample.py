@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tiue_jax import compile_cache, images
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error
-from tiue_jax.files import read_text
+from tiue_jax.data.prompt_files import read_texts
 from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
@@ -37,7 +37,9 @@ def define_flags(values: flags.FlagValues) -> None:
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", "emoji-tiue", "a shipped model or alias, a folder, or a hub repository", **add)
     flags.DEFINE_multi_string("prompt", [], "a description of the image", **add)
-    flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line", **add)
+    prompt_file = "text with a prompt a line, or CSV, JSON, parquet and the other formats of `tiue data prepare`"
+    flags.DEFINE_string("prompt_file", None, prompt_file, **add)
+    flags.DEFINE_string("field", None, "the prompt's field or column in --prompt_file, such as caption", **add)
     flags.DEFINE_string("out", "sample.png", "a .png file (a grid if there are several images), or a folder", **add)
     flags.DEFINE_integer("num_images_per_prompt", 1, "number of images of each prompt", **add)
     flags.DEFINE_integer("seed", 0, "0 to 2^32 - 1", **add)
@@ -82,7 +84,7 @@ def run(args: flags.FlagValues) -> None:
         ValueError, OSError: an argument or a file is wrong. Arguments are checked before the sampling.
         FloatingPointError: an image has values that are NaN or infinite.
     """
-    prompts = read_prompts(args.prompt, args.prompt_file)
+    prompts = read_prompts(args.prompt, args.prompt_file, args.field)
     out = Path(args.out)
     check_output(out)
     for name in ("columns", "upscale"):
@@ -140,23 +142,19 @@ def run(args: flags.FlagValues) -> None:
     print(f"{out}: {len(numbered)} image{'s' * (len(numbered) > 1)} in {seconds:.1f} s, compilation included")
 
 
-def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
-    """The prompts of the command line, and then the lines of the file without the empty ones.
+def read_prompts(given: Sequence[str], path: str | None, field: str | None = None) -> list[str]:
+    """The prompts of the command line, and then those of the file without the empty ones.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: there is no prompt, or a prompt is not UTF-8.
+        ValueError: there is no prompt, or a prompt is not UTF-8, or the file is not of a known format.
     """
     for prompt in given:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # Python could not decode the command line
             raise ValueError(f"prompt must be UTF-8 text, got {os.fsencode(prompt)!r}") from error
-    lines = read_text(path).splitlines() if path is not None else []
-    lines = [line for line in map(str.strip, lines) if line]
-    if path is not None and not lines:
-        raise ValueError(f"{path}: expected at least one prompt")
-    prompts = [*given, *lines]
+    prompts = [*given, *(read_texts(path, field) if path is not None else [])]
     if not prompts:
         raise ValueError("no prompt: expected --prompt or --prompt_file")
     return prompts

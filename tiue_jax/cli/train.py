@@ -104,7 +104,8 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     say(f"teacher: {teacher.folder}, {functional.count(teacher.models.unet.params):,} parameters in its UNet")
 
     # ---- data -----------------------------------------------------------------------------------------------------
-    prompts = corpus.open_prompts(settings.data.prompts, settings.data.field)
+    data = settings.data
+    prompts = corpus.open_prompts(data.prompts, data.field, data.split, data.max_bad_share)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
         made_from = embeddings.make_key(prompts, teacher.folder / "tokenizer", teacher.folder / "text_encoder")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tiue_jax import files
-from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
+from tiue_jax.data.dataset_folder import DATASET_INFO, is_dataset_folder, open_builder
 from tiue_jax.data.progress import Progress
+from tiue_jax.data.prompt_files import MAX_BAD_SHARE
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
 from tiue_jax.weights import hub
 
@@ -22,26 +23,37 @@ PROMPTS_PER_SHARD = 2**17
 WRITTEN_AT_ONCE = 2**12
 
 
-def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
-    """Opens prompts: those of a file are held in memory, those of a corpus that `write` made stay on disk.
+def open_prompts(
+    path: PathLike, field: str | None = None, split: str = "train", max_bad_share: float = MAX_BAD_SHARE
+) -> PromptSource:
+    """Opens prompts: those of files are held in memory, those of a corpus that `write` made stay on disk.
 
     Args:
-        path: a file of text or JSON lines, a corpus folder, or the name of a shipped model that comes with prompts.
-        field: the field of the prompt in JSON lines. It is not used for a corpus.
+        path: a corpus folder, or the name of a shipped model that comes with prompts, or what `PromptReader` takes.
+        field, split, max_bad_share: as for `PromptReader`. They are not used for a corpus.
 
     Raises:
         FileNotFoundError, ValueError: as `PromptReader` or `Corpus`.
     """
     if str(path) in hub.SHIPPED_PROMPTS:
         path = hub.SHIPPED_PROMPTS[str(path)]
-    return Corpus(path) if files.at(path).is_dir() else load_prompts(path, field)
+    folder = files.at(path)
+    if folder.is_dir() and is_dataset_folder(folder):
+        return Corpus(path)
+    return load_prompts(path, field, split, max_bad_share)
 
 
-def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, split: str = "train") -> "Corpus":
+def write(
+    paths: Sequence[PathLike],
+    out: PathLike,
+    field: str | None = None,
+    split: str = "train",
+    max_bad_share: float = MAX_BAD_SHARE,
+) -> "Corpus":
     """Writes a corpus of all prompts of some files, each prompt once. After an error, `out` does not exist.
 
     Args:
-        paths, field, split: as for `PromptReader`.
+        paths, field, split, max_bad_share: as for `PromptReader`.
         out: a new folder on this disk or in a bucket.
 
     Raises:
@@ -51,7 +63,7 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
     """
     import tensorflow_datasets as tfds  # takes a second
 
-    reader = PromptReader(paths, field, split)
+    reader = PromptReader(paths, field, split, max_bad_share)
     with files.writing_folder_aside(out, DATASET_INFO) as folder:
         info = tfds.core.DatasetInfo(
             builder=tfds.core.dataset_info.DatasetIdentity(

@@ -1,17 +1,21 @@
-"""Opens folders that tensorflow-datasets prepared, without running code that they name."""
+"""Opens and reads folders that tensorflow-datasets prepared, without running code that they name."""
 
 import contextlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from tiue_jax import files
+from tiue_jax.data.fields import Value, usual_field
 
 DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
 FEATURES = "features.json"  # names the Python class of every feature
+READ_AHEAD = 256  # rows
+_HUGGING_FACE = "state.json"
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # the last one in files of old versions
 
 
@@ -72,3 +76,78 @@ def _class_names(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _class_names(inner)
+
+
+def is_dataset_folder(folder: epath.Path) -> bool:
+    """Returns True for a folder of tensorflow-datasets. The datasets library writes a file of the same name, too."""
+    return (folder / FEATURES).is_file() or (
+        (folder / DATASET_INFO).is_file() and not (folder / _HUGGING_FACE).is_file()
+    )
+
+
+def rows(folder: epath.Path, field: str | None, split: str) -> Iterator[tuple[object, Value]]:
+    """Yields the rows of a folder of tensorflow-datasets after their numbers from 0, with only `field` in them.
+
+    Raises:
+        ValueError: as `open_builder`, or there is no such field or split, or a file is damaged.
+    """
+    builder = open_builder(folder)
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder}: expected one of the splits {sorted(builder.info.splits)}, got {split!r}")
+    if field is None:
+        field = usual_field(dict.fromkeys(builder.info.features, ""))
+    try:
+        features = _only(builder.info.features, field.split("."))
+    except KeyError as error:
+        described = " ".join(str(builder.info.features).split())
+        raise ValueError(f"{folder}: expected a field of {described}, got {field!r}") from error
+    for number, record in enumerate(_records(builder, split, folder)):
+        yield number, _plain_values(features.deserialize_example_np(record))
+
+
+def _records(builder: Any, split: str, folder: epath.Path) -> Iterator[bytes]:
+    """Yields the serialised rows of a folder of tensorflow-datasets in their order. Needs no TensorFlow."""
+    file_format = builder.info.file_format.value
+    if file_format == "array_record":
+        records = builder.as_data_source(split=split).data_source
+        for start in range(0, len(records), READ_AHEAD):
+            yield from records.__getitems__(range(start, min(start + READ_AHEAD, len(records))))
+    elif file_format == "tfrecord":  # the default format of tensorflow-datasets
+        for path in builder.info.splits[split].filepaths:
+            with path.open("rb") as file:
+                while header := file.read(12):  # length, checksum
+                    length = struct.unpack("<Q4x", header)[0] if len(header) == 12 else 0
+                    body = file.read(length + 4)  # record, checksum
+                    if not length or len(body) != length + 4:
+                        raise ValueError(f"{path}: not a whole tfrecord file")
+                    yield body[:-4]
+    else:
+        raise ValueError(f"{folder}: expected the file_format 'array_record' or 'tfrecord', got {file_format!r}")
+
+
+def _only(feature: Any, names: list[str]) -> Any:
+    """Returns a feature of tensorflow-datasets with only one field: decoding others, such as images, needs TensorFlow.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Sequence):
+        return tfds.features.Sequence(_only(feature.feature, names))
+    if not names:
+        return feature
+    if not isinstance(feature, tfds.features.FeaturesDict) or names[0] not in feature:
+        raise KeyError(names[0])
+    return tfds.features.FeaturesDict({names[0]: _only(feature[names[0]], names[1:])})
+
+
+def _plain_values(value: Any) -> Any:
+    """Converts a value of tensorflow-datasets: arrays become lists, bytes become text."""
+    if isinstance(value, dict):
+        return {name: _plain_values(inner) for name, inner in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain_values(inner) for inner in value] if isinstance(value, list) else value

@@ -11,6 +11,8 @@ FREE = (
     # The prompts may have moved. The data position knows them by their fingerprint.
     "data.prompts",
     "data.field",
+    "data.split",
+    "data.max_bad_share",
     "train.max_train_steps",
     "train.max_train_minutes",
     "train.log_every",

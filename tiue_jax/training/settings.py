@@ -71,15 +71,20 @@ class DataConfig:
     """The prompts.
 
     Attributes:
-        prompts: a file of prompts, as text or JSON lines; a folder that `tiue data prepare` made, for millions of
-            prompts; or the name of a model that comes with prompts.
-        field: the prompt's field in JSON lines, such as "Task2.Caption"; None for text.
+        prompts: a file, folder or data set of prompts, in one of the formats of docs/prompts.md; a folder that `tiue
+            data prepare` made, for millions of prompts; or the name of a model that comes with prompts.
+        field: the prompt's field or column, such as "Task2.Caption"; None for text, and for a usual name such as
+            caption.
+        split: the split of a data set of tensorflow-datasets or of the hub.
+        max_bad_share: the share of bad rows that may be left out, such as a number instead of a text.
         embeddings: a folder that `tiue data embed` made of these prompts. The step reads the text embeddings from it
             and does not encode text. None encodes the prompts in the step.
     """
 
     prompts: str
     field: str | None = None
+    split: str = "train"
+    max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     embeddings: str | None = None
 
     def __post_init__(self):
