@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from tests import fake_hub, tiny
+from tests import fake_hub, finished_run, tiny
 from tiue_jax.cli import convert, embed, sample
 from tiue_jax.convert.compiled_sampler import Sampler
+from tiue_jax.convert.export import export_run
 from tiue_jax.convert.export_compiled import export_compiled
 from tiue_jax.data import embeddings
 from tiue_jax.images import read_png
@@ -273,6 +274,18 @@ def test_a_teacher_has_them_and_so_has_a_cache_of_embeddings(folder, files, tmp_
     plain = embeddings.make_key(_Prompts(made_from["prompts"]), folder / "tokenizer", folder / "text_encoder")
     with pytest.raises(ValueError, match="made from other tokenizer, text_encoder; make them again"):
         embeddings.Embeddings(tmp_path / "e", plain)
+
+
+def test_a_runs_student_has_them(folder, files, tmp_path):
+    run = finished_run.write(tmp_path / "run", folder, steps=(1,))
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["embeddings"] = [str(files / "cat.safetensors")]
+    (run / "config.json").write_text(json.dumps(config))
+    assert export_run(run, tmp_path / "student") == 1
+    student = Pipeline.from_pretrained(tmp_path / "student")
+    assert student.tokenize(["<cat>"])[0, 1:4].tolist() == [FIRST, FIRST + 1, FIRST + 2]
+    table = student.text_encoder.params["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    np.testing.assert_array_equal(table[FIRST:], CAT)
 
 
 class _Prompts:

@@ -33,12 +33,13 @@ def number_images(
         raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
     if images_each < 1:
         raise ValueError(f"num_images_per_prompt must be >= 1, got {images_each}")
-    negatives = [negative_prompt or ""] * len(prompts)
-    if negative_prompt is not None and not isinstance(negative_prompt, str):
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives = [negative_prompt or ""] * len(prompts)
+    else:
         negatives = list(negative_prompt)
-        if len(negatives) != len(prompts):
-            expected = f"one text, or a list of {len(prompts)}, one for each prompt"
-            raise ValueError(f"negative_prompt must be {expected}, got a list of {len(negatives)}")
+    if len(negatives) != len(prompts):
+        expected = f"one text, or a list of {len(prompts)}, one for each prompt"
+        raise ValueError(f"negative_prompt must be {expected}, got a list of {len(negatives)}")
     seen: Counter[str] = Counter()
     numbered = []
     for prompt, negative in zip(prompts, negatives, strict=True):
