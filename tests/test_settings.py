@@ -310,7 +310,18 @@ def test_a_run_of_an_older_version_is_read_and_goes_on():
     settings = Settings.from_dict(VERSION_0_1_0)
     assert settings.train.validation_prompts == ("a red apple", "a dog face")
     added = {"train.profile_steps": None, "data.split": "train", "data.max_bad_share": 0.01}
+    added |= {"distill.negative_prompt": "", "model.embeddings": []}
     assert flat(settings.to_dict()) == flat(VERSION_0_1_0) | added
     check_resumed(VERSION_0_1_0, settings)
     profiled = {**VERSION_0_1_0, "train": VERSION_0_1_0["train"] | {"profile_steps": 5}}
     check_resumed(VERSION_0_1_0, Settings.from_dict(profiled))
+    negative = {**VERSION_0_1_0, "distill": VERSION_0_1_0["distill"] | {"negative_prompt": "blurry"}}
+    with pytest.raises(ValueError, match="distill.negative_prompt was '', now 'blurry'"):
+        check_resumed(VERSION_0_1_0, Settings.from_dict(negative))
+
+
+def test_a_negative_prompt_needs_a_teacher_with_guidance():
+    distill = Settings.from_dict(VERSION_0_1_0).distill
+    with pytest.raises(ValueError, match="negative_prompt = 'blurry' needs teacher_guidance_scale above 1, got 1.0"):
+        dataclasses.replace(distill, negative_prompt="blurry", teacher_guidance_scale=1.0)
+    assert dataclasses.replace(distill, negative_prompt="blurry").negative_prompt == "blurry"

@@ -1,5 +1,6 @@
 """teacher.py: the teacher, read first as shapes and then as arrays, on one device and on eight, bit for bit."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -36,6 +37,14 @@ def test_the_teacher_is_what_its_folder_holds(folder, started):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), read.unet, whole)
     assert {x.dtype for x in jax.tree.leaves(read)} == {jnp.dtype("bfloat16")}
     assert read.text_encoder and not read.clip and not read.tiny_vae
+
+
+def test_the_null_prompt_is_the_negative_prompt(folder):
+    given = settings(folder)
+    negative = dataclasses.replace(given, distill=dataclasses.replace(given.distill, negative_prompt="a red apple"))
+    teacher = read_teacher(negative)
+    np.testing.assert_array_equal(teacher.null_input_ids, teacher.tokenize(["a red apple"])[0])
+    np.testing.assert_array_equal(read_teacher(given).null_input_ids, teacher.tokenize([""])[0])
 
 
 def test_eight_devices_start_as_one_does_bit_for_bit(folder, started):

@@ -31,6 +31,7 @@ from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
 DIFFERENT = 1  # exit status: PyTorch computes something else
 
 _A_PIPELINE = "a pipeline: a shipped model or alias, a folder, or a hub repository (required)"
+_EMBEDDING = "a textual inversion embedding to add: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
 _PIPELINE_OUT = "the pipeline folder to write, for diffusers and tiue_jax (required)"
 
 
@@ -50,6 +51,7 @@ def define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("step", "last", "the run's checkpoint: best, last, or a step", **add)
     weights = "ema: the moving average of the student; params: the last weights, not averaged"
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
+    flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("lora", False, "also write the run's LoRA teacher, to OUT/lora_teacher", **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     verify = "compare the folder in JAX and in PyTorch, part by part; needs pip install 'tiue-jax[torch]'"
@@ -68,6 +70,8 @@ def run_export(args: flags.FlagValues) -> int:
     if args.step not in ("best", "last") and not args.step.isdecimal():
         raise ValueError(f"--step must be best, last or a number, got {args.step!r}")
     if export.is_run(args.checkpoint):
+        if args.embedding:
+            raise ValueError(f"--embedding is for a pipeline, a run has model.embeddings, got {args.embedding[0]}")
         step = export.export_run(
             args.checkpoint,
             args.out,
@@ -82,7 +86,9 @@ def run_export(args: flags.FlagValues) -> int:
         for name in ("step", "weights", "lora"):
             if args[name].present:
                 raise ValueError(f"--{name} is for the folder of a training run, got --checkpoint={args.checkpoint}")
-        export.export_pipeline(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        export.export_pipeline(
+            args.checkpoint, args.out, embeddings=args.embedding, dtype=args.dtype, overwrite=args.overwrite
+        )
         written = f"the pipeline {args.checkpoint}"
     print(f"{args.out}: {written} in {args.dtype}")
     if not args.verify:
@@ -111,6 +117,7 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model (default: the model's)"
     flags.DEFINE_string("vae", None, vae, **add)
     flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder (default: --dtype)", **add)
+    flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("vae_tiling", False, "decode large images in tiles, in the memory of one tile", **add)
     flags.DEFINE_list("platforms", list(export_compiled.PLATFORMS), "platforms that the program runs on", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older compiled sampler in OUT", **add)
@@ -120,7 +127,14 @@ def run_export_compiled(args: flags.FlagValues) -> int:
     """Writes the whole sampler as one program (jax.export) that runs without tiue_jax on CPU, CUDA and TPU."""
     require(args, "model", "out")
     tiling = Tiling() if args.vae_tiling else None
-    pipe = Pipeline.from_pretrained(args.model, args.dtype, vae=args.vae, vae_dtype=args.vae_dtype, vae_tiling=tiling)
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        args.dtype,
+        vae=args.vae,
+        vae_dtype=args.vae_dtype,
+        vae_tiling=tiling,
+        embeddings=args.embedding,
+    )
     export_compiled.export_compiled(
         pipe,
         args.out,

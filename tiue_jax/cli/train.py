@@ -108,13 +108,13 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     prompts = corpus.open_prompts(data.prompts, data.field, data.split, data.max_bad_share)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
-        made_from = embeddings.make_key(prompts, teacher.folder / "tokenizer", teacher.folder / "text_encoder")
+        made_from = embeddings.make_key(prompts, *teacher.text_folders, config.negative_prompt)
         cache = embeddings.Embeddings(settings.data.embeddings, made_from)
         columns["text"] = cache.read
         null = cache.null
     else:
         columns["input_ids"] = tokens(prompts, teacher.tokenize)
-        null = teacher.tokenize([""])[0]
+        null = teacher.null_input_ids
     if teacher.tokenize_clip is not None:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(output.few_warnings_of_cut_prompts())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from tiue_jax.sampling.settings import Sampling
 from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.checkpoint_files import read_weights, saved_steps
 from tiue_jax.training.settings import Settings, student_config, student_sampling
-from tiue_jax.weights import hub, layout
+from tiue_jax.weights import hub, layout, vocabulary
 from tiue_jax.weights.pipeline_folder import (
     STORED_DTYPES,
     check_writable,
@@ -83,6 +84,7 @@ def export_run(
         raise ValueError(f"{config}: {error}") from error
     teacher = hub.resolve(settings.model.pretrained_model_name_or_path)
     check_writable(out, overwrite, [workdir, teacher])
+    teacher = vocabulary.extend(teacher, settings.model.embeddings)
     configs = read_configs(teacher)
     _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
     shapes, lora_shapes = lora.split(all_shapes)
@@ -135,12 +137,20 @@ def export_student(
     _write_student(out, teacher, configs, unet, settings, training, lora_teacher, dtype, overwrite)
 
 
-def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
+def export_pipeline(
+    name: str | Path,
+    out: str | Path,
+    *,
+    embeddings: Sequence[str | Path] = (),
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
     """Writes a copy of a pipeline, with a model card, and with the sampling code if the pipeline is a student.
 
     Args:
         name: a shipped model, a folder, or a hub repository; see hub.resolve.
         out: the folder to write, see pipeline_folder.save_pipeline.
+        embeddings: textual inversion embeddings that the copy's vocabulary has: names for embedding_files.read.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -156,6 +166,7 @@ def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32"
         )
     config = source / layout.TIUE_CONFIG
     sampling = Sampling.from_file(config) if config.is_file() else None
+    source = vocabulary.extend(source, embeddings)
     _write(out, source, read_configs(source), card.find_base(str(name)), sampling, dtype, overwrite)
 
 

@@ -1,5 +1,6 @@
 """The settings that may change when a run is resumed, and the check that no other setting has changed."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,13 +44,15 @@ def check_resumed(saved: Mapping[str, Any], settings: Settings) -> None:
     """Checks that a run may go on with `settings`.
 
     Args:
-        saved: the settings that the run was started with, from a checkpoint.
+        saved: the settings that the run was started with, from a checkpoint. A setting that was added later, and so is
+            not in an old checkpoint, has its default.
         settings: those to go on with.
 
     Raises:
         ValueError: naming the settings that have changed and may not.
     """
-    check_config(saved, settings.to_dict(), free_settings(settings))
+    complete = {name: _defaults(name) | dict(values) for name, values in saved.items()}
+    check_config(complete, settings.to_dict(), free_settings(settings))
 
 
 def free_settings(settings: Settings) -> dict[str, type]:
@@ -88,6 +91,13 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Map
     ]
     if changed:
         raise ValueError(f"settings differ from those that the run was started with: {listed(changed)}")
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    """The settings of a section that have a default."""
+    classes: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Settings)}
+    fields = dataclasses.fields(classes[section]) if section in classes else ()
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

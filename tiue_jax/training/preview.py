@@ -38,6 +38,7 @@ class Preview:
             sampler="ddim",
             num_inference_steps=train.validation_num_inference_steps,
             guidance_scale=train.validation_guidance_scale,
+            negative_prompt=settings.distill.negative_prompt if train.validation_guidance_scale > 1 else None,
         )
         self._student = dataclasses.replace(teacher, sampling=student_sampling(settings))
         for name in ("text_encoder", "vae"):

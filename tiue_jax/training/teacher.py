@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from tiue_jax import sharding
@@ -23,7 +24,7 @@ from tiue_jax.schedule import Schedule
 from tiue_jax.training.distill import Frozen
 from tiue_jax.training.settings import Settings
 from tiue_jax.training.step_inputs import FrozenModels, abstract_clip
-from tiue_jax.weights import hub, model_folder, pipeline_folder
+from tiue_jax.weights import hub, model_folder, pipeline_folder, vocabulary
 from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
 
@@ -32,11 +33,12 @@ class Teacher:
     """A run's teacher, and CLIP if the run has L_clip; no weights.
 
     Attributes:
-        folder: the teacher's pipeline folder.
+        folder: the teacher's pipeline folder, with the embeddings of the settings.
         models: configuration, graph and parameter shapes of each model.
         folders: the folder of each model, by its field in FrozenModels.
         schedule: the teacher's noise schedule.
         tokenize: prompts to token ids int32 [b l].
+        null_input_ids: int32 [l], the token ids of `distill.negative_prompt`, which guidance leads away from.
         tokenize_clip: prompts to CLIP's token ids int32 [b l]; None without L_clip.
     """
 
@@ -45,7 +47,13 @@ class Teacher:
     folders: Mapping[str, Path]
     schedule: Schedule
     tokenize: Tokenizer
+    null_input_ids: np.ndarray
     tokenize_clip: Tokenize | None = None
+
+    @property
+    def text_folders(self) -> tuple[Path, Path]:
+        """The folders of the tokenizer and of the text encoder."""
+        return self.folder / "tokenizer", self.folders["text_encoder"]
 
     def load_student(self, structs: Params) -> Params:
         """The weights of the teacher's UNet, from which the student starts.
@@ -70,8 +78,7 @@ def read_teacher(settings: Settings) -> Teacher:
     Raises:
         FileNotFoundError, ValueError: one line naming the file or config field that is missing or wrong.
     """
-    folder = hub.resolve(settings.model.pretrained_model_name_or_path)
-    pipeline_folder.check_pipeline(folder)
+    folder = vocabulary.resolve(settings.model.pretrained_model_name_or_path, settings.model.embeddings)
     configs = read_configs(folder)
     folders = {"unet": folder / "unet", "text_encoder": folder / "text_encoder"}
     models = FrozenModels(
@@ -87,12 +94,14 @@ def read_teacher(settings: Settings) -> Teacher:
         tiny_vae = _abstract(folders["tiny_vae"], AutoencoderTiny, tiny_vae_config)
         models = models._replace(clip=clip, tiny_vae=tiny_vae)
         tokenize_clip = Tokenizer(folders["clip"], clip.cfg.text_config.max_position_embeddings)
+    tokenize = Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings)
     return Teacher(
         folder=folder,
         models=models,
         folders=folders,
         schedule=configs.schedule,
-        tokenize=Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings),
+        tokenize=tokenize,
+        null_input_ids=tokenize([settings.distill.negative_prompt])[0],
         tokenize_clip=tokenize_clip,
     )
 

@@ -60,7 +60,7 @@ def misfit(start: str, problems: Mapping[str, Collection[str]], kind: str | None
         start = f"{start}: this is {kind}"
     text = start
     for examples in range(EXAMPLES, 0, -1):
-        kinds = [f"{len(names)} {problem}: {_some(names, examples)}" for problem, names in problems.items() if names]
+        kinds = [f"{len(names)} {problem}: {some(names, examples)}" for problem, names in problems.items() if names]
         text = f"{start}: {'; '.join(kinds)}"
         if len(text) <= LONGEST:
             return text
@@ -90,6 +90,11 @@ def kind_of(tensors: Mapping[str, Any]) -> str | None:
     return f"a checkpoint of {base}" if base else None
 
 
+def base_of_width(width: int) -> str | None:
+    """The model whose text embeddings have this width, such as "Stable Diffusion 2.x". None if no known model has."""
+    return _WIDTHS.get(width)
+
+
 def _first(rows: Collection[tuple[re.Pattern[str], str]], names: Collection[str]) -> str | None:
     """The kind in the first row whose pattern matches a name."""
     return next((kind for pattern, kind in rows if any(pattern.fullmatch(name) for name in names)), None)
@@ -105,7 +110,7 @@ def _base_by_width(tensors: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _some(names: Collection[str], count: int) -> str:
+def some(names: Collection[str], count: int) -> str:
     """The first names, and the number of the others."""
     first, more = [_cut(name) for name in list(names)[:count]], len(names) - count
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")
