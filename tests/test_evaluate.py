@@ -162,6 +162,17 @@ def test_statistics_in_a_file_give_the_same_distances(cli, model, reference, tmp
     refused(cli(*usual(model, "--reference", "broken.npz")), "broken.npz")
 
 
+def test_real_images_in_an_array(cli, model, reference, tmp_path):
+    folder = ImageFolder(reference)
+    np.save("real.npy", folder.read(0, len(folder), Resize()))
+    assert cli(*usual(model, "--reference", reference))[0] == 0
+    of_folder = results()["points"][0]["metrics"]
+    assert cli(*usual(model, "--reference", "real.npy"))[0] == 0
+    assert results()["points"][0]["metrics"] == of_folder
+    np.save("gray.npy", np.zeros((3, 8, 8), np.uint8))
+    refused(cli(*usual(model, "--reference", "gray.npy")), "gray.npy", "[3 8 8]")
+
+
 def test_features_of_real_images_are_cached_by_content(cli, model, reference, monkeypatch):
     assert cli(*usual(model, "--reference", reference))[0] == 0
     monkeypatch.setattr(ImageFolder, "read", None)  # would be called for images that are not in the cache

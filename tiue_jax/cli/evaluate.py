@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("model", None, f"{model} (required)", **add)
     flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line (required)", **add)
     flags.DEFINE_string("out", None, "the folder to write (required)", **add)
-    reference = "real images: a folder, or a .npz file of statistics; without it distances are left out"
+    reference = "real images: a folder, a .npy file, or a .npz file of statistics; without it distances are left out"
     flags.DEFINE_string("reference", None, reference, **add)
     extractor = "a network: emoji-clip, or a folder or hub repository of CLIP, DINOv2 or Inception-v3; may be repeated"
     flags.DEFINE_multi_string("extractor", [extractors.SHIPPED_CLIP], extractor, **add)
@@ -100,7 +100,7 @@ def run(args: flags.FlagValues) -> None:
 def define_statistics(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue evaluate statistics`."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("reference", None, "a folder of real images (required)", **add)
+    flags.DEFINE_string("reference", None, "real images: a folder or a .npy file (required)", **add)
     flags.DEFINE_string("extractor", None, "the network, as for tiue evaluate (required)", **add)
     flags.DEFINE_string("out", None, "the .npz file to write (required)", **add)
     flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "a published protocol; flags below replace its values", **add)

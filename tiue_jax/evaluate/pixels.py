@@ -1,6 +1,7 @@
 """Image files and the resizing of images before a network sees them. Everything that changes a FID is stated here."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -74,6 +75,19 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.folder.name
+
+    def sha256(self) -> str:
+        """A hash of the bytes of all files in their order."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
     def check(self, resize: Resize) -> None:
         """Opens every file, without its pixels.
 
@@ -112,6 +126,47 @@ class ImageFolder:
             except OSError as error:
                 raise ValueError(f"{path}: cannot be read as an image: {error}") from error
         return np.stack(arrays)
+
+
+class ImageArray:
+    """Images in a `.npy` file: uint8 [n h w 3].
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.images = np.lib.format.open_memmap(path, mode="r")  # does not unpickle, and reads no image
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many types for a broken header
+            raise ValueError(f"{path}: expected a whole .npy file of images: {error}") from error
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3 or not len(self):
+            shape = " ".join(map(str, self.images.shape))
+            raise ValueError(f"{path}: expected images uint8 [n h w 3], got {self.images.dtype} [{shape}]")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self.path.name
+
+    def sha256(self) -> str:
+        """The hash of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check(self, resize: Resize) -> None:
+        """Does nothing: all images of an array have one size and mode."""
+
+    def read(self, start: int, stop: int, resize: Resize) -> np.ndarray:
+        """Reads the images from `start` to `stop`, resized: uint8 [n h w 3]."""
+        return resize_all(np.asarray(self.images[start:stop]), resize)
 
 
 def _listed(names: Sequence[str]) -> str:

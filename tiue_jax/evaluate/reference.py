@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared with: a folder of images, or a file of statistics."""
+"""The real images that generated ones are compared with: a folder or file of images, or a file of statistics."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from tiue_jax.data.progress import Progress
 from tiue_jax.evaluate import frechet
 from tiue_jax.evaluate.extractors import Extractor
-from tiue_jax.evaluate.pixels import ImageFolder, Resize
+from tiue_jax.evaluate.pixels import ImageArray, ImageFolder, Resize
 from tiue_jax.files import expand, user_cache, writing_aside
 
 _CHUNK = 256  # images that are in memory at once
@@ -31,23 +31,23 @@ class Reference(NamedTuple):
 
 
 def read(path: str | Path, extractor: Extractor, resize: Resize) -> Reference:
-    """Reads a reference: a folder of images, or a `.npz` file of statistics.
+    """Reads a reference: a folder of images, a `.npy` file of them, or a `.npz` file of statistics.
 
-    Features of a folder are kept in the user's cache, by the content of the files, the extractor and the resize.
+    Features of images are kept in the user's cache, by the content of the files, the extractor and the resize.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or the folder has no images.
         ValueError: an image cannot be read; or the statistics are those of another extractor or resize.
     """
     path = expand(path)
-    if path.is_dir():
-        features = _features_of_folder(ImageFolder(path), extractor, resize)
+    if path.is_dir() or (path.suffix == ".npy" and path.is_file()):
+        features = _features_of(ImageFolder(path) if path.is_dir() else ImageArray(path), extractor, resize)
         return Reference(frechet.statistics(features), features)
     if path.suffix == ".npz":
         return _read_statistics(path, extractor, resize)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder of images or file of statistics (.npz)")
-    raise ValueError(f"{path}: expected a folder of images or a file of statistics (.npz)")
+        raise FileNotFoundError(f"{path}: no such folder of images, file of images (.npy) or of statistics (.npz)")
+    raise ValueError(f"{path}: expected a folder of images, a file of images (.npy) or of statistics (.npz)")
 
 
 def is_for(path: str | Path, extractor: Extractor) -> bool:
@@ -125,25 +125,23 @@ def _width(extractor: Extractor) -> int:
     return extractor.image_features(np.zeros((1, 32, 32, 3), np.uint8))["features"].shape[1]
 
 
-def _features_of_folder(folder: ImageFolder, extractor: Extractor, resize: Resize) -> np.ndarray:
-    """The features of all images of a folder [m d], from the cache if they are there."""
-    folder.check(resize)
+def _features_of(real: ImageFolder | ImageArray, extractor: Extractor, resize: Resize) -> np.ndarray:
+    """The features of all images [m d], from the cache if they are there."""
+    real.check(resize)
     digest = hashlib.sha256(json.dumps(_identity(extractor, resize), sort_keys=True).encode())
-    for path in folder.files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(real.sha256().encode())
     cached = user_cache() / "evaluate" / f"{digest.hexdigest()}.npy"
     if cached.is_file():
         try:
             features = np.load(cached, allow_pickle=False)
         except (ValueError, EOFError):  # cut off by a full disk: computed again
             features = np.empty((0, 0))
-        if len(features) == len(folder):
+        if len(features) == len(real):
             return features
     parts = []
-    with Progress(len(folder), f"images of {folder.folder.name} for {extractor.kind}") as progress:
-        for start in range(0, len(folder), _CHUNK):
-            images = folder.read(start, start + _CHUNK, resize)
+    with Progress(len(real), f"images of {real.name} for {extractor.kind}") as progress:
+        for start in range(0, len(real), _CHUNK):
+            images = real.read(start, start + _CHUNK, resize)
             parts.append(extractor.image_features(images)["features"])
             progress.update(len(images))
     features = np.concatenate(parts)
