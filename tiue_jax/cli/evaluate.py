@@ -24,12 +24,12 @@ from rich.console import Console
 from tiue_jax import compile_cache
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require
 from tiue_jax.convert import export
+from tiue_jax.data.prompt_files import read_texts
 from tiue_jax.evaluate import compare, extractors, reference
 from tiue_jax.evaluate.pixels import FILTERS, Resize
 from tiue_jax.evaluate.protocols import PROTOCOLS, Protocol
 from tiue_jax.evaluate.report import write_report
 from tiue_jax.evaluate.run import RESULTS, Model, evaluate
-from tiue_jax.files import read_text
 from tiue_jax.models import platforms
 from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.weights.pipeline_folder import DTYPES
@@ -40,7 +40,9 @@ def define_flags(values: flags.FlagValues) -> None:
     add: dict[str, Any] = {"flag_values": values}
     model = "a shipped model or alias, a folder, a hub repository, or the folder of a training run; may be repeated"
     flags.DEFINE_multi_string("model", None, f"{model} (required)", **add)
-    flags.DEFINE_string("prompt_file", None, "UTF-8 text file with one prompt a line (required)", **add)
+    prompt_file = "text with a prompt a line, or CSV, JSON and the other formats of `tiue data prepare` (required)"
+    flags.DEFINE_string("prompt_file", None, prompt_file, **add)
+    flags.DEFINE_string("field", None, "the prompt's field or column in --prompt_file, such as caption", **add)
     flags.DEFINE_string("out", None, "the folder to write (required)", **add)
     reference = "real images: a folder, a .npy file, or a .npz file of statistics; without it distances are left out"
     flags.DEFINE_string("reference", None, reference, **add)
@@ -74,9 +76,7 @@ def run(args: flags.FlagValues) -> None:
         FloatingPointError: an image has values that are NaN or infinite.
     """
     require(args, "model", "prompt_file", "out")
-    prompts = [line for line in map(str.strip, read_text(args.prompt_file).splitlines()) if line]
-    if not prompts:
-        raise ValueError(f"{args.prompt_file}: expected at least one prompt")
+    prompts = read_texts(args.prompt_file, args.field)
     compile_cache.enable()
     with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
         models = [_model(name, args.step, Path(aside) / str(i), args.model) for i, name in enumerate(args.model)]
