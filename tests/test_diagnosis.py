@@ -38,10 +38,15 @@ LORAS = {
     "a LoRA for Stable Diffusion 3": {
         f"transformer.transformer_blocks.{i}.attn.add_k_proj.lora_A.weight": (4, 1536) for i in range(24)
     },
-    "a LoHa (not a plain LoRA)": {f"{DOWN.format(i, 0)}.hada_w1_a": (320, 4) for i in range(500)},
-    "a LoKr (not a plain LoRA)": {f"{DOWN.format(i, 0)}.lokr_w1": (320, 4) for i in range(500)},
-    "a DoRA (not a plain LoRA) for Stable Diffusion 1.x": {**lora(768), f"{DOWN.format(0, 0)}.dora_scale": (320, 1)},
-    "a CP-LoCon (a LoRA of three matrices)": {f"{DOWN.format(i, 0)}.lora_mid.weight": (4, 4, 3, 3) for i in range(9)},
+    "a LoHa": {f"{DOWN.format(i, 0)}.hada_w1_a": (320, 4) for i in range(500)},
+    "a LoHa for Stable Diffusion 2.x": {f"{DOWN.format(i, 0)}.hada_w1_b": (4, 1024) for i in range(500)},
+    "a LoKr": {f"{DOWN.format(i, 0)}.lokr_w1": (320, 4) for i in range(500)},
+    "a GLoRA, which is not supported": {f"{DOWN.format(i, 0)}.a1.weight": (4, 320) for i in range(500)},
+    "an (IA)^3, which is not supported": {f"{DOWN.format(0, 0)}.on_input": (), f"{DOWN.format(0, 0)}.weight": (320,)},
+    "an OFT or BOFT, which is not supported": {f"{DOWN.format(0, 0)}.oft_blocks": (4, 80, 80)},
+    "full differences (an adapter of LyCORIS)": {f"{DOWN.format(0, 0)}.diff": (320, 768)},
+    "a DoRA for Stable Diffusion 1.x": {**lora(768), f"{DOWN.format(0, 0)}.dora_scale": (320, 1)},
+    "a CP-LoCon (a LoRA of three tensors)": {f"{DOWN.format(i, 0)}.lora_mid.weight": (4, 4, 3, 3) for i in range(9)},
     "a textual inversion embedding": {"emb_params": (4, 768)},
     "a ControlNet": {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
 }

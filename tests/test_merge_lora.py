@@ -106,8 +106,8 @@ def test_each_naming_adds_scale_alpha_over_rank_times_b_a(tmp_path, naming, laye
     path = lora_file(tmp_path / "lora.safetensors", naming, layers, alpha, kept)
     deltas = read_lora(path, SHAPES)
     for part, shapes in SHAPES.items():
-        zeros = to_torch_names(apply(functional.init(shapes, 0), {}, SCALE))
-        got = to_torch_names(apply(functional.init(shapes, 0), deltas.get(part, {}), SCALE))
+        zeros = to_torch_names(apply(functional.init(shapes, 0), [({}, SCALE)]))
+        got = to_torch_names(apply(functional.init(shapes, 0), [(deltas.get(part, {}), SCALE)]))
         own = {f"{module}.weight": (i, shape) for i, (p, module, shape) in enumerate(layers) if p == part}
         for name, before in zeros.items():
             if name not in own:
@@ -129,14 +129,24 @@ def test_names_of_transformers_5_and_other_dtypes(tmp_path):
     kernel = ("text_model", "encoder", "layers", 0, "self_attn", "v_proj", "kernel")
     assert list(deltas) == [kernel]
     params = functional.cast(functional.init(SHAPES["text_encoder"], 0), np.float16)
-    assert to_torch_names(apply(params, deltas, 1.0))[".".join(map(str, kernel[:-1])) + ".weight"].dtype == np.float16
+    assert (
+        to_torch_names(apply(params, [(deltas, 1.0)]))[".".join(map(str, kernel[:-1])) + ".weight"].dtype == np.float16
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda x: x.update({"unet.nowhere.to_q.lora_A.weight": x["a"]}), "unused: a, unet.nowhere.to_q.lora_A.weight"),
-        (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "unused: a, unet.*dora_scale"),
+        (lambda x: x.update({f"unet.{ATTENTION}.to_k.dora_scale": x["a"]}), "to_k lacks down and up"),
+        (
+            lambda x: x.update({f"unet.{ATTENTION}.to_q.dora_scale": np.ones((2, 4), np.float32)}),
+            r"to_q has a magnitude \[2, 4\] for a weight \[8, 8\]",
+        ),
+        (
+            lambda x: x.update({f"unet.{ATTENTION}.to_q.hada_w1_a": x["a"]}),
+            "1 that do not belong together: unet.*to_q has .*hada_w1_a",
+        ),
         (
             lambda x: x.update({f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.lora_down.weight": x["a"]}),
             "1 twice: .*to_q",
@@ -144,13 +154,13 @@ def test_names_of_transformers_5_and_other_dtypes(tmp_path):
         (lambda x: x.pop(f"unet.{ATTENTION}.to_q.lora_B.weight"), rf"unet.{ATTENTION}.to_q lacks up"),
         (
             lambda x: x.update({f"unet.{ATTENTION}.to_q.lora_B.weight": np.zeros((9, 2), np.float32)}),
-            rf"unet.{ATTENTION}.to_q is \[9, 2\] @ \[2, 8\], expected a product \[8, 8\]",
+            rf"unet.{ATTENTION}.to_q is \[8, 8\], the file has down \[2, 8\], up \[9, 2\]",
         ),
         (
             lambda x: x.update(
                 {"unet.down_blocks.0.resnets.0.conv1.lora_A.weight": np.zeros((2, 8, 1, 1), np.float32)}
             ),
-            r"conv1 is \[8, 2, 1, 1\] @ \[2, 8, 1, 1\], expected a product \[8, 8, 3, 3\]",
+            r"conv1 is \[8, 8, 3, 3\], the file has down \[2, 8, 1, 1\], up \[8, 2, 1, 1\]",
         ),
         (
             lambda x: x.update({f"unet.{ATTENTION}.to_q.lora_B.weight": np.zeros((8, 2), np.int8)}),
@@ -172,10 +182,13 @@ def test_everything_that_does_not_fit_is_in_one_error(tmp_path, damage, message)
 
 def test_other_kinds_of_file_are_refused(tmp_path):
     for fields, message in (
-        ({"unet.use_dora": True}, "unet.use_dora is true: only plain LoRA"),
+        ({"unet.use_dora": True}, r"unet.use_dora is true, but unet.\S+ has no lora_magnitude_vector in "),
+        ({"unet.lora_bias": True}, "unet.lora_bias is true: this variant of LoRA is not supported"),
+        ({"unet.init_lora_weights": "pissa_niter_4"}, "unet.init_lora_weights is 'pissa_niter_4': this LoRA belongs"),
         ({"unet.alpha_pattern": {"to_q": 5, "to_k": 5}}, "unet.alpha_pattern: 'to_k' matches no layer of the file"),
         ({"unet.rank_pattern": {"": 2}}, "unet.rank_pattern: '' matches no layer of the file"),
-        ({"unet.rank_pattern": {"(": 2}}, r"unet.rank_pattern: '\(' is no pattern: "),
+        ({"unet.rank_pattern": {"(": 2}}, r"unet.rank_pattern: '\(' is refused, since some regular expressions run"),
+        ({"unet.rank_pattern": {"*": 2}}, r"unet.rank_pattern: '\*' is no pattern: "),
         ({"unet.rank_pattern": {"to_q": 3}}, rf"unet gives {ATTENTION}.to_q rank 3, its matrices have rank {RANK}"),
         ({"unet.r": 4}, rf"unet gives \S+ rank 4, its matrices have rank {RANK}"),
         ({"unet.alpha_pattern": 4}, "unet.alpha_pattern must be an object, got '4'"),
@@ -184,10 +197,12 @@ def test_other_kinds_of_file_are_refused(tmp_path):
         lora_file(path, peft, ALL, metadata={"lora_adapter_metadata": json.dumps(fields)})
         with pytest.raises(ValueError, match=f"fields.safetensors: metadata field {message}"):
             read_lora(path, SHAPES)
-    for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan"))):
+    for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan")), ("lora_alpha", 10**400)):
         kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})}
         path = lora_file(tmp_path / "alpha.safetensors", peft, ALL, metadata=kept)
-        with pytest.raises(ValueError, match=r"alpha.safetensors: alpha of unet.\S+ must be a finite number, got"):
+        with pytest.raises(
+            ValueError, match=r"alpha.safetensors: metadata field unet: alpha of unet.\S+ must be a finite number"
+        ):
             read_lora(path, SHAPES)
     for written in ("{", "[]"):
         path = lora_file(tmp_path / "x.safetensors", peft, ALL, metadata={"lora_adapter_metadata": written})
@@ -227,8 +242,8 @@ def test_the_files_of_peft_have_their_alpha_beside_them(tmp_path):
         read_lora(tmp_path, SHAPES)
     config.write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 7, "alpha_pattern": {"to_q": 3}}))
     assert factors(tmp_path) == factors(path) == {7 / RANK, 3 / RANK}
-    config.write_text(json.dumps({"peft_type": "LOHA"}))
-    with pytest.raises(ValueError, match="peft_type is 'LOHA', only LORA is supported"):
+    config.write_text(json.dumps({"peft_type": "VERA"}))
+    with pytest.raises(ValueError, match="peft_type is 'VERA', not supported, expected one of LORA, LOHA, LOKR"):
         read_lora(tmp_path, SHAPES)
     text = ALL[len(UNET_LAYERS) :]
     lora_file(path, of_a_peft_model, text)
@@ -294,7 +309,7 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=rf"lora.safetensors: values not finite in the LoRA of {ATTENTION}.to_q.weight"
     ):
-        apply(functional.init(SHAPES["unet"], 0), read_lora(path, SHAPES)["unet"], 1.0)
+        apply(functional.init(SHAPES["unet"], 0), [(read_lora(path, SHAPES)["unet"], 1.0)])
 
 
 def test_command_line(tmp_path, capsys):

@@ -346,8 +346,11 @@ def test_saving_leaves_other_folders_and_failures_alone(pipe, tmp_path):
     with pytest.raises(FileExistsError, match="photos: not empty and no model_index.json"):
         pipe.save_pretrained(tmp_path / "photos", overwrite=True)
     huge = jax.tree.map(lambda x: x + 1e6, pipe.vae.params)
-    with pytest.raises(ValueError, match="not finite in float16"):
+    with pytest.raises(ValueError, match="not finite in float16") as error:
         dataclasses.replace(pipe, vae=pipe.vae._replace(params=huge)).save_pretrained(tmp_path / "new", np.float16)
+    start = f"{tmp_path / 'new' / 'vae'}: float16 ends at 65504, choose another dtype: "
+    assert str(error.value).startswith(start) and "conv_in.weight" in str(error.value)
+    assert len(str(error.value)) <= 600
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
 
 

@@ -191,7 +191,8 @@ def define_merge_lora(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue convert merge-lora`."""
     add: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", None, _A_PIPELINE, **add)
-    lora = "a LoRA: a .safetensors file, a folder, a hub repository, or owner/name/file; may be repeated (required)"
+    names = "a .safetensors file, a folder, a hub repository, or owner/name/file"
+    lora = f"a LoRA, LoHa, LoKr or DoRA: {names}; may be repeated (required)"
     flags.DEFINE_multi_string("lora", None, lora, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     scale = "factor of the LoRA, one for each --lora; 1 is the LoRA as it was trained (default: 1.0)"

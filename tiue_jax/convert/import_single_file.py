@@ -13,7 +13,7 @@ from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.schedule import PREDICTION_TYPES
-from tiue_jax.weights import diagnosis, hub, leftovers, original_names
+from tiue_jax.weights import clip_vocabulary, diagnosis, hub, leftovers, original_names
 from tiue_jax.weights.pipeline_folder import STORED_DTYPES, check_writable, read_configs, save_pipeline
 from tiue_jax.weights.tensor_files import StoredTensor, open_file
 from tiue_jax.weights.tree import from_torch_names
@@ -52,7 +52,7 @@ def import_single_file(
         out: the folder to write, see pipeline_folder.save_pipeline.
         base: the tokenizer, the configurations and the noise schedule come from this model of the same architecture,
             named as for hub.resolve. A folder that holds only a CLIPTokenizer gives the tokenizer, and the published
-            model the rest. None is the published model that the file looks like.
+            model the rest. None is the published model that the file looks like, which this package knows.
         prediction_type: "epsilon" or "v_prediction". None takes what the file says (see `prediction.read_evidence`) or,
             if it says nothing, the base's. Required for SD 2.x files that say nothing.
         ema: take the UNet's moving average, which full training checkpoints also hold.
@@ -171,7 +171,9 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
 
 def _configurations(kind: str, base: str | Path | None) -> tuple[Configs, Path]:
     """The configurations of the pipeline, and the tokenizer's folder."""
-    folder = hub.resolve(kind if base is None else base, weights=False)
+    if base is None:
+        return PRESETS[kind], clip_vocabulary.tokenizer_folder(kind)
+    folder = hub.resolve(base, weights=False)
     if not (folder / "unet" / "config.json").is_file():
         tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
         return PRESETS[kind], tokenizer

@@ -1,79 +1,69 @@
-"""Finds the changes in a LoRA file: which weights, by which matrices, with which factor.
+"""Finds the changes in a LoRA file, or one of its variants: which weights, by which tensors, with which factor.
 
 Reads the names of current diffusers (`unet.….lora_A.weight`), of peft (`base_model.model.….lora_A.weight`), of older
 diffusers (`….lora.down.weight`, `….processor.to_q_lora.down.weight`, `….lora_linear_layer.up.weight`), and of kohya's
-scripts (`lora_unet_….lora_down`).
+scripts and LyCORIS (`lora_unet_….lora_down`, `lora_unet_….hada_w1_a`). `adapters.KINDS` lists the kinds of adapter.
 """
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiue_jax.files import read_json
-from tiue_jax.models.lora import METADATA_KEY
+from tiue_jax.convert.adapters import KINDS, MAGNITUDES, Delta, Deltas, magnitude_axis, product_shape
+from tiue_jax.convert.lora_metadata import LORA_PARTS, TEXT_ROOT, Layer, read_adapters
 from tiue_jax.weights import diagnosis, lora_source
 from tiue_jax.weights.names import LeafPath, Params, leaves, torch_shape
-from tiue_jax.weights.tensor_files import StoredTensor, open_file, read_metadata
+from tiue_jax.weights.tensor_files import StoredTensor, open_file
 from tiue_jax.weights.tree import is_float
 
-LORA_PARTS = ("unet", "text_encoder")  # the parts of a pipeline that a LoRA changes
-
-_PEFT_ROOT = "base_model.model."  # begins the names in the file of a single model that peft saves
 _LAYER = r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"
+_ONE_NAME = (  # tensors that have the same name in all layouts
+    r"hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|dora_scale|lora_magnitude_vector"
+    r"|diff|diff_b|w_norm|b_norm"
+)
 _NAMES = (
     re.compile(rf"{_LAYER}\.lora_(?P<side>A|B)\.(?:(?P<adapter>[^.]+)\.)?weight"),
-    re.compile(rf"{_LAYER}\.lora(?:_linear_layer)?\.(?P<side>down|up)\.weight"),
+    re.compile(rf"{_LAYER}\.(?:lora_|lora\.|lora_linear_layer\.)(?P<side>down|up|mid)\.weight"),
+    re.compile(rf"{_LAYER}\.(?P<side>{_ONE_NAME})(?:\.(?P<adapter>[^.]+))?(?:\.weight)?"),
     re.compile(rf"{_LAYER}\.(?P<side>alpha)"),
 )
 _PROCESSOR = re.compile(rf"{_LAYER}\.to_(?P<which>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
-_KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<module>[^.]+)\.(?:lora_)?(?P<side>down|up|alpha)(?:\.weight)?")
-_SIDES = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
+_KOHYA = re.compile(
+    r"(?:lora_(?P<part>unet|te1?)|lycoris)_(?P<module>[^.]+)\."
+    rf"(?:(?:lora_)?(?P<pair>down|up|mid|alpha)(?:\.weight)?|(?P<side>{_ONE_NAME}))"
+)
+_SIDES = {"A": "down", "B": "up"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
-_TEXT_ROOT = "text_model."  # transformers 5 omits it
-_DEFAULT_ALPHA = 8  # of peft's LoraConfig
 _NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of an alpha tensor
+_KIND_OF = {name: kind for kind in KINDS.values() for form in kind.forms for name in form}  # by a tensor's name
 
 
-class Layer(NamedTuple):
-    """A layer that a LoRA may change.
+class _Weight(NamedTuple):
+    """A weight of the model that an adapter may change: its path in the tree, and its shape in torch's layout."""
 
-    Attributes:
-        part: one of LORA_PARTS.
-        module: the dotted name of the layer in its part.
-    """
-
-    part: str
-    module: str
-
-    def __str__(self) -> str:
-        return f"{self.part}.{self.module}"
+    path: LeafPath
+    shape: tuple[int, ...]
 
 
-class Delta(NamedTuple):
-    """The change of one weight, factor * up @ down, in torch's layout.
+class _Place(NamedTuple):
+    """What the name of a tensor stands for: a layer, the name of one of its leaves, and a name in `Kind.forms`."""
 
-    Attributes:
-        up: B in the paper, [o r].
-        down: A in the paper, [r i].
-        factor: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
-    """
-
-    up: StoredTensor
-    down: StoredTensor
-    factor: float
+    layer: Layer
+    leaf: str
+    side: str
 
 
-Deltas = dict[LeafPath, Delta]  # by the path of the kernel that they change
+_Weights = Mapping[tuple[Layer, str], _Weight]  # by layer and name of the leaf
+_Found = dict[tuple[Layer, str], dict[str, StoredTensor]]  # the tensors of each weight
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Deltas]:
-    """Finds the changes in a LoRA file, by part of the pipeline and by kernel. Reads no tensor yet.
+    """Finds the changes in a LoRA file, by part of the pipeline and by leaf. Reads no tensor yet.
 
     Args:
         path: a file, a folder or a hub repository, see lora_source.resolve.
@@ -82,241 +72,139 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: one error, which names the file, and counts the tensors that belong to no layer, lack their other
-            matrix, do not fit their layer, or are not of a floating dtype; or the metadata contradict the tensors; or
-            the file is a variant of LoRA that is no product of two matrices.
+            tensors, do not fit their layer, or are not of a floating dtype; or the metadata contradict the tensors; or
+            the file is a variant of LoRA that cannot be merged.
     """
     path = lora_source.resolve(path)
     tensors = open_file(path)
-    kernels = {
-        Layer(part, ".".join(map(str, leaf[:-1]))): (leaf, torch_shape(leaf, tuple(struct.shape)))
+    weights = {
+        (Layer(part, ".".join(map(str, leaf[:-1]))), leaf[-1]): _Weight(leaf, torch_shape(leaf, tuple(struct.shape)))
         for part in LORA_PARTS
         for leaf, struct in leaves(shapes[part])
-        if leaf[-1] == "kernel"
     }
-    found, problems = _group(tensors, kernels)
+    found, problems = _group(tensors, weights)
     problems["not of a floating dtype"] = [
         f"{name} is {tensor.dtype}"
         for name, tensor in tensors.items()
         if not name.endswith(".alpha") and not is_float(tensor.dtype)
     ]
-    incomplete = problems.setdefault("without the other matrix", [])
-    wrong_shaped = problems.setdefault("wrong-shaped", [])
-    for layer, sides in found.items():
-        _, shape = kernels[layer]
-        if missing := sorted({"down", "up"} - set(sides)):
-            incomplete.append(f"{layer} lacks {' and '.join(missing)}")
-            continue
-        up, down = sides["up"], sides["down"]
-        rank = (up.shape[1:2] or (0,))[0]
-        # files may store the matrices of a 1x1 convolution as those of a linear layer, and the other way round
-        if not rank or _flat(up.shape) != (shape[0], rank) or _flat(down.shape) != (rank, math.prod(shape[1:])):
-            wrong_shaped.append(f"{layer} is {list(up.shape)} @ {list(down.shape)}, expected a product {list(shape)}")
+    changes = {place: _change(*place, sides, weights[place], problems) for place, sides in found.items()}
     if any(problems.values()):
         kind = diagnosis.kind_of(tensors)
         raise ValueError(diagnosis.misfit(f"{path}: the LoRA does not fit the model", problems, kind))
     if not found:
         raise ValueError(f"{path}: holds no LoRA")
-    adapters = _read_adapters(path, tensors, list(found))
+    layers = list(dict.fromkeys(layer for layer, _ in found))
+    adapters = read_adapters(path, tensors, layers)
     deltas: dict[str, Deltas] = {}
-    for layer, sides in found.items():
-        leaf, _ = kernels[layer]
-        factor = _factor(path, layer, sides["up"].shape[1], sides.get("alpha"), adapters[layer.part])
-        deltas.setdefault(layer.part, {})[leaf] = Delta(sides["up"], sides["down"], factor)
+    for place, change in changes.items():
+        assert change is not None, "otherwise there are problems"
+        layer, adapter = place[0], adapters[place[0].part]
+        if adapter.use_dora and change.magnitude is None:
+            raise ValueError(f"{adapter.source}.use_dora is true, but {layer} has no {MAGNITUDES[0]} in {path}")
+        if change.kind.ranks:
+            alpha = _number(path, layer, found[place].get("alpha"))
+            change = change._replace(factor=adapter.factor(layer, change.kind.rank(change.tensors), alpha))
+        deltas.setdefault(layer.part, {})[weights[place].path] = change
     return deltas
+
+
+def _change(
+    layer: Layer,
+    leaf: str,
+    sides: Mapping[str, StoredTensor],
+    weight: _Weight,
+    problems: dict[str, list[str]],
+) -> Delta | None:
+    """The change that some tensors make, still without its factor. None after adding to `problems`."""
+    main = {name: tensor for name, tensor in sides.items() if name in _KIND_OF}
+    kind = _KIND_OF[next(iter(main))] if main else KINDS["LoRA"]
+    missing = kind.missing(list(main))
+    if missing is None:
+        problems.setdefault("that do not belong together", []).append(f"{layer} has {', '.join(main)}")
+        return None
+    if missing:
+        problems.setdefault("without the other tensors", []).append(f"{layer} lacks {' and '.join(missing)}")
+        return None
+    wrong = problems.setdefault("wrong-shaped", [])
+    made = product_shape(kind, {name: tensor.shape for name, tensor in main.items()})
+    # files may store the matrices of a 1x1 convolution as those of a linear layer, and the other way round
+    if made is None or 0 in made or made != (weight.shape[0], math.prod(weight.shape[1:])):
+        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in main.items())
+        wrong.append(f"{layer} is {list(weight.shape)}, the file has {given}")
+        return None
+    magnitude = next((sides[name] for name in MAGNITUDES if name in sides), None)
+    if magnitude is not None:
+        if MAGNITUDES[0] in sides:  # peft's is that of outputs, [o] or [1 o 1 1]
+            magnitude = dataclasses.replace(magnitude, shape=(math.prod(magnitude.shape),))
+        if leaf != "kernel" or magnitude_axis(magnitude.shape, weight.shape) is None:
+            wrong.append(f"{layer} has a magnitude {list(magnitude.shape)} for a weight {list(weight.shape)}")
+            return None
+    return Delta(kind, main, 1.0, magnitude)
+
+
+def _number(path: Path, layer: Layer, tensor: StoredTensor | None) -> Any:
+    """The value of an alpha tensor. None if there is no tensor. ValueError if it is no number."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in _NUMBERS or math.prod(tensor.shape) != 1:
+        raise ValueError(f"{path}: alpha of {layer} is {tensor.dtype} {list(tensor.shape)}, not a number")
+    alpha = np.asarray(tensor).item()
+    if not math.isfinite(alpha):
+        raise ValueError(f"{path}: alpha of {layer} must be a finite number, got {alpha!r}")
+    return alpha
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
-def _group(
-    tensors: Mapping[str, StoredTensor], kernels: Mapping[Layer, Any]
-) -> tuple[dict[Layer, dict[str, StoredTensor]], dict[str, list[str]]]:
-    """Sorts the tensors of a file by layer.
+def _group(tensors: Mapping[str, StoredTensor], weights: _Weights) -> tuple[_Found, dict[str, list[str]]]:
+    """Sorts the tensors of a file by weight.
 
     Returns:
-        The tensors "down", "up" and "alpha" of each layer; and the names of the tensors that belong to no layer
-        ("unused"), and of those that come "twice".
+        The tensors of each weight by their names in `Kind.forms`, MAGNITUDES or "alpha"; and the names of the tensors
+        that belong to no weight ("unused"), and of those that come "twice".
     """
-    flat = {(layer.part, layer.module.replace(".", "_")): layer for layer in kernels}
-    found: dict[Layer, dict[str, StoredTensor]] = {}
+    flat = {(layer.part, layer.module.replace(".", "_")): layer for layer, _ in weights}
+    found: _Found = {}
     problems: dict[str, list[str]] = {"unused": [], "twice": []}
     for name, tensor in tensors.items():
-        target = next((target for target in _targets(name, flat) if target.layer in kernels), None)
-        if target is None:
+        place = next((place for place in _places(name, flat) if (place.layer, place.leaf) in weights), None)
+        if place is None:
             problems["unused"].append(name)
             continue
-        sides = found.setdefault(target.layer, {})
-        if target.side in sides:
+        sides = found.setdefault((place.layer, place.leaf), {})
+        if place.side in sides or (place.side in MAGNITUDES and any(other in sides for other in MAGNITUDES)):
             problems["twice"].append(name)
         else:
-            sides[target.side] = tensor
+            sides[place.side] = tensor
     return found, problems
 
 
-class _Target(NamedTuple):
-    """The layer and the side ("down", "up" or "alpha") that a tensor's name may stand for."""
-
-    layer: Layer
-    side: str
-
-
-def _targets(name: str, flat: Mapping[tuple[str, str], Layer]) -> Iterator[_Target]:
+def _places(name: str, flat: Mapping[tuple[str, str], Layer]) -> Iterator[_Place]:
     """Yields all readings of a tensor's name. `flat` maps kohya's names, with _ for each dot, to layers."""
+    for layer, side in _readings(name, flat):
+        kind = _KIND_OF.get(side, KINDS["LoRA"])  # alpha and magnitudes belong to kernels
+        for leaf in kind.leaves:
+            yield _Place(layer, leaf, side)
+
+
+def _readings(name: str, flat: Mapping[tuple[str, str], Layer]) -> Iterator[tuple[Layer, str]]:
+    """Yields all layers and sides that a tensor's name may stand for. `flat` as for `_places`."""
     if match := _KOHYA.fullmatch(name):
-        part = "unet" if match["part"] == "unet" else "text_encoder"
-        if layer := flat.get((part, match["module"])):
-            yield _Target(layer, match["side"])
+        # no name of a layer is in both parts, so a name without a part is that of one layer
+        parts = LORA_PARTS if match["part"] is None else ("unet" if match["part"] == "unet" else "text_encoder",)
+        for part in parts:
+            if layer := flat.get((part, match["module"])):
+                yield layer, match["pair"] or match["side"]
     if match := _PROCESSOR.fullmatch(name):
         part, module, which = match["part"] or "unet", match["module"].removesuffix(".processor"), match["which"]
         last = f"to_{which}" + (".0" if which == "out" else "") if part == "unet" else _TEXT_PROJECTIONS[which]
-        yield _Target(Layer(part, f"{module}.{last}"), match["side"])
+        yield Layer(part, f"{module}.{last}"), match["side"]
     for pattern in _NAMES:
         if match := pattern.fullmatch(name):
-            module, side = match["module"], _SIDES[match["side"]]
-            # no name of a layer is in both parts, so a name without a part is that of one layer
+            module, side = match["module"], _SIDES.get(match["side"], match["side"])
             for part in LORA_PARTS if match["part"] is None else (match["part"],):
-                yield _Target(Layer(part, module), side)
+                yield Layer(part, module), side
                 if part == "text_encoder":
-                    yield _Target(Layer(part, _TEXT_ROOT + module), side)
-
-
-# ---- ranks and alphas -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Adapter:
-    """The fields of peft's LoraConfig that the factor of a layer depends on, as the metadata of a file give them.
-
-    Attributes:
-        source: names the metadata in errors, such as "metadata field unet".
-        r: rank of the layers that no key of `rank_pattern` matches. None if the metadata do not say it.
-        lora_alpha: alpha of the layers that no key of `alpha_pattern` matches. None, without metadata: their rank.
-        rank_pattern: ranks by patterns of layer names.
-        alpha_pattern: alphas by patterns of layer names.
-        use_rslora: the factor is alpha / sqrt(rank).
-    """
-
-    source: str
-    r: Any = None
-    lora_alpha: Any = None
-    rank_pattern: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    use_rslora: bool = False
-
-    def rank(self, layer: Layer) -> Any:
-        """The rank that the metadata give a layer. None if they give none."""
-        return next((x for key, x in self.rank_pattern.items() if _matches(key, layer)), self.r)
-
-    def alpha(self, layer: Layer) -> Any:
-        """The alpha that the metadata give a layer. None if they give none."""
-        return next((x for key, x in self.alpha_pattern.items() if _matches(key, layer)), self.lora_alpha)
-
-
-def _matches(pattern: str, layer: Layer) -> bool:
-    """True if a key of peft's `rank_pattern` or `alpha_pattern` stands for a layer. The rule is peft's."""
-    expression = re.compile(rf"(.*\.)?({pattern})$")
-    return any(expression.match(name) for name in (layer.module, layer.module.removeprefix(_TEXT_ROOT)))
-
-
-def _read_adapters(path: Path, names: Collection[str], layers: Sequence[Layer]) -> dict[str, _Adapter]:
-    """The metadata of each part in LORA_PARTS: from the field that diffusers writes, or peft's adapter_config.json.
-
-    Args:
-        path: the file.
-        names: of its tensors.
-        layers: that they belong to.
-
-    Raises:
-        FileNotFoundError: tensors have the names that peft saves, and there is no adapter_config.json beside the file.
-        ValueError: the metadata are of another kind of adapter, are not in peft's form, or have a pattern that matches
-            none of `layers`, the layers in the file.
-    """
-    written = read_metadata(path).get(METADATA_KEY)
-    config = path.with_name(lora_source.PEFT_CONFIG)
-    source, fields = f"{path}: metadata field", {}
-    if written is not None:
-        fields = _parse(path, written)
-    elif any(name.startswith(_PEFT_ROOT) for name in names):
-        if not config.is_file():
-            raise FileNotFoundError(f"{config}: no such file, expected the alpha of {path} there, as peft saves it")
-        source, fields = f"{config}: field", read_json(config)
-        if fields.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"{config}: peft_type is {str(fields['peft_type'])[:50]!r}, only LORA is supported")
-    adapters = {}
-    for part in LORA_PARTS:
-        of_part = [layer for layer in layers if layer.part == part]
-        adapters[part] = _read_adapter(f"{source} {part}", _fields_of(part, fields) if of_part else {})
-        _check_patterns(adapters[part], of_part)
-    return adapters
-
-
-def _parse(path: Path, written: str) -> dict[str, Any]:
-    """The object in the metadata field of a file. ValueError if there is none."""
-    try:
-        fields = json.loads(written)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is {written[:100]}, expected a JSON object")
-    return fields
-
-
-def _fields_of(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of one part. Their names begin with the part, or, in the file of a single model, with no part."""
-    if not any("." in name for name in fields):
-        return dict(fields)
-    return {name.removeprefix(f"{part}."): x for name, x in fields.items() if name.startswith(f"{part}.")}
-
-
-def _read_adapter(source: str, fields: Mapping[str, Any]) -> _Adapter:
-    """Reads the fields of peft's LoraConfig. ValueError, beginning with `source`, for another kind of adapter."""
-    for variant in ("use_dora", "lora_bias"):
-        if fields.get(variant):
-            raise ValueError(f"{source}.{variant} is true: only plain LoRA and rsLoRA are supported")
-    patterns = {}
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns[name] = fields.get(name) or {}
-        if not isinstance(patterns[name], dict):
-            raise ValueError(f"{source}.{name} must be an object, got {str(patterns[name])[:100]!r}")
-    return _Adapter(
-        source,
-        r=fields.get("r"),
-        lora_alpha=fields.get("lora_alpha", _DEFAULT_ALPHA if fields else None),
-        use_rslora=bool(fields.get("use_rslora")),
-        **patterns,
-    )
-
-
-def _check_patterns(adapter: _Adapter, layers: Sequence[Layer]) -> None:
-    """Raises ValueError if a pattern of the metadata is no regular expression, or matches none of `layers`."""
-    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        for pattern in patterns:
-            try:
-                matched = any(_matches(pattern, layer) for layer in layers)
-            except re.error as error:
-                raise ValueError(f"{adapter.source}.{field}: {pattern[:200]!r} is no pattern: {error}") from error
-            if not matched:
-                raise ValueError(f"{adapter.source}.{field}: {pattern[:200]!r} matches no layer of the file")
-
-
-def _factor(path: Path, layer: Layer, rank: int, alpha_tensor: StoredTensor | None, adapter: _Adapter) -> float:
-    """The factor of a layer's change, alpha / rank. An alpha tensor in the file comes before the metadata."""
-    told = adapter.rank(layer)
-    if told is not None and told != rank:
-        raise ValueError(f"{adapter.source} gives {layer.module} rank {told!r}, its matrices have rank {rank}")
-    alpha = adapter.alpha(layer)
-    if alpha_tensor is not None:
-        if alpha_tensor.dtype not in _NUMBERS or math.prod(alpha_tensor.shape) != 1:
-            found = f"{alpha_tensor.dtype} {list(alpha_tensor.shape)}"
-            raise ValueError(f"{path}: alpha of {layer} is {found}, not a number")
-        alpha = np.asarray(alpha_tensor).item()
-    if alpha is None:
-        alpha = rank
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: alpha of {layer} must be a finite number, got {str(alpha)[:100]!r}")
-    return alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape as a matrix: the first axis, and all other axes as one."""
-    return (shape[0] if shape else 0), math.prod(shape[1:])
+                    yield Layer(part, TEXT_ROOT + module), side

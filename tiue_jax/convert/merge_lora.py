@@ -1,4 +1,7 @@
-"""Merges LoRA files into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32."""
+"""Merges LoRA files into a pipeline: W + scale * alpha / rank * B A (arXiv 2106.09685, eq. 3), in float32.
+
+LoHa, LoKr, DoRA and others change W in another way: see `adapters`.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -6,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_jax.convert.lora_files import LORA_PARTS, Deltas, read_lora
+from tiue_jax.convert.adapters import Deltas
+from tiue_jax.convert.lora_files import read_lora
+from tiue_jax.convert.lora_metadata import LORA_PARTS
 from tiue_jax.files import read_json
 from tiue_jax.weights import hub
 from tiue_jax.weights.layout import TIUE_CONFIG
-from tiue_jax.weights.names import Params, from_torch, insert, leaves, on_disk, torch_shape
+from tiue_jax.weights.names import Params, from_torch, insert, leaves, on_disk, to_torch
 from tiue_jax.weights.pipeline_folder import (
     STORED_DTYPES,
     check_pipeline,
@@ -37,7 +42,8 @@ def merge_lora(
         model: a name for hub.resolve.
         lora: one or several names for lora_source.resolve: files, folders or hub repositories.
         out: the folder to write, see pipeline_folder.save_pipeline.
-        scale: 1 is the LoRA as it was trained, 0 is the model without it. A sequence has one for each LoRA.
+        scale: 1 is the LoRA as it was trained, 0 is the model without it (a DoRA still sets the magnitudes). A sequence
+            has one for each LoRA.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -64,10 +70,8 @@ def merge_lora(
     tiue_config = folder / TIUE_CONFIG
 
     def read(part: str) -> Params:
-        params = load_part(folder, part, configs)
-        for deltas, factor in zip(loras, scales, strict=True):
-            params = apply(params, deltas.get(part, {}), factor)
-        return params
+        of_part = [deltas.get(part, {}) for deltas in loras]
+        return apply(load_part(folder, part, configs), list(zip(of_part, scales, strict=True)))
 
     save_pipeline(
         out,
@@ -83,20 +87,26 @@ def merge_lora(
     return len({(part, leaf) for deltas in loras for part, leaves_of_part in deltas.items() for leaf in leaves_of_part})
 
 
-def apply(params: Params, deltas: Deltas, scale: float) -> Params:
-    """Adds `scale` times the LoRA to a parameter tree. Leaves without a change are those of `params`.
+def apply(params: Params, loras: Sequence[tuple[Deltas, float]]) -> Params:
+    """Merges LoRAs, each with its scale, into a parameter tree. Leaves without a change are those of `params`.
 
     Raises:
-        ValueError: a change is not finite; the error names the file and the weight.
+        ValueError: a changed weight is not finite; the error names the file of the LoRA and the weight.
     """
     merged: Params = {}
     for path, leaf in leaves(params):
-        if delta := deltas.get(path):
-            up, down = (np.asarray(side).astype(np.float32) for side in (delta.up, delta.down))
-            change = np.float32(scale * delta.factor) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
-            change = change.reshape(torch_shape(path, leaf.shape))
-            if not np.isfinite(change).all():
-                raise ValueError(f"{delta.up.path}: values not finite in the LoRA of {on_disk(path)}")
-            leaf = (np.asarray(leaf, np.float32) + change.transpose(from_torch(leaf.ndim))).astype(leaf.dtype)
+        changes = [(deltas[path], scale) for deltas, scale in loras if path in deltas]
+        if changes:
+            is_kernel = path[-1] == "kernel"
+            base = np.asarray(leaf, np.float32)
+            base = base.transpose(to_torch(base.ndim)) if is_kernel else base
+            weight = base
+            for delta, scale in changes:
+                with np.errstate(all="ignore"):  # what is not finite is an error below
+                    weight = delta.merge(weight, base, scale)
+                if not np.isfinite(weight).all():
+                    file = next(iter(delta.tensors.values())).path
+                    raise ValueError(f"{file}: values not finite in the LoRA of {on_disk(path)}")
+            leaf = (weight.transpose(from_torch(weight.ndim)) if is_kernel else weight).astype(leaf.dtype)
         insert(merged, path, leaf)
     return merged

@@ -15,18 +15,24 @@ _IN_CHANNELS = {
     9: "an inpainting model (9 input channels)",
 }
 _FIRST_CONVOLUTION = re.compile(r"(?:model\.diffusion_model\.input_blocks\.0\.0|(?:unet\.)?conv_in)\.weight")
-_CROSS_ATTENTION = re.compile(r".*attn2[._]to_[kv](?:\.processor)?(?:_lora)?(?:[._](?:lora|down).*)?\.weight")
+_CROSS_ATTENTION = re.compile(
+    r".*attn2[._]to_[kv](?:\.processor)?(?:_lora)?(?:(?:[._](?:lora|down).*)?\.weight|\.hada_w1_b)"
+)
 _UP = re.compile(r"lora_B|[._]up\.")  # the matrix of a LoRA whose width is the rank
 _LORA = re.compile(r"(?:.*[._])?(?:lora_(?:A|B|down|up)|lora\.(?:down|up)|lora_linear_layer\.(?:down|up))\..*weight")
 
-# Kinds of file by a pattern of a tensor's name, the most specific one first. A LoRA is named by `_lora_kind`.
+# Kinds of file by a pattern of a tensor's name, the most specific one first. A plain LoRA comes after them.
 _KINDS = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
-        (r".*\.hada_w[12]_[ab]", "a LoHa (not a plain LoRA)"),
-        (r".*\.lokr_(?:w[12]|t2).*", "a LoKr (not a plain LoRA)"),
-        (r".*(?:\.dora_scale|lora_magnitude_vector.*)", "a DoRA (not a plain LoRA)"),
-        (r".*\.lora_mid\..*", "a CP-LoCon (a LoRA of three matrices)"),
+        (r".*\.(?:a1|a2|b1|b2)\.weight", "a GLoRA, which is not supported"),
+        (r".*\.(?:on_input|ia3_l).*", "an (IA)^3, which is not supported"),
+        (r".*\.(?:oft_|boft_).*", "an OFT or BOFT, which is not supported"),
+        (r".*\.hada_w[12]_[ab].*", "a LoHa"),
+        (r".*\.lokr_(?:w[12]|t2).*", "a LoKr"),
+        (r".*(?:\.dora_scale|lora_magnitude_vector.*)", "a DoRA"),
+        (r".*\.lora_mid\..*", "a CP-LoCon (a LoRA of three tensors)"),
+        (r".*\.(?:diff|diff_b|w_norm|b_norm)", "full differences (an adapter of LyCORIS)"),
         (r"(?:lora_controlnet|control_model\..*|controlnet_cond_embedding\..*|input_hint_block\..*)", "a ControlNet"),
         (r".*motion_modules\..*", "an AnimateDiff motion module"),
         (r"(?:image_proj|ip_adapter)\..*", "an IP-Adapter"),

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tiue_jax.files import read_json, writing_aside
+from tiue_jax.weights import diagnosis
 from tiue_jax.weights.names import Params
 from tiue_jax.weights.tensor_files import WEIGHTS, open_folder
 from tiue_jax.weights.tree import from_torch_names, to_torch_names
@@ -60,6 +61,7 @@ def save(
     dtype: Any = np.float32,
     filename: str = WEIGHTS,
     prefix: str = "",
+    destination: str | Path | None = None,
 ) -> None:
     """Writes a model folder, `filename` and `config.json`, that diffusers or transformers load and `load` reads back.
 
@@ -72,14 +74,19 @@ def save(
         dtype: floating dtype of the weights on disk.
         filename: of the weights.
         prefix: begins every name on disk.
+        destination: the folder that errors name, if `folder` is a temporary one that will be moved there.
 
     Raises:
         OSError: a file cannot be written.
-        ValueError: names every tensor that is not finite in `dtype`. float16 ends at 65504.
+        ValueError: names the tensors that are not finite in `dtype`. float16 ends at 65504.
     """
+    destination = str(folder if destination is None else destination)
     tensors = to_torch_names(params, prefix, dtype)
     if broken := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
-        raise ValueError(f"{folder}: not finite in {np.dtype(dtype).name}, so not written: {', '.join(broken)}")
+        name = np.dtype(dtype).name
+        hint = ": float16 ends at 65504, choose another dtype" if name == "float16" else ""
+        problems = {f"not finite in {name}, so not written": broken}
+        raise ValueError(diagnosis.misfit(f"{destination}{hint}", problems))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with writing_aside(folder / filename) as weights_aside, writing_aside(folder / "config.json") as config_aside:
@@ -87,4 +94,4 @@ def save(
         try:
             save_file(tensors, weights_aside, metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors raises it for any failure to write
-            raise OSError(f"{folder / filename}: cannot write: {error}") from error
+            raise OSError(f"{destination}/{filename}: cannot write: {error}") from error

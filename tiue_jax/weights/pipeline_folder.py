@@ -267,7 +267,8 @@ def save_pipeline(
             ("text_encoder", text_encoder, TRANSFORMERS_WEIGHTS),
         ):
             params = weights() if callable(weights) else weights
-            model_folder.save(new / part, params, cfg.to_dict(), dtype, filename)
+            destination = f"{folder}/{part}"  # not `new`, which is a temporary folder
+            model_folder.save(new / part, params, cfg.to_dict(), dtype, filename, destination=destination)
         (new / "tokenizer").mkdir()
         for name, content in tokenizer.items():
             (new / "tokenizer" / name).write_bytes(content)
