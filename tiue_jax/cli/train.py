@@ -107,7 +107,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     prompts = corpus.open_prompts(settings.data.prompts, settings.data.field)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
-        made_from = embeddings.make_key(prompts, teacher.folder / "tokenizer", teacher.folder / "text_encoder")
+        made_from = embeddings.make_key(prompts, teacher.folder, settings.model.clip_skip)
         cache = embeddings.Embeddings(settings.data.embeddings, made_from)
         columns["text"] = cache.read
         null = cache.null

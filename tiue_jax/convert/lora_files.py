@@ -7,6 +7,7 @@ scripts (`lora_unet_….lora_down`).
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ import numpy as np
 
 from tiue_jax.files import read_json
 from tiue_jax.models.lora import METADATA_KEY
-from tiue_jax.weights import diagnosis, lora_source
+from tiue_jax.weights import diagnosis, leftovers, lora_source
 from tiue_jax.weights.names import LeafPath, Params, leaves, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor, open_file, read_metadata
-from tiue_jax.weights.tree import is_float
+from tiue_jax.weights.tree import is_float, text_layers
+
+logger = logging.getLogger(__name__)
 
 LORA_PARTS = ("unet", "text_encoder")  # the parts of a pipeline that a LoRA changes
 
@@ -35,6 +38,7 @@ _PROCESSOR = re.compile(rf"{_LAYER}\.to_(?P<which>q|k|v|out)_lora\.(?P<side>down
 _KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<module>[^.]+)\.(?:lora_)?(?P<side>down|up|alpha)(?:\.weight)?")
 _SIDES = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+_TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder\.|text_model\.|encoder\.)|lora_te1?_")
 _TEXT_ROOT = "text_model."  # transformers 5 omits it
 _DEFAULT_ALPHA = 8  # of peft's LoraConfig
 _NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of an alpha tensor
@@ -93,6 +97,9 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
         for leaf, struct in leaves(shapes[part])
         if leaf[-1] == "kernel"
     }
+    tensors, beyond = _without_dropped_layers(tensors, shapes["text_encoder"])
+    if beyond:
+        logger.warning("%s: %s", path, leftovers.summary(beyond, text_layers(shapes["text_encoder"])))
     found, problems = _group(tensors, kernels)
     problems["not of a floating dtype"] = [
         f"{name} is {tensor.dtype}"
@@ -116,7 +123,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
         raise ValueError(diagnosis.misfit(f"{path}: the LoRA does not fit the model", problems, kind))
     if not found:
         raise ValueError(f"{path}: holds no LoRA")
-    adapters = _read_adapters(path, tensors, list(found))
+    adapters = _read_adapters(path, tensors, [*found, *_layers_of(beyond)])
     deltas: dict[str, Deltas] = {}
     for layer, sides in found.items():
         leaf, _ = kernels[layer]
@@ -126,6 +133,31 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def _without_dropped_layers(
+    tensors: Mapping[str, StoredTensor], text_encoder: Params
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Leaves out the layers of the text encoder that the model does not have, such as after clip skip.
+
+    Args:
+        tensors: of the file, by name.
+        text_encoder: the parameter tree of the text encoder.
+
+    Returns:
+        The other tensors, and the names of those that are left out.
+    """
+    count = text_layers(text_encoder)
+    beyond = [
+        name for name in tensors if _TEXT_ENCODER.match(name) and leftovers.reason(name, count) == leftovers.TEXT_LAYERS
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in set(beyond)}, beyond
+
+
+def _layers_of(names: Collection[str]) -> list[Layer]:
+    """The layers of the text encoder that the names of tensors give with dots, as those with metadata do."""
+    targets = (target for name in names for target in _targets(name, {}))
+    return [target.layer for target in targets if target.layer.part == "text_encoder"]
 
 
 def _group(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiue_jax.training.listing import listed
-from tiue_jax.training.settings import Settings
+from tiue_jax.training.settings import Settings, default_config
 
 # These change no update of the weights.
 FREE = (
@@ -41,13 +41,16 @@ def check_resumed(saved: Mapping[str, Any], settings: Settings) -> None:
     """Checks that a run may go on with `settings`.
 
     Args:
-        saved: the settings that the run was started with, from a checkpoint.
+        saved: the settings that the run was started with, from a checkpoint. A setting that was added later, and so is
+            not in an old checkpoint, has its default.
         settings: those to go on with.
 
     Raises:
         ValueError: naming the settings that have changed and may not.
     """
-    check_config(saved, settings.to_dict(), free_settings(settings))
+    defaults = default_config().to_dict()
+    sections = {name: defaults.get(name, {}) | dict(section) for name, section in saved.items()}
+    check_config(sections, settings.to_dict(), free_settings(settings))
 
 
 def free_settings(settings: Settings) -> dict[str, type]:

@@ -56,11 +56,15 @@ class ModelConfig:
         clip_model_name_or_path: a CLIP in transformers' layout with its tokenizer, for L_clip, such as
             "clip-vit-base-patch32".
         tiny_vae_name_or_path: an AutoencoderTiny, which decodes the student's latents for L_clip, such as "taesd".
+        clip_skip: the number of the last layers of the text encoder that are left out, for teacher and student: 0 or 1
+            for most models. It is diffusers' clip_skip, one less than "Clip skip" in programs that count from 1. The
+            exported student has a text encoder without these layers.
     """
 
     pretrained_model_name_or_path: str
     clip_model_name_or_path: str | None = None
     tiny_vae_name_or_path: str | None = None
+    clip_skip: AtLeastZero = 0
 
     def __post_init__(self):
         check_fields(self, "model")

@@ -72,7 +72,7 @@ def read_teacher(settings: Settings) -> Teacher:
     """
     folder = hub.resolve(settings.model.pretrained_model_name_or_path)
     pipeline_folder.check_pipeline(folder)
-    configs = read_configs(folder)
+    configs = read_configs(folder, settings.model.clip_skip)
     folders = {"unet": folder / "unet", "text_encoder": folder / "text_encoder"}
     models = FrozenModels(
         unet=_abstract(folders["unet"], UNet, configs.unet),
