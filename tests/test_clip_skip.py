@@ -14,12 +14,14 @@ from safetensors.numpy import load_file, save_file
 from tests import original_file, tiny
 from tiue_jax import images
 from tiue_jax.cli import convert as cli
+from tiue_jax.cli import embed, sample
 from tiue_jax.convert import export
 from tiue_jax.convert.card import Training
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
-from tiue_jax.data import embeddings
+from tiue_jax.data import corpus, embeddings
 from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.plan import architecture
 from tiue_jax.training.changed_settings import check_resumed
@@ -137,7 +139,7 @@ def test_training_reads_and_exports_the_shorter_text_encoder(base, tmp_path):
     teacher = read_teacher(run)
     assert teacher.models.text_encoder.cfg.num_hidden_layers == 1
     assert architecture.read(run).pipeline.text_encoder.num_hidden_layers == 1
-    unet = tiny.random_params(*teacher_unet(), seed=4)
+    unet = tiny.random_params(UNet, tiny.ONE_LEVEL_UNET, seed=4)
     export.export_student(tmp_path / "student", base, unet, run, Training(run.to_dict(), 3, "ema"))
     assert read_configs(tmp_path / "student").text_encoder.num_hidden_layers == 1
     card = (tmp_path / "student" / "README.md").read_text()
@@ -146,12 +148,6 @@ def test_training_reads_and_exports_the_shorter_text_encoder(base, tmp_path):
         settings(base, -1)
     with pytest.raises(ValueError, match="clip_skip must be an integer from 0 to 1, got 2"):
         read_teacher(settings(base, 2))
-
-
-def teacher_unet():
-    from tiue_jax.models.unet import UNet
-
-    return UNet, tiny.ONE_LEVEL_UNET
 
 
 def test_a_run_of_before_the_setting_resumes_without_clip_skip(base):
@@ -169,6 +165,24 @@ def test_a_cache_of_text_embeddings_depends_on_it(base):
     keys = [embeddings.make_key(Prompts(), base, clip_skip) for clip_skip in (0, 1)]
     assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"text_encoder"}
     assert embeddings.make_key(Prompts(), base) == keys[0]
+
+
+def test_text_embeddings_are_made_with_it(base, shorter, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("red\n")
+    for model, *flag in ((base, "--clip_skip", "1"), (shorter,)):
+        files = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / model.name)]
+        assert embed.main(["embed", "--model", str(model), "--batch_size", "1", *files, *flag]) == 0
+    got, want = (
+        embeddings.Embeddings(tmp_path / model.name, embeddings.make_key(prompts_of(tmp_path), model, clip_skip))
+        for model, clip_skip in ((base, 1), (shorter, 0))
+    )
+    np.testing.assert_array_equal(got.read([0, 1]), want.read([0, 1]))
+    with pytest.raises(ValueError, match="stale text embeddings, made from other text_encoder"):
+        embeddings.Embeddings(tmp_path / "base", embeddings.make_key(prompts_of(tmp_path), base))
+
+
+def prompts_of(folder):
+    return corpus.open_prompts(str(folder / "prompts.txt"), None)
 
 
 LAST = "text_model.encoder.layers.{}.self_attn.q_proj"
@@ -216,8 +230,6 @@ def test_the_image_of_the_shipped_model_changes():
 
 
 def test_command_line(base, shorter, tmp_path, capsys):
-    from tiue_jax.cli import sample
-
     def run(*args: object) -> int:
         fixed = ["sample", "--prompt", "red", "--sampler", "ddim", "--num_inference_steps", "1", "--seed", "3"]
         return sample.main([*fixed, *map(str, args)])
@@ -229,3 +241,18 @@ def test_command_line(base, shorter, tmp_path, capsys):
     assert about["clip_skip"] == "1" and "clip_skip" not in plain
     assert run("--model", base, "--clip_skip", 2, "--out", tmp_path / "c.png") == 2
     assert "clip_skip must be an integer from 0 to 1, got 2" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")  # a run
+    argv = ["convert", "export", "--checkpoint", str(tmp_path), "--clip_skip", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == cli.BAD_INPUT
+    assert (
+        f"--clip_skip is for a pipeline, got the run {tmp_path}, which has model.clip_skip" in capsys.readouterr().err
+    )
+
+
+def test_a_compiled_sampler_takes_the_model_as_sampling_does(monkeypatch, capsys):
+    given = {}
+    monkeypatch.setattr(cli.Pipeline, "from_pretrained", lambda name, dtype, **kwargs: given.update(kwargs, name=name))
+    monkeypatch.setattr(cli.export_compiled, "export_compiled", lambda pipe, out, **kwargs: None)
+    flags = ["--model", "m.safetensors", "--base", "b", "--vae", "v.safetensors", "--clip_skip", "1", "--out", "o"]
+    assert cli.main(["convert", "export-compiled", *flags]) == 0
+    assert {**given, "name": "m.safetensors", "base": "b", "vae": "v.safetensors", "clip_skip": 1} == given

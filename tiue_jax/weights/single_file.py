@@ -174,14 +174,20 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
     if prediction_type is None:
         raise ValueError(
             f"{path}: this SD 2.x file does not say its prediction_type: expected 'epsilon' for those like "
-            "2.x-base (512 pixels), 'v_prediction' for those like 2.x (768 pixels)"
+            "2.x-base (512 pixels), 'v_prediction' for those like 2.x (768 pixels); give it to tiue convert import"
         )
     return "sd21" if prediction_type == "v_prediction" else "sd21-base"
 
 
 def _configurations(kind: str, base: str | Path | None) -> tuple[Configs, Path]:
     """The configurations of the pipeline, and the tokenizer's folder."""
-    folder = hub.resolve(kind if base is None else base, weights=False)
+    try:
+        folder = hub.resolve(kind if base is None else base, weights=False)
+    except FileNotFoundError as error:
+        if base is not None:
+            raise
+        needs = "a model in one file needs a tokenizer and configurations: name a model on this disk with --base"
+        raise FileNotFoundError(diagnosis.shortened(f"{needs} ({error})")) from error
     if not (folder / "unet" / "config.json").is_file():
         tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
         return PRESETS[kind], tokenizer
