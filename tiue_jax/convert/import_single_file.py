@@ -52,6 +52,8 @@ def import_single_file(
     """
     check_writable(out, overwrite, [name for name in (path, base, vae) if name is not None])
     source = find_pipeline(path, base=base, vae=vae, clip_skip=clip_skip, prediction_type=prediction_type, ema=ema)
+    parts = (source.unet, source.vae, source.text_encoder)
+    check_writable(out, overwrite, [source.tokenizer, *(part.path for part in parts)])
     if not isinstance(source.vae.cfg, VAEConfig):
         raise ValueError(f"vae must be an AutoencoderKL, which a pipeline folder holds, got a tiny autoencoder: {vae}")
     save_pipeline(

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiue_jax.files import expand
-from tiue_jax.models.presets import Configs
+from tiue_jax.models.clip import CLIPTextModel
+from tiue_jax.models.unet import UNet
+from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import PREDICTION_TYPES, Schedule
 from tiue_jax.weights import hub, pipeline_folder, single_file
-from tiue_jax.weights.layout import MODEL_PARTS, TIUE_CONFIG
-from tiue_jax.weights.pipeline_folder import MODEL_CLASSES, Part
+from tiue_jax.weights.layout import TIUE_CONFIG
+from tiue_jax.weights.pipeline_folder import Part
 from tiue_jax.weights.tensor_files import is_file_name
 from tiue_jax.weights.vae_choice import find_vae
 
@@ -96,7 +98,9 @@ def _of_file(
         needs_vae=needs_vae,
     )
     return Source(
-        **found.parts,
+        unet=found.parts["unet"],
+        vae=found.parts["vae"],
+        text_encoder=found.parts["text_encoder"],
         tokenizer=found.tokenizer,
         schedule=found.schedule,
         sampling=pipeline_folder.usual_sampling(found.parts["unet"].cfg),
@@ -107,12 +111,14 @@ def _of_file(
 
 def _of_folder(folder: Path, clip_skip: int, prediction_type: str | None) -> Source:
     pipeline_folder.check_pipeline(folder)
-    configs: Configs = pipeline_folder.read_configs(folder, clip_skip)
+    configs = pipeline_folder.read_configs(folder, clip_skip)
     schedule = configs.schedule
     if prediction_type is not None:
         schedule = dataclasses.replace(schedule, prediction_type=prediction_type)
     return Source(
-        **{part: Part(folder / part, MODEL_CLASSES[part], getattr(configs, part)) for part in MODEL_PARTS},
+        unet=Part(folder / "unet", UNet, configs.unet),
+        vae=Part(folder / "vae", AutoencoderKL, configs.vae),
+        text_encoder=Part(folder / "text_encoder", CLIPTextModel, configs.text_encoder),
         tokenizer=folder / "tokenizer",
         schedule=schedule,
         sampling=pipeline_folder.load_sampling(folder, configs.unet),

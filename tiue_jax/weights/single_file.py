@@ -87,7 +87,7 @@ def find_parts(
     if not needs_vae and "vae" in missing:
         missing.remove("vae")
     if missing and base is None:
-        lacks = " and ".join(f"no {prefix}*, the {what}" for prefix, what in map(_OTHER_PARTS.get, missing))
+        lacks = " and ".join(f"no {prefix}*, the {what}" for prefix, what in map(_OTHER_PARTS.__getitem__, missing))
         raise ValueError(f"{path}: {lacks} is missing: name a model that has it with --base")
     tensors, note = _choose_unet(path, tensors, ema)
     notes += note
