@@ -197,7 +197,7 @@ def arguments(model: Path, out: Path) -> list[str]:
 
 
 def key(model: Path) -> dict[str, str]:
-    return embeddings.make_key(Prompts([], {}, "p"), model / "tokenizer", model / "text_encoder")
+    return embeddings.make_key(Prompts([], {}, "p"), model)
 
 
 @pytest.fixture(scope="module")

@@ -310,7 +310,7 @@ def test_a_run_of_an_older_version_is_read_and_goes_on():
     settings = Settings.from_dict(VERSION_0_1_0)
     assert settings.train.validation_prompts == ("a red apple", "a dog face")
     added = {"train.profile_steps": None, "data.split": "train", "data.max_bad_share": 0.01}
-    added |= {"distill.negative_prompt": "", "model.embeddings": []}
+    added |= {"distill.negative_prompt": "", "model.embeddings": [], "model.clip_skip": 0}
     assert flat(settings.to_dict()) == flat(VERSION_0_1_0) | added
     check_resumed(VERSION_0_1_0, settings)
     profiled = {**VERSION_0_1_0, "train": VERSION_0_1_0["train"] | {"profile_steps": 5}}

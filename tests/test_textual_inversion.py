@@ -265,13 +265,12 @@ def test_a_teacher_has_them_and_so_has_a_cache_of_embeddings(folder, files, tmp_
     argv = ["--model", str(folder), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "e")]
     assert embed.main(["embed", *argv, "--embedding", given[0], "--batch_size", "2"]) == 0
     made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
-    tokenizer, encoder = teacher.text_folders
-    now = embeddings.make_key(_Prompts(made_from["prompts"]), tokenizer, encoder)
+    now = embeddings.make_key(_Prompts(made_from["prompts"]), teacher.folder)
     read = embeddings.Embeddings(tmp_path / "e", now).read([0])[0]
     whole = pipeline_folder.load_text_encoder(teacher.folder)
     expected = whole.bind(whole.params)(jax.numpy.asarray(teacher.tokenize(["a <cat>"]))).last_hidden_state[0]
     np.testing.assert_allclose(read.astype(np.float32), expected, rtol=2**-8, atol=1e-6)
-    plain = embeddings.make_key(_Prompts(made_from["prompts"]), folder / "tokenizer", folder / "text_encoder")
+    plain = embeddings.make_key(_Prompts(made_from["prompts"]), folder)
     with pytest.raises(ValueError, match="made from other tokenizer, text_encoder; make them again"):
         embeddings.Embeddings(tmp_path / "e", plain)
 

@@ -18,19 +18,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from tiue_jax import sharding, student
-from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.functional import Component
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.models.unet import UNet
-from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.models.vae import VAEConfig
 from tiue_jax.sampling import batches, text_to_image
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import pipeline_folder, vocabulary
+from tiue_jax.weights import hub, pipeline_folder, pipeline_source
 from tiue_jax.weights.pipeline_folder import DTYPES, save_pipeline
-from tiue_jax.weights.vae_choice import Autoencoder, find_vae
 
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
@@ -90,18 +87,26 @@ class Pipeline:
         name: str | Path,
         dtype: str = "float32",
         *,
+        base: str | Path | None = None,
         vae: str | Path | None = None,
+        clip_skip: int = 0,
         vae_dtype: str | None = None,
         vae_tiling: Tiling | None = None,
         mesh_step: int = 1,
         embeddings: Sequence[str | Path] = (),
     ) -> Self:
-        """Reads a shipped model, a pipeline folder or a hub repository.
+        """Reads a shipped model, a pipeline folder, a hub repository, or a checkpoint in one file.
 
         Args:
-            name: a shipped model or alias such as "emoji-tiue", a folder, or a hub repository (see hub.resolve).
+            name: a shipped model or alias such as "emoji-tiue", a folder, a hub repository (see hub.resolve), or a
+                `.safetensors` file in the layout of the original repositories.
             dtype: "float32" or "bfloat16", of the parameters and of the computation.
-            vae: an autoencoder that replaces the model's: "tiny" for TAESD, or a name like `name`.
+            base: a model that supplies what `name` lacks: the tokenizer and the configurations of a file, and the other
+                models of a pipeline if `name` has only a UNet. None for a file is the published model like it.
+            vae: an autoencoder that replaces the model's: "tiny" for TAESD, a `.safetensors` file, or a name like
+                `name`.
+            clip_skip: the number of the last layers of the text encoder that are left out, with diffusers' meaning: 1
+                uses the output of the layer before the last. It counts for the unconditional image too.
             vae_dtype: "float32" or "bfloat16", of the autoencoder. None is `dtype`.
             vae_tiling: decodes images larger than a tile in tiles.
             mesh_step: the number of devices that share the timesteps of one image, for sampler "tiue".
@@ -116,20 +121,19 @@ class Pipeline:
             if value not in DTYPES:
                 raise ValueError(f"{argument} must be among {list(DTYPES)}, got {value!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
-        folder = vocabulary.resolve(name, embeddings, dtype)
-        # Check the small files first: the weights may be gigabytes.
-        configs = pipeline_folder.read_configs(folder)
-        autoencoder = Autoencoder(folder / "vae", AutoencoderKL, configs.vae)
-        if vae is not None:
-            autoencoder = find_vae(vae, configs.vae)
+        source = pipeline_source.find_pipeline(
+            name, dtype, base=base, vae=vae, clip_skip=clip_skip, embeddings=embeddings
+        )
+        if source.notes:
+            hub.say(str(name), source.notes)
         return cls(
             name=str(name),
-            tokenizer_dir=folder / "tokenizer",
-            schedule=configs.schedule,
-            sampling=pipeline_folder.load_sampling(folder, configs.unet),
-            unet=pipeline_folder.load(folder / "unet", UNet, configs.unet, dtype),
-            vae=pipeline_folder.load(autoencoder.folder, autoencoder.cls, autoencoder.cfg, vae_dtype),
-            text_encoder=pipeline_folder.load(folder / "text_encoder", CLIPTextModel, configs.text_encoder, dtype),
+            tokenizer_dir=source.tokenizer,
+            schedule=source.schedule,
+            sampling=source.sampling,
+            unet=source.unet.load(dtype),
+            vae=source.vae.load(vae_dtype),
+            text_encoder=source.text_encoder.load(dtype),
             vae_tiling=vae_tiling,
             mesh_step=mesh_step,
         )

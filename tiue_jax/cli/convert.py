@@ -3,6 +3,7 @@
     tiue convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
+    tiue convert import --file owner/unet --base sd15 --vae vae.safetensors --out teacher
     tiue convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
     tiue convert merge-lora --model sd15 --lora a.safetensors --scale 1 --lora owner/name --scale 0.5 --out teacher
 
@@ -32,6 +33,8 @@ DIFFERENT = 1  # exit status: PyTorch computes something else
 
 _A_PIPELINE = "a pipeline: a shipped model or alias, a folder, or a hub repository (required)"
 _EMBEDDING = "a textual inversion embedding to add: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
+_VAE = "an autoencoder in place of the model's: a .safetensors file, a folder, or a hub repository"
+_CLIP_SKIP = "last layers of the text encoder to leave out, as in diffusers: 1 is 'Clip skip 2' of other programs"
 _PIPELINE_OUT = "the pipeline folder to write, for diffusers and tiue_jax (required)"
 
 
@@ -53,6 +56,8 @@ def define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
     flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("lora", False, "also write the run's LoRA teacher, to OUT/lora_teacher", **add)
+    clip_skip = f"of a pipeline that is no run: {_CLIP_SKIP}"
+    flags.DEFINE_integer("clip_skip", 0, clip_skip, **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     verify = "compare the folder in JAX and in PyTorch, part by part; needs pip install 'tiue-jax[torch]'"
     flags.DEFINE_bool("verify", False, verify, **add)
@@ -72,6 +77,8 @@ def run_export(args: flags.FlagValues) -> int:
     if export.is_run(args.checkpoint):
         if args.embedding:
             raise ValueError(f"--embedding is for a pipeline, a run has model.embeddings, got {args.embedding[0]}")
+        if args["clip_skip"].present:
+            raise ValueError(f"--clip_skip is for a pipeline, got the run {args.checkpoint}, which has model.clip_skip")
         step = export.export_run(
             args.checkpoint,
             args.out,
@@ -86,9 +93,8 @@ def run_export(args: flags.FlagValues) -> int:
         for name in ("step", "weights", "lora"):
             if args[name].present:
                 raise ValueError(f"--{name} is for the folder of a training run, got --checkpoint={args.checkpoint}")
-        export.export_pipeline(
-            args.checkpoint, args.out, embeddings=args.embedding, dtype=args.dtype, overwrite=args.overwrite
-        )
+        kept = {"clip_skip": args.clip_skip, "dtype": args.dtype, "overwrite": args.overwrite}
+        export.export_pipeline(args.checkpoint, args.out, embeddings=args.embedding, **kept)
         written = f"the pipeline {args.checkpoint}"
     print(f"{args.out}: {written} in {args.dtype}")
     if not args.verify:
@@ -114,8 +120,11 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("height", None, "of the images, in pixels (default: the model's training size)", **add)
     flags.DEFINE_integer("width", None, "of the images, in pixels (default: the model's training size)", **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
-    vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model (default: the model's)"
+    base = "a model that supplies what --model lacks, if that is one file or has only a UNet (default: none)"
+    flags.DEFINE_string("base", None, base, **add)
+    vae = f"{_VAE}, or tiny (TAESD) (default: the model's)"
     flags.DEFINE_string("vae", None, vae, **add)
+    flags.DEFINE_integer("clip_skip", 0, _CLIP_SKIP, **add)
     flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder (default: --dtype)", **add)
     flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("vae_tiling", False, "decode large images in tiles, in the memory of one tile", **add)
@@ -130,7 +139,9 @@ def run_export_compiled(args: flags.FlagValues) -> int:
     pipe = Pipeline.from_pretrained(
         args.model,
         args.dtype,
+        base=args.base,
         vae=args.vae,
+        clip_skip=args.clip_skip,
         vae_dtype=args.vae_dtype,
         vae_tiling=tiling,
         embeddings=args.embedding,
@@ -156,12 +167,13 @@ def run_export_compiled(args: flags.FlagValues) -> int:
 def define_import(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue convert import`."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string(
-        "file", None, "a .safetensors file in the layout of the original repositories (required)", **add
-    )
+    file = "a .safetensors file in the layout of the original repositories; or a folder or repository (required)"
+    flags.DEFINE_string("file", None, file, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    base = "a model that supplies the tokenizer and the configurations (default: the published model like the file)"
+    base = "a model that supplies the parts that are missing (default: tokenizer and configurations of a published one)"
     flags.DEFINE_string("base", None, base, **add)
+    flags.DEFINE_string("vae", None, f"{_VAE} (default: the file's)", **add)
+    flags.DEFINE_integer("clip_skip", 0, _CLIP_SKIP, **add)
     prediction = "the UNet's output; required for SD 2.x files that do not say it (default: the file's or the base's)"
     flags.DEFINE_enum("prediction_type", None, list(PREDICTION_TYPES), prediction, **add)
     flags.DEFINE_bool("ema", False, "take the UNet's moving average (model_ema.*) in the file", **add)
@@ -170,12 +182,17 @@ def define_import(values: flags.FlagValues) -> None:
 
 
 def run_import(args: flags.FlagValues) -> int:
-    """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x."""
+    """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x.
+
+    A file without an autoencoder or a text encoder, and a folder or repository with only a UNet, need --base.
+    """
     require(args, "file", "out")
     imported = import_single_file(
         args.file,
         args.out,
         base=args.base,
+        vae=args.vae,
+        clip_skip=args.clip_skip,
         prediction_type=args.prediction_type,
         ema=args.ema,
         dtype=args.dtype,
@@ -183,7 +200,8 @@ def run_import(args: flags.FlagValues) -> int:
     )
     for note in imported.notes:
         print(f"{args.file}: {note}")
-    print(f"{args.out}: {args.file}, like {imported.kind}, in {args.dtype}")
+    like = f", like {imported.kind}" if imported.kind else ""
+    print(f"{args.out}: {args.file}{like}, in {args.dtype}")
     return 0
 
 
@@ -246,7 +264,7 @@ COMMANDS = {
     "export-compiled": Command(
         "write a sampler as a program that runs without tiue_jax", define_export_compiled, run_export_compiled
     ),
-    "import": Command("read a checkpoint in one file, write a pipeline folder", define_import, run_import),
+    "import": Command("read a checkpoint in one file or in parts, write a pipeline folder", define_import, run_import),
     "import-inception": Command(
         "read the Inception-v3 of the FID, write a folder for tiue evaluate",
         define_import_inception,

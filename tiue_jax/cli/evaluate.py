@@ -124,7 +124,7 @@ def run_statistics(args: flags.FlagValues) -> None:
     extractor = extractors.load(args.extractor, protocol.inception_resize)
     real = reference.read(args.reference, extractor, protocol.reference_resize)
     reference.save_statistics(args.out, real, extractor, protocol.reference_resize)
-    print(f"{args.out}: {real.statistics.count:,} images, {len(real.statistics.mean)} features of {args.extractor}")
+    print(f"{args.out}: {real.statistics.images:,} images, {len(real.statistics.mean)} features of {args.extractor}")
 
 
 def _model(name: str, step: str, aside: Path, names: Sequence[str]) -> Model:

@@ -35,7 +35,10 @@ from tiue_jax.weights.pipeline_folder import DTYPES
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("model", "emoji-tiue", "a shipped model or alias, a folder, or a hub repository", **add)
+    model = "a shipped model or alias, a folder, a hub repository, or a .safetensors file with a whole model"
+    flags.DEFINE_string("model", "emoji-tiue", model, **add)
+    base = "a model that supplies what --model lacks, if that is one file or has only a UNet; a name like --model"
+    flags.DEFINE_string("base", None, base, **add)
     flags.DEFINE_multi_string("prompt", [], "a description of the image", **add)
     negative = f"what guidance leads away from, for {_names('guidance_scale')}: one for all prompts, or one for each"
     flags.DEFINE_multi_string("negative_prompt", [], negative, **add)
@@ -60,8 +63,10 @@ def define_flags(values: flags.FlagValues) -> None:
     keys = f"for {_names('key_steps')}: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
-    vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model"
+    vae = "an autoencoder that replaces the model's: tiny (TAESD), a .safetensors file, or a name like --model"
     flags.DEFINE_string("vae", None, vae, **add)
+    clip_skip = "last layers of the text encoder to leave out, as in diffusers: 1 is 'Clip skip 2' of other programs"
+    flags.DEFINE_integer("clip_skip", 0, clip_skip, **add)
     flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder; by default --dtype", **add)
     embedding = "a textual inversion embedding: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
     flags.DEFINE_multi_string("embedding", [], embedding, **add)
@@ -105,7 +110,9 @@ def run(args: flags.FlagValues) -> None:
     pipe = Pipeline.from_pretrained(
         args.model,
         args.dtype,
+        base=args.base,
         vae=args.vae,
+        clip_skip=args.clip_skip,
         vae_dtype=args.vae_dtype,
         vae_tiling=vae_tiling,
         mesh_step=args.mesh_step,
@@ -256,12 +263,14 @@ def metadata(
     about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
     if any(negative_prompts):
         about["negative_prompt"] = "\n".join(negative_prompts)
-    for name in ("latents", "vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor"):
+    for name in ("base", "latents", "vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor"):
         value = getattr(args, name)
         if value is not None:
             about[name] = value
     if args.embedding:
         about["embedding"] = "\n".join(args.embedding)
+    if args.clip_skip:
+        about["clip_skip"] = args.clip_skip
     if args.vae_tiling:
         about["vae_tiling"] = True
     if args.upscale > 1:

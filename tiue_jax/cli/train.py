@@ -108,7 +108,7 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     prompts = corpus.open_prompts(data.prompts, data.field, data.split, data.max_bad_share)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
-        made_from = embeddings.make_key(prompts, *teacher.text_folders, config.negative_prompt)
+        made_from = embeddings.make_key(prompts, teacher.folder, settings.model.clip_skip, config.negative_prompt)
         cache = embeddings.Embeddings(settings.data.embeddings, made_from)
         columns["text"] = cache.read
         null = cache.null

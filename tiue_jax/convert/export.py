@@ -85,7 +85,7 @@ def export_run(
     teacher = hub.resolve(settings.model.pretrained_model_name_or_path)
     check_writable(out, overwrite, [workdir, teacher])
     teacher = vocabulary.extend(teacher, settings.model.embeddings)
-    configs = read_configs(teacher)
+    configs = read_configs(teacher, settings.model.clip_skip)
     _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
     shapes, lora_shapes = lora.split(all_shapes)
     if step == "best":
@@ -133,7 +133,7 @@ def export_student(
     Raises:
         OSError, ValueError: one line naming the file, tensor or setting that is missing or wrong.
     """
-    configs = read_configs(teacher)
+    configs = read_configs(teacher, settings.model.clip_skip)
     _write_student(out, teacher, configs, unet, settings, training, lora_teacher, dtype, overwrite)
 
 
@@ -142,6 +142,7 @@ def export_pipeline(
     out: str | Path,
     *,
     embeddings: Sequence[str | Path] = (),
+    clip_skip: int = 0,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
@@ -151,6 +152,7 @@ def export_pipeline(
         name: a shipped model, a folder, or a hub repository; see hub.resolve.
         out: the folder to write, see pipeline_folder.save_pipeline.
         embeddings: textual inversion embeddings that the copy's vocabulary has: names for embedding_files.read.
+        clip_skip: the number of the last layers of the text encoder that are left out.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -167,7 +169,8 @@ def export_pipeline(
     config = source / layout.TIUE_CONFIG
     sampling = Sampling.from_file(config) if config.is_file() else None
     source = vocabulary.extend(source, embeddings)
-    _write(out, source, read_configs(source), card.find_base(str(name)), sampling, dtype, overwrite)
+    configs, base = read_configs(source, clip_skip), card.find_base(str(name))
+    _write(out, source, configs, base, sampling, dtype, overwrite, clip_skip=clip_skip)
 
 
 def _write_student(
@@ -190,6 +193,7 @@ def _write_student(
         student_sampling(settings),
         dtype,
         overwrite,
+        clip_skip=settings.model.clip_skip,
         unet=unet,
         training=training,
         lora_teacher=lora_teacher,
@@ -205,6 +209,7 @@ def _write(
     dtype: str,
     overwrite: bool,
     *,
+    clip_skip: int = 0,
     unet: functional.Params | None = None,
     training: card.Training | None = None,
     lora_teacher: LoRATeacher | None = None,
@@ -220,6 +225,7 @@ def _write(
         dtype,
         training,
         has_lora_teacher=lora_teacher is not None,
+        clip_skip=clip_skip,
     )
 
     def also(new: Path) -> None:

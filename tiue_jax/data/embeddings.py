@@ -35,10 +35,10 @@ EMBEDDINGS_PER_SHARD = 4096
 Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d] of any floating dtype
 
 
-def load_encode(folder: Path, batch_size: int) -> Encode:
+def load_encode(folder: Path, batch_size: int, clip_skip: int = 0) -> Encode:
     """Loads the text encoder of a pipeline folder. Returns a function of `batch_size` prompts to float32 [b l d].
 
-    The batch is split over the local devices.
+    The batch is split over the local devices. The last `clip_skip` layers of the text encoder are left out.
 
     Raises:
         ValueError: `batch_size` is not a positive multiple of the number of devices.
@@ -46,7 +46,7 @@ def load_encode(folder: Path, batch_size: int) -> Encode:
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(batch_size, mesh)
-    encoder = pipeline_folder.load_text_encoder(folder)
+    encoder = pipeline_folder.load_text_encoder(folder, clip_skip=clip_skip)
     tokenize = Tokenizer(folder / "tokenizer", encoder.cfg.max_position_embeddings)
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
 
@@ -60,19 +60,22 @@ def load_encode(folder: Path, batch_size: int) -> Encode:
     return encode
 
 
-def make_key(prompts: PromptSource, tokenizer: Path, text_encoder: Path, negative_prompt: str = "") -> dict[str, str]:
+def make_key(prompts: PromptSource, folder: Path, clip_skip: int = 0, negative_prompt: str = "") -> dict[str, str]:
     """Returns hashes, and the negative prompt if it is not empty: everything that the embeddings depend on.
 
     Args:
         prompts: the prompts to encode.
-        tokenizer: the folder of the tokenizer. All its files are hashed.
-        text_encoder: the folder of the text encoder. Its configuration and weights are hashed.
+        folder: the pipeline folder. The files of its tokenizer, and the configuration and weights of its text encoder
+            are hashed.
+        clip_skip: the number of the last layers of the text encoder that are left out.
         negative_prompt: the null prompt.
     """
+    tokenizer, text_encoder = folder / "tokenizer", folder / "text_encoder"
+    encoder = _hash_files([text_encoder / "config.json", *text_encoder.glob("*.safetensors*")])
     key = {
         "prompts": prompts.fingerprint,
         "tokenizer": _hash_files([file for file in tokenizer.iterdir() if file.is_file()]),
-        "text_encoder": _hash_files([text_encoder / "config.json", *text_encoder.glob("*.safetensors*")]),
+        "text_encoder": f"{encoder} with clip_skip {clip_skip}" if clip_skip else encoder,
     }
     return key | ({"negative_prompt": negative_prompt} if negative_prompt else {})
 

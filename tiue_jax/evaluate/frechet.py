@@ -17,7 +17,7 @@ class Statistics(NamedTuple):
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int
+    images: int
 
 
 def statistics(features: np.ndarray) -> Statistics:

@@ -131,7 +131,7 @@ def generate(
                     for i, image in enumerate(made):
                         images.write_png(folder / "images" / f"{start + i:06d}.png", image)
                 with writing_aside(path) as aside, aside.open("wb") as file:
-                    np.savez(file, **chunk)
+                    np.savez(file, allow_pickle=False, **chunk)
             chunks.append(chunk)
             rates.append((stop - start) / chunk["seconds"])
             progress.update(stop - start, found)

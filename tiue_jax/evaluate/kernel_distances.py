@@ -37,7 +37,7 @@ def kid(
         x = features[rng.choice(len(features), subset_size, replace=False)].astype(np.float64)
         y = reference[rng.choice(len(reference), subset_size, replace=False)].astype(np.float64)
         values.append(_unbiased(_cubic(x, x), _cubic(x, y), _cubic(y, y)))
-    return of_replicates(np.mean(values), np.array(values), smaller, np.sqrt(subset_size / smaller))
+    return of_replicates(float(np.mean(values)), np.array(values), smaller, np.sqrt(subset_size / smaller))
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:

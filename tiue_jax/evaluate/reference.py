@@ -69,7 +69,7 @@ def save_statistics(path: str | Path, reference: Reference, extractor: Extractor
     `mu` and `sigma` have clean-fid's and pytorch-fid's names.
     """
     statistics = reference.statistics
-    arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.count}
+    arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.images}
     if reference.features is not None:
         arrays["features"] = reference.features
     identity = json.dumps(_identity(extractor, resize), sort_keys=True)

@@ -106,7 +106,7 @@ def evaluate(
                 f"{reference_path}: statistics of another extractor than {kinds}: give it with --extractor"
             )
 
-    about = {
+    about: dict[str, Any] = {
         "protocol": protocol.to_dict(),
         "prompts": {"count": len(used), "distinct": len(distinct), "sha256": _hash(used)},
         "num_images": count,
@@ -172,7 +172,9 @@ def _point(
     protocol: Protocol,
 ) -> Point:
     """Measures the images of one point."""
-    metrics, notes, cosines = {}, [], None
+    metrics: dict[str, Any] = {}
+    notes: list[str] = []
+    cosines = None
     for name, extractor in loaded.items():
         found = scores.compute(
             extractor,

@@ -42,14 +42,11 @@ class BatchNorm(nnx.Module):
 
 
 class BasicConv2d(nnx.Module):
-    """Convolution, batch normalisation and ReLU: [b h w c] -> [b h' w' d]."""
+    """Convolution, batch normalisation and ReLU: [b h w c] -> [b h' w' d]. `same` pads by half the kernel."""
 
-    def __init__(
-        self, cin: int, cout: int, kernel: int | Pair, stride: int = 1, padding: int | Pair = 0, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, cin: int, cout: int, kernel: int | Pair, stride: int = 1, *, same: bool = False, rngs: nnx.Rngs):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
-        pad = ((vertical, vertical), (horizontal, horizontal))
+        pad = tuple((size // 2, size // 2) if same else (0, 0) for size in kernel)
         self.conv = nnx.Conv(cin, cout, kernel, stride, padding=pad, use_bias=False, rngs=rngs)
         self.bn = BatchNorm(cout)
 
@@ -79,10 +76,10 @@ class InceptionA(nnx.Module):
     def __init__(self, cin: int, pool_features: int, *, rngs: nnx.Rngs):
         self.branch1x1 = BasicConv2d(cin, 64, 1, rngs=rngs)
         self.branch5x5_1 = BasicConv2d(cin, 48, 1, rngs=rngs)
-        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2, rngs=rngs)
+        self.branch5x5_2 = BasicConv2d(48, 64, 5, same=True, rngs=rngs)
         self.branch3x3dbl_1 = BasicConv2d(cin, 64, 1, rngs=rngs)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1, rngs=rngs)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1, rngs=rngs)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, same=True, rngs=rngs)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, same=True, rngs=rngs)
         self.branch_pool = BasicConv2d(cin, pool_features, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -98,7 +95,7 @@ class InceptionB(nnx.Module):
     def __init__(self, cin: int, *, rngs: nnx.Rngs):
         self.branch3x3 = BasicConv2d(cin, 384, 3, stride=2, rngs=rngs)
         self.branch3x3dbl_1 = BasicConv2d(cin, 64, 1, rngs=rngs)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1, rngs=rngs)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, same=True, rngs=rngs)
         self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -111,16 +108,16 @@ class InceptionC(nnx.Module):
 
     def __init__(self, cin: int, channels_7x7: int, *, rngs: nnx.Rngs):
         c = channels_7x7
-        across, down = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        across, down = (1, 7), (7, 1)
         self.branch1x1 = BasicConv2d(cin, 192, 1, rngs=rngs)
         self.branch7x7_1 = BasicConv2d(cin, c, 1, rngs=rngs)
-        self.branch7x7_2 = BasicConv2d(c, c, **across, rngs=rngs)
-        self.branch7x7_3 = BasicConv2d(c, 192, **down, rngs=rngs)
+        self.branch7x7_2 = BasicConv2d(c, c, across, same=True, rngs=rngs)
+        self.branch7x7_3 = BasicConv2d(c, 192, down, same=True, rngs=rngs)
         self.branch7x7dbl_1 = BasicConv2d(cin, c, 1, rngs=rngs)
-        self.branch7x7dbl_2 = BasicConv2d(c, c, **down, rngs=rngs)
-        self.branch7x7dbl_3 = BasicConv2d(c, c, **across, rngs=rngs)
-        self.branch7x7dbl_4 = BasicConv2d(c, c, **down, rngs=rngs)
-        self.branch7x7dbl_5 = BasicConv2d(c, 192, **across, rngs=rngs)
+        self.branch7x7dbl_2 = BasicConv2d(c, c, down, same=True, rngs=rngs)
+        self.branch7x7dbl_3 = BasicConv2d(c, c, across, same=True, rngs=rngs)
+        self.branch7x7dbl_4 = BasicConv2d(c, c, down, same=True, rngs=rngs)
+        self.branch7x7dbl_5 = BasicConv2d(c, 192, across, same=True, rngs=rngs)
         self.branch_pool = BasicConv2d(cin, 192, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -138,8 +135,8 @@ class InceptionD(nnx.Module):
         self.branch3x3_1 = BasicConv2d(cin, 192, 1, rngs=rngs)
         self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2, rngs=rngs)
         self.branch7x7x3_1 = BasicConv2d(cin, 192, 1, rngs=rngs)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3), rngs=rngs)
-        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0), rngs=rngs)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), same=True, rngs=rngs)
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), same=True, rngs=rngs)
         self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -152,16 +149,16 @@ class InceptionE(nnx.Module):
     """Block at 8 x 8: [b h w c] -> [b h w 2048]. The last of the two pools with the maximum, as in the graph."""
 
     def __init__(self, cin: int, *, pools_maximum: bool, rngs: nnx.Rngs):
-        across, down = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+        across, down = (1, 3), (3, 1)
         self.pools_maximum = pools_maximum
         self.branch1x1 = BasicConv2d(cin, 320, 1, rngs=rngs)
         self.branch3x3_1 = BasicConv2d(cin, 384, 1, rngs=rngs)
-        self.branch3x3_2a = BasicConv2d(384, 384, **across, rngs=rngs)
-        self.branch3x3_2b = BasicConv2d(384, 384, **down, rngs=rngs)
+        self.branch3x3_2a = BasicConv2d(384, 384, across, same=True, rngs=rngs)
+        self.branch3x3_2b = BasicConv2d(384, 384, down, same=True, rngs=rngs)
         self.branch3x3dbl_1 = BasicConv2d(cin, 448, 1, rngs=rngs)
-        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1, rngs=rngs)
-        self.branch3x3dbl_3a = BasicConv2d(384, 384, **across, rngs=rngs)
-        self.branch3x3dbl_3b = BasicConv2d(384, 384, **down, rngs=rngs)
+        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, same=True, rngs=rngs)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, across, same=True, rngs=rngs)
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, down, same=True, rngs=rngs)
         self.branch_pool = BasicConv2d(cin, 192, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -185,7 +182,7 @@ class InceptionV3(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2, rngs=rngs)
         self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3, rngs=rngs)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1, rngs=rngs)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, same=True, rngs=rngs)
         self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1, rngs=rngs)
         self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3, rngs=rngs)
         self.Mixed_5b = InceptionA(192, 32, rngs=rngs)

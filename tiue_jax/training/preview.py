@@ -30,7 +30,7 @@ class Preview:
         train = settings.train
         self._dtype = settings.distill.compute_dtype
         self._prompts, self._seed = list(train.validation_prompts), train.seed
-        teacher = Pipeline.from_pretrained(folder, self._dtype)
+        teacher = Pipeline.from_pretrained(folder, self._dtype, clip_skip=settings.model.clip_skip)
         teacher.unet = teacher.unet._replace(cfg=student_config(settings, teacher.unet.cfg))
         self._of_teacher = teacher(
             self._prompts,

@@ -58,12 +58,16 @@ class ModelConfig:
         embeddings: textual inversion embeddings that the teacher's vocabulary and the student's have: names for
             embedding_files.read, such as "<cat>=cat.safetensors".
         tiny_vae_name_or_path: an AutoencoderTiny, which decodes the student's latents for L_clip, such as "taesd".
+        clip_skip: the number of the last layers of the text encoder that are left out, for teacher and student: 0 or 1
+            for most models. It is diffusers' clip_skip, one less than "Clip skip" in programs that count from 1. The
+            exported student has a text encoder without these layers.
     """
 
     pretrained_model_name_or_path: str
     clip_model_name_or_path: str | None = None
     tiny_vae_name_or_path: str | None = None
     embeddings: tuple[str, ...] = ()
+    clip_skip: AtLeastZero = 0
 
     def __post_init__(self):
         object.__setattr__(self, "embeddings", _list_as_tuple(self.embeddings))

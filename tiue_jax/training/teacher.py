@@ -50,11 +50,6 @@ class Teacher:
     null_input_ids: np.ndarray
     tokenize_clip: Tokenize | None = None
 
-    @property
-    def text_folders(self) -> tuple[Path, Path]:
-        """The folders of the tokenizer and of the text encoder."""
-        return self.folder / "tokenizer", self.folders["text_encoder"]
-
     def load_student(self, structs: Params) -> Params:
         """The weights of the teacher's UNet, from which the student starts.
 
@@ -79,7 +74,7 @@ def read_teacher(settings: Settings) -> Teacher:
         FileNotFoundError, ValueError: one line naming the file or config field that is missing or wrong.
     """
     folder = vocabulary.resolve(settings.model.pretrained_model_name_or_path, settings.model.embeddings)
-    configs = read_configs(folder)
+    configs = read_configs(folder, settings.model.clip_skip)
     folders = {"unet": folder / "unet", "text_encoder": folder / "text_encoder"}
     models = FrozenModels(
         unet=_abstract(folders["unet"], UNet, configs.unet),
