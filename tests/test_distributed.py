@@ -1,4 +1,4 @@
-"""distributed.py, stop_request.py: joining, comparing, stopping together, and training in two real processes."""
+"""distributed.py, stop_request.py: comparing, stopping together, and training in two real processes."""
 
 import http.server
 import re
@@ -18,29 +18,14 @@ import pytest
 from tests import devices
 from tests.tiny_run import checkpoints, command, compile_cache, losses, write_model
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.training import distributed, stop_request
+from tiue_jax.training import distributed, joining, stop_request
 from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.distributed import DisagreementError
 from tiue_jax.training.stop_request import StopRequest
 
 
-@pytest.mark.parametrize(
-    ("processes", "message"),
-    [
-        ((None, 2, 0), "missing .'--coordinator_address'."),
-        (("localhost:1", None, None), "missing .'--num_processes', '--process_id'."),
-        (("localhost:1", 2, 2), "--process_id must be between 0 and --num_processes - 1, got 2 of 2"),
-        (("localhost", 2, 1), "--coordinator_address must be host:port, got 'localhost'"),
-    ],
-)
-def test_bad_processes(processes, message):
-    with pytest.raises(ValueError, match=message):
-        distributed.initialize(*processes)
-    assert not jax.distributed.is_initialized()
-
-
 def test_one_process_needs_no_other():
-    distributed.initialize()
+    joining.initialize()
     assert not jax.distributed.is_initialized()
     assert distributed.all_agree(True) and not distributed.all_agree(False)
     assert distributed.from_process_0(0.1) == 0.1

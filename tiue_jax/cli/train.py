@@ -43,23 +43,22 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 
 from tiue_jax import compile_cache, sharding
 from tiue_jax.cli import config_flags, output
-from tiue_jax.cli.command_line import BAD_INPUT, print_error, require
+from tiue_jax.cli.command_line import BAD_INPUT, print_error
 from tiue_jax.cli.output import say
+from tiue_jax.cli.train_flags import Arguments, define_flags, print_settings, read_flags
 from tiue_jax.convert.card import Training
 from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
 from tiue_jax.models import functional, platforms
-from tiue_jax.training import compiled_step, distributed, memory_table, train_state
+from tiue_jax.training import compiled_step, distributed, joining, memory_table, train_state
 from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.changed_settings import check_resumed
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
@@ -69,7 +68,7 @@ from tiue_jax.training.distill import Metrics
 from tiue_jax.training.metrics import MetricsWriter
 from tiue_jax.training.preview import Preview
 from tiue_jax.training.profile import StepProfile
-from tiue_jax.training.settings import EVAL_METRICS, Settings, default_config
+from tiue_jax.training.settings import EVAL_METRICS, Settings
 from tiue_jax.training.stop_request import StopRequest
 from tiue_jax.training.teacher import Teacher, read_teacher
 from tiue_jax.training.workdir import Workdir
@@ -80,13 +79,13 @@ UNEXPECTED, NOT_FINITE, NOT_SAVED = 1, 3, 4  # exit statuses, besides those of c
 STEPS_IN_FLIGHT = 2
 
 
-def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
+def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     """Trains as the command line says, and returns the exit status. Errors as in `main`."""
     # ---- start ----------------------------------------------------------------------------------------------------
     stop = stack.enter_context(StopRequest())  # first, so that it handles signals until all else is closed
     settings = arguments.settings
     train, config = settings.train, settings.distill
-    distributed.initialize(*arguments.processes)
+    joining.initialize(*arguments.processes, timeout=arguments.join_timeout)
     if arguments.keep_compiled:
         compile_cache.enable()
     else:
@@ -270,65 +269,6 @@ def export_best(workdir: Workdir, settings: Settings, teacher: Teacher, program:
         export_student(best, teacher.folder, average, settings, training, overwrite=True)
     metric = settings.train.checkpoints_best_metric
     say(f"best: step {step} with {metric} {value:.4g}, student: {workdir.path / 'student_best'}")
-
-
-class Arguments(NamedTuple):
-    """The command line."""
-
-    settings: Settings
-    print_config: bool  # print the settings and end
-    workdir: str
-    allow_older: bool  # resume from an older checkpoint if the newest is broken
-    log_json: str | None  # a file of JSON lines to append to
-    keep_compiled: bool  # in the user's cache
-    processes: tuple[str | None, int | None, int | None]  # address of the coordinator, number of processes, process id
-
-
-def define_flags() -> flags.FlagValues:
-    """The flags of the command, but for the settings."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("print_config", False, "Print every setting and end.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
-    flags.DEFINE_bool(
-        "allow_older", False, "If the newest checkpoint is broken, resume from an older one.", flag_values=values
-    )
-    flags.DEFINE_string("log_json", None, "A file that gets a JSON line per logged step.", flag_values=values)
-    flags.DEFINE_bool("no_compile_cache", False, "Compile again, and keep nothing in the cache.", flag_values=values)
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
-    return values
-
-
-def read_flags(argv: Sequence[str]) -> Arguments:
-    """Reads the command line. ValueError or OSError with one line on what is wrong with it."""
-    values = define_flags()
-    settings = config_flags.parse(argv, values, required=("config",))
-    if not values.print_config:
-        require(values, "workdir")
-    if values["log_json"].present:
-        require(values, "log_json")
-    return Arguments(
-        settings=settings,
-        print_config=values.print_config,
-        workdir=values.workdir,
-        allow_older=values.allow_older,
-        log_json=values.log_json,
-        keep_compiled=not values.no_compile_cache,
-        processes=(values.coordinator_address, values.num_processes, values.process_id),
-    )
-
-
-def print_settings(settings: Settings) -> None:
-    """Prints a line for each setting, such as `train.batch_size = 64`, with the default if the value differs."""
-    defaults = default_config().to_dict()
-    for section, values in settings.to_dict().items():
-        for name, value in values.items():
-            if (section, name) == ("distill", "max_train_steps"):
-                continue  # it is train.max_train_steps
-            default = defaults[section][name]
-            differs = value != (list(default) if isinstance(default, tuple) else default)
-            print(f"{section}.{name} = {value!r}" + (f"  # default: {default!r}" if differs else ""))
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:
