@@ -64,8 +64,8 @@ def initialize(
     if place.process_id == 0:
         check_port(place.coordinator_address)
     chosen = place.launcher if place.launcher == launchers.BY_FLAGS else f"{place.launcher}; {OTHERWISE}"
-    _print(f"{where}, {place.devices()}, up to {timeout} s (by {chosen})")
-    _wait_for(lambda: _connect(place, timeout), lambda: f"{where}: {_missing(place)}", timeout)
+    first = f"{where}, {place.devices()}, up to {timeout} s (by {chosen})"
+    _wait_for(lambda: _connect(place, timeout), lambda: f"{where}: {_missing(place)}", timeout, first)
 
 
 def check_port(address: str) -> None:
@@ -117,10 +117,10 @@ def _missing(place: Place) -> str:
     return "process 0 answers there, another process has not come"
 
 
-def _wait_for(function: Callable[[], Any], status: Callable[[], str], timeout: float) -> Any:
+def _wait_for(function: Callable[[], Any], status: Callable[[], str], timeout: float, first: str = "") -> Any:
     """Calls a function that may block in C++, in a thread, so that this thread can report, and Ctrl-C can end it.
 
-    Returns its result, or raises its exception. After `timeout` seconds, or after Ctrl-C, it ends this process: a
+    It prints `first` at once, and the status every half minute. Returns its result, or raises its exception. After `timeout` seconds, or after Ctrl-C, it ends this process: a
     half-made connection can neither be used nor closed.
     """
     ended = threading.Event()
@@ -135,8 +135,10 @@ def _wait_for(function: Callable[[], Any], status: Callable[[], str], timeout: f
         ended.set()
 
     began = time.monotonic()
-    threading.Thread(target=call, daemon=True).start()
     try:
+        if first:
+            _print(first)
+        threading.Thread(target=call, daemon=True).start()
         while not ended.wait(min(REPORT_EVERY, max(began + timeout - time.monotonic(), 0))):
             waited = time.monotonic() - began
             if waited >= timeout:
