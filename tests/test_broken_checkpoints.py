@@ -15,7 +15,7 @@ from tiue_jax.training.checkpoint_files import BrokenCheckpointError, read_weigh
 BEST = ("eval/distance", "min")
 
 
-def accept(config: dict) -> None:
+def accept(config: dict, about: dict) -> None:
     """Lets a run go on from a checkpoint with any settings."""
 
 
@@ -152,7 +152,7 @@ def test_no_flipped_byte_becomes_a_weight(tmp_path):
 
 
 def test_other_settings_are_no_damage(three):
-    def refuse(config):
+    def refuse(config, about):
         assert config == CONFIG
         raise ValueError("settings differ")
 

@@ -194,7 +194,7 @@ def test_processes_that_were_not_started_alike_say_so_and_end(model, tmp_path):
         return error
 
     error = refused("--config.train.batch_size=16", f"--config.data.prompts={other}")
-    assert error.startswith("error: expected the same on all processes, got fingerprint of the prompts: '")
+    assert error.startswith("error: expected the same on all processes, got fingerprint of prompts: '")
     assert error.endswith("; setting train.batch_size: 8 on process 0, 16 on process 1")
     assert not workdir.exists()
 

@@ -12,15 +12,21 @@ noise), `config.json`, `memory_table.tsv` (every array, with its sharding and it
 
 On several hosts, start the same command on each. They share the run's folder. On Cloud TPU, SLURM, Open MPI and
 Kubernetes the processes find each other. Elsewhere, add `--coordinator_address=HOST:PORT --num_processes=N
---process_id=0`, with process ids from 0 to N - 1. If the newest checkpoint is broken, `--allow_older` resumes from the
-one before.
+--process_id=0`, with process ids from 0 to N - 1. Each process says at once what it waits for; `--join_timeout=SECONDS`
+is how long. `--num_processes=1` trains with this process alone.
+
+If the newest checkpoint is broken, `--allow_older` resumes from the one before.
+
+`--override_settings "why"` resumes a run with other settings, such as a learning rate, the batch size, the prompts or
+the teacher, and records the change in the checkpoints, in `config.json` and in TensorBoard. Without it such a change is
+refused. `--config.model.student_name_or_path` starts a new run from the student of an earlier one.
 
 In a terminal the run shows a bar. Otherwise it prints a line per logged step. `--log_json FILE` appends one JSON object
 a logged step to a file, for programs that collect logs.
 
 Exit status:
     0    done
-    1    an unexpected error, or another process is gone
+    1    an unexpected error, or another process is gone or has not come
     2    a wrong setting, file or folder, or settings that differ between the processes
     3    too many steps in a row whose loss or gradient was not finite
     4    a checkpoint, or a file of `tensorboard/`, could not be written, as on a full disk; the last good one is kept
@@ -36,7 +42,6 @@ the signal. Output that cannot be written, since its reader is gone or the disk 
 """
 
 import contextlib
-import functools
 import signal
 import sys
 import time
@@ -60,11 +65,12 @@ from tiue_jax.data.prompts import describe
 from tiue_jax.models import functional, platforms
 from tiue_jax.training import compiled_step, distributed, joining, memory_table, train_state
 from tiue_jax.training.best_checkpoint import find_best
-from tiue_jax.training.changed_settings import check_resumed
+from tiue_jax.training.changed_settings import Resumption
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
 from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.compiled_step import TrainProgram
 from tiue_jax.training.distill import Metrics
+from tiue_jax.training.listing import listed
 from tiue_jax.training.metrics import MetricsWriter
 from tiue_jax.training.preview import Preview
 from tiue_jax.training.profile import StepProfile
@@ -117,10 +123,9 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(output.few_warnings_of_cut_prompts())
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
-    facts = {"fingerprint of the prompts": prompts.fingerprint}
-    for section, values in settings.to_dict().items():
-        facts |= {f"setting {section}.{name}": value for name, value in values.items()}
-    distributed.check_same(facts)
+    fingerprints = teacher.fingerprints() | {"prompts": prompts.fingerprint}
+    resumption = Resumption(settings, fingerprints, arguments.override_settings)
+    distributed.check_same(resumption.facts())
 
     # ---- step -----------------------------------------------------------------------------------------------------
     program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, null)
@@ -135,17 +140,20 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     workdir.claim()
     checkpoints = stack.enter_context(Checkpoints(workdir.path, train.checkpoints_total_limit, best))
     distributed.check_same({"checkpoint steps": checkpoints.steps()})
-    check = functools.partial(check_resumed, settings=settings)
-    restored = checkpoints.resume(program.state, check, allow_older=arguments.allow_older)
+    restored = checkpoints.resume(program.state, resumption.check, allow_older=arguments.allow_older)
     if restored:
         start, state = restored.step, restored.state
-        batches.set_state(restored.data)
+        batches.set_state(restored.data, other_prompts="fingerprint of prompts" in resumption.changed)
         say(f"resuming: {checkpoints.folder / str(start)}")
+        if resumption.changes:
+            changes = listed([str(change) for change in resumption.changes])
+            say(f"settings changed at step {start} ({arguments.override_settings}): {changes}")
     else:
         start = 0
         student = teacher.load_student(program.state.params)
         adapters = train_state.init_adapters(config, teacher.models.unet.cfg, train.seed)
         state = program.init_state(student, adapters)
+    history = resumption.history(start)
     frozen = teacher.load_frozen(program.frozen)
     key = program.make_key(train.seed)
 
@@ -156,7 +164,9 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
 
     # ---- before the loop ------------------------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(workdir.local, start))
-    writer.config(settings.to_dict())
+    writer.config(settings.to_dict(), history)
+    if resumption.changes:
+        writer.changed(start, history[-1])
     preview = None
     if jax.process_index() == 0:
         memory_table.write(workdir.local / "memory_table.tsv", arrays)
@@ -230,7 +240,8 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
             json_log.write({"step": done} | evaluated)
             logged_at += time.monotonic() - paused
         if save_now:
-            checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated)
+            about = resumption.about(history)
+            checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated, about)
             writer.flush()
             workdir.publish()
 

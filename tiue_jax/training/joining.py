@@ -120,8 +120,9 @@ def _missing(place: Place) -> str:
 def _wait_for(function: Callable[[], Any], status: Callable[[], str], timeout: float, first: str = "") -> Any:
     """Calls a function that may block in C++, in a thread, so that this thread can report, and Ctrl-C can end it.
 
-    It prints `first` at once, and the status every half minute. Returns its result, or raises its exception. After `timeout` seconds, or after Ctrl-C, it ends this process: a
-    half-made connection can neither be used nor closed.
+    It prints `first` at once, and the status every half minute. Returns the function's result, or raises its exception.
+    After `timeout` seconds, or after Ctrl-C, it ends this process: a half-made connection can neither be used nor
+    closed.
     """
     ended = threading.Event()
     outcome: list[Any] = []
