@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests import devices
+from tests.test_fingerprint import replace_weights
 from tests.tiny_run import checkpoints, command, compile_cache, losses, write_model
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import distributed, joining, stop_request
@@ -196,6 +198,12 @@ def test_processes_that_were_not_started_alike_say_so_and_end(model, tmp_path):
     error = refused("--config.train.batch_size=16", f"--config.data.prompts={other}")
     assert error.startswith("error: expected the same on all processes, got fingerprint of prompts: '")
     assert error.endswith("; setting train.batch_size: 8 on process 0, 16 on process 1")
+    assert not workdir.exists()
+
+    replaced = shutil.copytree(model, tmp_path / "replaced", ignore=shutil.ignore_patterns("compiled"))
+    replace_weights(replaced / "unet")
+    error = refused(f"--config.model.pretrained_model_name_or_path={replaced}")
+    assert re.search(r"got fingerprint of teacher.unet: '\w{16}' on process 0, '\w{16}' on process 1$", error)
     assert not workdir.exists()
 
     error = refused(f"--workdir={elsewhere}")
