@@ -135,12 +135,11 @@ def find(environment: Environment, timeout: int) -> Place | None:
 def _with_gpus(place: Place, launcher: Launcher | None, environment: Environment) -> Place:
     """Adds the GPUs of this process, and checks the place. ValueError if a value is out of its range."""
     visible = visible_gpus(environment)
+    gpus: tuple[int, ...] | None = None
     if ids := environment.get("JAX_LOCAL_DEVICE_IDS"):
         gpus = tuple(_whole("JAX_LOCAL_DEVICE_IDS", text) for text in ids.split(","))
     elif launcher is not None and launcher.tasks_here is not None and place.num_processes > 1:
         gpus = gpus_of_task(launcher.tasks_here(environment), visible, environment)
-    else:
-        gpus = None
     return check(dataclasses.replace(place, gpus=gpus, visible_gpus=visible))
 
 
