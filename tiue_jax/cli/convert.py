@@ -52,6 +52,10 @@ def define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, f"the folder of a training run, or {_A_PIPELINE}", **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     flags.DEFINE_string("step", "last", "the run's checkpoint: best, last, or a step", **add)
+    teacher = (
+        "the run's teacher, if it is elsewhere on this machine: a folder or a hub repository; its weights are compared"
+    )
+    flags.DEFINE_string("teacher", None, teacher, **add)
     weights = "ema: the moving average of the student; params: the last weights, not averaged"
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
     flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
@@ -72,6 +76,8 @@ def run_export(args: flags.FlagValues) -> int:
     require(args, "checkpoint", "out")
     if args.verify:
         verify = _verifier()
+    if args["teacher"].present:
+        require(args, "teacher")
     if args.step not in ("best", "last") and not args.step.isdecimal():
         raise ValueError(f"--step must be best, last or a number, got {args.step!r}")
     if export.is_run(args.checkpoint):
@@ -83,6 +89,7 @@ def run_export(args: flags.FlagValues) -> int:
             args.checkpoint,
             args.out,
             step=int(args.step) if args.step.isdecimal() else args.step,
+            teacher=args.teacher,
             weights=args.weights,
             lora_teacher=args.lora,
             dtype=args.dtype,
@@ -90,7 +97,7 @@ def run_export(args: flags.FlagValues) -> int:
         )
         written = f"the student of step {step:,} ({args.weights})"
     else:
-        for name in ("step", "weights", "lora"):
+        for name in ("step", "teacher", "weights", "lora"):
             if args[name].present:
                 raise ValueError(f"--{name} is for the folder of a training run, got --checkpoint={args.checkpoint}")
         kept = {"clip_skip": args.clip_skip, "dtype": args.dtype, "overwrite": args.overwrite}

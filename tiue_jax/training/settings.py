@@ -52,7 +52,7 @@ class ModelConfig:
     """The models. Each is the name of a known model, a repository on the hub or a folder, see hub.resolve.
 
     Attributes:
-        pretrained_model_name_or_path: the teacher, from which the student starts.
+        pretrained_model_name_or_path: the teacher.
         clip_model_name_or_path: a CLIP in transformers' layout with its tokenizer, for L_clip, such as
             "clip-vit-base-patch32".
         embeddings: textual inversion embeddings that the teacher's vocabulary and the student's have: names for
@@ -61,6 +61,8 @@ class ModelConfig:
         clip_skip: the number of the last layers of the text encoder that are left out, for teacher and student: 0 or 1
             for most models. It is diffusers' clip_skip, one less than "Clip skip" in programs that count from 1. The
             exported student has a text encoder without these layers.
+        student_name_or_path: the pipeline from whose UNet the student starts, such as the student of an earlier run;
+            None starts from the teacher's. The UNet must be like the teacher's, and is read before the first step only.
     """
 
     pretrained_model_name_or_path: str
@@ -68,6 +70,7 @@ class ModelConfig:
     tiny_vae_name_or_path: str | None = None
     embeddings: tuple[str, ...] = ()
     clip_skip: AtLeastZero = 0
+    student_name_or_path: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "embeddings", _list_as_tuple(self.embeddings))
@@ -259,6 +262,7 @@ class DistillConfig:
         return optim.adam(student_rate, **settings), optim.adam(lora_rate, **settings)
 
 
+HISTORY = "history"  # of the changes of settings: an entry of a run's config.json beside the sections
 _DERIVED = ("distill", "max_train_steps")  # section and name of the setting that repeats train.max_train_steps
 
 
@@ -305,7 +309,8 @@ class Settings:
         if not isinstance(config, Mapping) or not isinstance(config.get(section, {}), Mapping):
             return cls.from_config(config)  # which raises
         given = {name: value for name, value in config.get(section, {}).items() if name != derived}
-        return cls.from_config({**config, section: given})
+        without_history = {name: values for name, values in config.items() if name != HISTORY}
+        return cls.from_config({**without_history, section: given})
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as nested mappings of plain values, for JSON."""
