@@ -39,9 +39,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq -r requirements.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-metrics.txt
 	@echo "Installing requirements-test.txt into $(VENV): some minutes, once"
 	@$(BIN)/python -m pip install -qq -r requirements-test.txt
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements-metrics.txt
 	@touch $@
 
 clean:

@@ -35,11 +35,16 @@ def weights(name: str, step: int) -> functional.Params:
 
 
 def write(
-    folder: Path, teacher: Path, steps: tuple[int, ...] = (1, 2), distances: Mapping[int, float] | None = None
+    folder: Path,
+    teacher: Path,
+    steps: tuple[int, ...] = (1, 2),
+    distances: Mapping[int, float] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes the folder of a run whose teacher is `tiny.write_pipeline`'s, with K = 3 and "trailing" timesteps.
 
-    With `distances`, the run keeps the best checkpoint, and they are the distances to its teacher by step.
+    With `distances`, the run keeps the best checkpoint, and they are the distances to its teacher by step. `about` is
+    what each checkpoint keeps of its run, besides the settings.
     """
     distill = DistillConfig(
         num_inference_steps=3,
@@ -58,5 +63,5 @@ def write(
         for step in steps:
             state = {name: weights(name, step) for name in ("ema", "params", "lora")}
             measured = {METRIC: distances[step]} if distances else None
-            checkpoints.save(step, state, settings.to_dict(), {}, measured)
+            checkpoints.save(step, state, settings.to_dict(), {}, measured, about)
     return folder

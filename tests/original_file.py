@@ -49,14 +49,21 @@ def open_clip(tensors: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarr
     return {original_names.OPEN_CLIP + name: tensor for name, tensor in found.items()}
 
 
+def vae(tensors: dict[str, np.ndarray], prefix: str = original_names.VAE) -> dict[str, np.ndarray]:
+    """An autoencoder in the original layout, where the linear layers of attention are 1x1 convolutions."""
+    found = {}
+    for name, tensor in renamed(tensors, VAE_MODULES, prefix).items():
+        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
+        found[name] = tensor[:, :, None, None] if attention else tensor
+    return found
+
+
 def tensors_of(folder: Path, sd2: bool = False) -> dict[str, np.ndarray]:
     """All tensors of the file of a pipeline folder: SD 1.x's layout, or SD 2.x's."""
-    unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
+    unet, autoencoder = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     text = load_file(folder / "text_encoder" / "model.safetensors")
     single = renamed(unet, UNET_MODULES, original_names.UNET)
-    for name, tensor in renamed(vae, VAE_MODULES, original_names.VAE).items():
-        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
-        single[name] = tensor[:, :, None, None] if attention else tensor  # 1x1 convolutions there
+    single |= vae(autoencoder)
     if sd2:
         single |= open_clip(text, tiny.TEXT.num_hidden_layers)
     else:

@@ -1,7 +1,8 @@
-"""distributed.py, stop_request.py: joining, comparing, stopping together, and training in two real processes."""
+"""distributed.py, stop_request.py: comparing, stopping together, and training in two real processes."""
 
 import http.server
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,31 +17,17 @@ import numpy as np
 import pytest
 
 from tests import devices
+from tests.test_fingerprint import replace_weights
 from tests.tiny_run import checkpoints, command, compile_cache, losses, write_model
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.training import distributed, stop_request
+from tiue_jax.training import distributed, joining, stop_request
 from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.distributed import DisagreementError
 from tiue_jax.training.stop_request import StopRequest
 
 
-@pytest.mark.parametrize(
-    ("processes", "message"),
-    [
-        ((None, 2, 0), "missing .'--coordinator_address'."),
-        (("localhost:1", None, None), "missing .'--num_processes', '--process_id'."),
-        (("localhost:1", 2, 2), "--process_id must be between 0 and --num_processes - 1, got 2 of 2"),
-        (("localhost", 2, 1), "--coordinator_address must be host:port, got 'localhost'"),
-    ],
-)
-def test_bad_processes(processes, message):
-    with pytest.raises(ValueError, match=message):
-        distributed.initialize(*processes)
-    assert not jax.distributed.is_initialized()
-
-
 def test_one_process_needs_no_other():
-    distributed.initialize()
+    joining.initialize()
     assert not jax.distributed.is_initialized()
     assert distributed.all_agree(True) and not distributed.all_agree(False)
     assert distributed.from_process_0(0.1) == 0.1
@@ -209,8 +196,14 @@ def test_processes_that_were_not_started_alike_say_so_and_end(model, tmp_path):
         return error
 
     error = refused("--config.train.batch_size=16", f"--config.data.prompts={other}")
-    assert error.startswith("error: expected the same on all processes, got fingerprint of the prompts: '")
+    assert error.startswith("error: expected the same on all processes, got fingerprint of prompts: '")
     assert error.endswith("; setting train.batch_size: 8 on process 0, 16 on process 1")
+    assert not workdir.exists()
+
+    replaced = shutil.copytree(model, tmp_path / "replaced", ignore=shutil.ignore_patterns("compiled"))
+    replace_weights(replaced / "unet")
+    error = refused(f"--config.model.pretrained_model_name_or_path={replaced}")
+    assert re.search(r"got fingerprint of teacher.unet: '\w{16}' on process 0, '\w{16}' on process 1$", error)
     assert not workdir.exists()
 
     error = refused(f"--workdir={elsewhere}")

@@ -197,7 +197,7 @@ def arguments(model: Path, out: Path) -> list[str]:
 
 
 def key(model: Path) -> dict[str, str]:
-    return embeddings.make_key(Prompts([], {}, "p"), model / "tokenizer", model / "text_encoder")
+    return embeddings.make_key(Prompts([], {}, "p"), model)
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,18 @@ def test_the_key_follows_tokenizer_weights_and_config(model, tmp_path):
         with (again / "text_encoder" / name).open("ab") as file:
             file.write(b" ")
         assert [field for field in key(model) if key(again)[field] != key(model)[field]] == ["text_encoder"]
+
+
+def test_the_null_prompt_may_be_a_negative_prompt(model, embedded, tmp_path):
+    assert embed.main(["embed", *arguments(model, tmp_path / "e"), "--negative_prompt", "b c"]) == 0
+    made_from = json.loads((tmp_path / "e" / embeddings.MANIFEST).read_text())["key"]
+    made = embeddings.Embeddings(tmp_path / "e", made_from)
+    encode = embeddings.load_encode(model, 1)
+    np.testing.assert_allclose(made.null.astype(np.float32), encode(["b c"])[0], rtol=2**-8, atol=1e-6)
+    plain = {name: value for name, value in made_from.items() if name != "negative_prompt"}
+    for folder, key in ((tmp_path / "e", plain), (embedded, made_from)):
+        with pytest.raises(ValueError, match="made from other negative_prompt; make them again"):
+            embeddings.Embeddings(folder, key)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,13 @@ def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe
     assert "Compiling" not in caplog.text
     np.testing.assert_array_equal(got, pipe(["red"], **{**how, **size, **given}))
 
+    for negative in ("pear", ["pear", "apple", "b"]):
+        got = sampler(PROMPTS, negative_prompt=negative)
+        want = pipe(PROMPTS, **how, **size, negative_prompt=negative)
+        assert np.abs(got.astype(int) - want).max() <= 1 and np.abs(got.astype(int) - sampler(PROMPTS)).max() > 4
+    with pytest.raises(ValueError, match="negative_prompt has no effect at guidance_scale 1.0, expected above 1"):
+        sampler(["red"], negative_prompt="pear", guidance_scale=1.0)
+
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
@@ -103,6 +110,8 @@ def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe
         ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
         ({"guidance_scale": 2.0}, "compiled without guidance, got 2.0"),
+        ({"negative_prompt": "b"}, "negative_prompt has no effect without guidance, and this sampler has none"),
+        ({"negative_prompt": ["", ""]}, "negative_prompt must be one text or a list of 1, got a list of 2"),
         (
             {"latents": np.zeros((1, 4, 8, 8), np.float32)},
             r"latents must be float32 \[1, 8, 8, 4\], got .*\[1, 4, 8, 8\]",
@@ -126,8 +135,8 @@ def test_broken_folders_are_named(folder, tmp_path):
     (broken / "compiled.json").write_text(json.dumps(manifest | {"platforms": ["tpu"]}))
     with pytest.raises(ValueError, match="broken: compiled for tpu, got cpu"):
         Sampler(broken)
-    (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 3}))
-    with pytest.raises(ValueError, match="compiled.json: format must be 2, got 3"):
+    (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(ValueError, match="compiled.json: format must be 3, got 2"):
         Sampler(broken)
     (broken / "compiled.json").write_text(json.dumps(manifest))
     (broken / "weights.safetensors").unlink()

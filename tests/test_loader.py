@@ -136,6 +136,29 @@ def test_resuming_with_other_prompts_is_refused(batches, tmp_path):
         batches(source=load_prompts(path)).set_state(state)
 
 
+@pytest.mark.parametrize(("drawn", "batch_size", "first"), [(3, 5, 3), (3, 6, 2), (5, 2, 10), (0, 7, 0)])
+def test_resuming_with_another_batch_size_goes_on_behind_the_prompts_that_were_drawn(batches, drawn, batch_size, first):
+    before = batches()  # of 4
+    draw(before, drawn)
+    resumed = batches(batch_size)
+    resumed.set_state(json.loads(json.dumps(before.get_state())))
+    assert resumed.get_state()["step"] == first
+    assert draw(resumed, 2) == draw(batches(batch_size), first + 2)[first:]
+
+
+def test_resuming_on_purpose_with_other_prompts_starts_with_their_first_batch(batches, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("1\n2\n")
+    before = batches()
+    draw(before, 3)
+    other = batches(source=load_prompts(path))
+    other.set_state(before.get_state(), other_prompts=True)
+    assert other.get_state()["step"] == 0
+    same = batches()
+    same.set_state(before.get_state(), other_prompts=True)  # a changed name of the same prompts moves nothing
+    assert same.get_state()["step"] == 3
+
+
 def test_token_batches_are_int32(batches):
     assert next(batches())["input_ids"].dtype == np.int32 and next(batches())["input_ids"].shape == (4, 1)
 

@@ -116,14 +116,14 @@ def test_a_json_log_on_a_full_disk_is_one_warning(capsys):
 def test_prompts_are_counted_in_a_line_a_minute(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.PromptProgress(1000) as shown:
+    with progress.Progress(1000) as shown:
         shown.update(100, found=True)
         for now in range(20, 181, 20):  # noqa: B007
             shown.update(40)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert re.fullmatch(LINE + "220 of 1,000 prompts, 2.0 a second, 0:06:30 left", lines[0])
-    with progress.PromptProgress() as shown:
+    with progress.Progress() as shown:
         now += 60
         shown.update(5)
     assert re.fullmatch(LINE + "5 prompts, 0.1 a second\n", capsys.readouterr().err)

@@ -32,7 +32,9 @@ def test_images_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     train = TrainConfig(
         seed=3, validation_prompts=PROMPTS, validation_num_inference_steps=2, validation_guidance_scale=3.0
     )
-    distill = DistillConfig(num_inference_steps=2, timestep_spacing="trailing", compute_dtype="float32")
+    distill = DistillConfig(
+        num_inference_steps=2, timestep_spacing="trailing", compute_dtype="float32", negative_prompt="a pear"
+    )
     settings = Settings(ModelConfig(str(folder)), DataConfig("p.txt"), train, distill)
     before = on_devices()
     preview = Preview(folder, settings)
@@ -45,7 +47,9 @@ def test_images_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     assert on_devices() - before < whole / 20
 
     pipe = Pipeline.from_pretrained(folder)
-    of_teacher = pipe(PROMPTS, seed=3, sampler="ddim", num_inference_steps=2, guidance_scale=3.0)
+    of_teacher = pipe(
+        PROMPTS, seed=3, sampler="ddim", num_inference_steps=2, guidance_scale=3.0, negative_prompt="a pear"
+    )
     sampling = Sampling("tiue", 2, timestep_spacing="trailing")
     student = dataclasses.replace(pipe, unet=pipe.unet._replace(params=params), sampling=sampling)
     of_student = student(PROMPTS, seed=3)

@@ -31,7 +31,7 @@ def pipe(model):
 def cli(model, pipe, tmp_path, monkeypatch, capsys):
     """Runs the command in this process, in an empty folder: status, stdout, stderr. It loads `model` only once."""
     load = Pipeline.from_pretrained
-    defaults = {"vae": None, "vae_dtype": None, "vae_tiling": None, "mesh_step": 1}
+    defaults = {"vae": None, "vae_dtype": None, "vae_tiling": None, "mesh_step": 1, "embeddings": []}
 
     def load_once(name, dtype, **how):
         return pipe if (name, dtype, how) == (str(model), "float32", defaults) else load(name, dtype, **how)
@@ -76,6 +76,21 @@ def test_grid_of_several_prompts_and_a_file(cli, pipe):
     whole = pipe(["red", "apple", "pear"], num_images_per_prompt=2, batch_size=4)
     np.testing.assert_array_equal(image, images.grid(images.enlarge(whole, 2), 2))  # a row for each prompt
     assert about["prompt"] == "red\napple\npear" and about["num_images_per_prompt"] == "2"
+
+
+def test_negative_prompts_are_used_and_recorded(cli, pipe):
+    guided = (*DDIM, "--guidance_scale", 3, "--prompt", "red", "--prompt", "apple")
+    how = {"sampler": "ddim", "num_inference_steps": 2, "timestep_spacing": "linspace", "guidance_scale": 3.0}
+    assert cli(*guided, "--negative_prompt", "pear", "--out", "grid.png")[0] == 0
+    image, about = images.read_png("grid.png")
+    np.testing.assert_array_equal(image, images.grid(pipe(["red", "apple"], **how, negative_prompt="pear"), None))
+    assert about["negative_prompt"] == "pear"
+    assert cli(*guided, "--negative_prompt", "pear", "--negative_prompt", "", "--out", "each")[0] == 0
+    each = pipe(["red", "apple"], **how, negative_prompt=["pear", ""])
+    for i, negative in enumerate(["pear", None]):
+        image, about = images.read_png(f"each/0000{i}.png")
+        np.testing.assert_array_equal(image, each[i])
+        assert about.get("negative_prompt") == negative
 
 
 def test_lines_of_a_prompt_file_are_not_changed(cli, pipe):
@@ -196,6 +211,12 @@ def write_broken_latents():
         (["--sampler", "euler"], "sampler"),
         (["--guidance_scale", "3"], "guidance_scale is a setting of samplers"),
         (["--sampler", "lcm", "--timestep_spacing", "leading"], "timestep_spacing is a setting of samplers"),
+        (
+            ["--negative_prompt", "blurry"],
+            "no effect without a guidance_scale above 1 with one of the samplers",
+        ),
+        (["--negative_prompt", "a", "--negative_prompt", "b"], "one for each prompt, got a list of 2"),
+        (["--negative_prompt", "caf\udce9"], r"negative_prompt must be UTF-8 text, got b'caf\xe9'"),
         (["--key_steps", "2"], "key_steps is a setting of samplers ['faster_diffusion'], got 2 with 'tiue'"),
         (["--sampler", "faster_diffusion", "--key_steps", "0,two"], "key_steps must be whole numbers, got '0,two'"),
         (["--latents", "absent.npy"], "absent.npy"),

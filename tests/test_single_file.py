@@ -69,14 +69,6 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
             rf"no Stable Diffusion 1.x or 2.x in one file: no {FIRST}: \d+ tensors: .* more$",
         ),
         (
-            lambda x: [x.pop(name) for name in list(x) if name.startswith("cond_stage")],
-            r"no cond_stage_model.\*, the text encoder is missing$",
-        ),
-        (
-            lambda x: [x.pop(name) for name in list(x) if name.startswith("first_stage")],
-            r"no first_stage_model.\*, the autoencoder is missing$",
-        ),
-        (
             lambda x: x.update({"model.diffusion_model.out.2.bias": np.zeros(4, np.int8)}),
             "1 not of a floating dtype: conv_out.bias is I8$",
         ),

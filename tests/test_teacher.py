@@ -1,5 +1,6 @@
 """teacher.py: the teacher, read first as shapes and then as arrays, on one device and on eight, bit for bit."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,8 +13,11 @@ import pytest
 
 from tests import devices, tiny
 from tests.programs.start_on_eight_devices import digests, settings, start
+from tiue_jax import sharding
+from tiue_jax.schedule import Schedule
+from tiue_jax.training import compiled_step
 from tiue_jax.training.teacher import read_teacher
-from tiue_jax.weights import model_folder
+from tiue_jax.weights import fingerprint, model_folder
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,51 @@ def test_the_teacher_is_what_its_folder_holds(folder, started):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), read.unet, whole)
     assert {x.dtype for x in jax.tree.leaves(read)} == {jnp.dtype("bfloat16")}
     assert read.text_encoder and not read.clip and not read.tiny_vae
+
+
+def test_the_null_prompt_is_the_negative_prompt(folder):
+    given = settings(folder)
+    negative = dataclasses.replace(given, distill=dataclasses.replace(given.distill, negative_prompt="a red apple"))
+    teacher = read_teacher(negative)
+    np.testing.assert_array_equal(teacher.null_input_ids, teacher.tokenize(["a red apple"])[0])
+    np.testing.assert_array_equal(read_teacher(given).null_input_ids, teacher.tokenize([""])[0])
+
+
+def test_the_student_starts_from_another_pipeline(folder, tmp_path):
+    """The student of an earlier run, in half precision and with latents of another size, under this teacher."""
+    earlier = tiny.write_pipeline(tmp_path / "student", unet=dataclasses.replace(tiny.UNET, sample_size=4))
+    half = model_folder.load(earlier / "unet", read_teacher(settings(folder)).models.unet.params)
+    half = jax.tree.map(lambda x: (x + 0.5).astype(np.float16), half)
+    config = json.loads((earlier / "unet" / "config.json").read_text())
+    model_folder.save(earlier / "unet", half, config, np.float16)
+    chosen = settings(folder)
+    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, student_name_or_path=str(earlier)))
+    teacher = read_teacher(chosen)
+    program = compiled_step.make(
+        chosen, sharding.make_mesh(devices=jax.devices()[:1]), teacher.models, teacher.schedule
+    )
+    student = teacher.load_student(program.state.params)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(np.float32)), student, half)
+    jax.tree.map(np.testing.assert_array_equal, teacher.load_frozen(program.frozen).unet, start(folder, 1)[1].unet)
+    same = read_teacher(settings(folder)).fingerprints()
+    assert teacher.fingerprints() == same | {"student": fingerprint.of_model(earlier / "unet")}
+
+
+@pytest.mark.parametrize(
+    ("unet", "schedule", "message"),
+    [
+        ({"norm_eps": 1e-3}, {}, "norm_eps 0.001, the teacher's is 1e-05"),
+        ({"block_out_channels": (8, 12)}, {}, "block_out_channels .8, 12., the teacher's is .8, 16."),
+        ({}, {"prediction_type": "v_prediction"}, "prediction_type 'v_prediction', the teacher's is 'epsilon'"),
+    ],
+)
+def test_a_student_that_is_not_like_the_teacher_is_refused(folder, tmp_path, unet, schedule, message):
+    other = dataclasses.replace(tiny.UNET, **unet)
+    earlier = tiny.write_pipeline(tmp_path / "student", unet=other, schedule=Schedule(**schedule))
+    chosen = settings(folder)
+    chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, student_name_or_path=str(earlier)))
+    with pytest.raises(ValueError, match=f"model.student_name_or_path = .*: expected a UNet like.*, got .*{message}"):
+        read_teacher(chosen)
 
 
 def test_eight_devices_start_as_one_does_bit_for_bit(folder, started):

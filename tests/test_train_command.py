@@ -27,6 +27,7 @@ def model(tmp_path_factory):
         ({"distill__num_inference_steps": 1001}, "must be between 1 and 1000, got 1001"),
         ({"distill__clip_weight": 0.1}, "needs model.clip_model_name_or_path, got None"),
         ({"model__pretrained_model_name_or_path": "./no-such-model"}, "unknown model './no-such-model'"),
+        ({"model__embeddings": "('x.pt',)"}, "x.pt: a pickle, which can run code when it is read"),
         ({"data__prompts": "nowhere.txt"}, "no prompt file at nowhere.txt"),
     ],
 )

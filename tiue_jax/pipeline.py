@@ -18,19 +18,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from tiue_jax import sharding, student
-from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.functional import Component
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.models.unet import UNet
-from tiue_jax.models.vae import AutoencoderKL, VAEConfig
+from tiue_jax.models.vae import VAEConfig
 from tiue_jax.sampling import batches, text_to_image
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import hub, pipeline_folder
+from tiue_jax.weights import hub, pipeline_folder, pipeline_source
 from tiue_jax.weights.pipeline_folder import DTYPES, save_pipeline
-from tiue_jax.weights.vae_choice import Autoencoder, find_vae
 
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
@@ -90,20 +87,30 @@ class Pipeline:
         name: str | Path,
         dtype: str = "float32",
         *,
+        base: str | Path | None = None,
         vae: str | Path | None = None,
+        clip_skip: int = 0,
         vae_dtype: str | None = None,
         vae_tiling: Tiling | None = None,
         mesh_step: int = 1,
+        embeddings: Sequence[str | Path] = (),
     ) -> Self:
-        """Reads a shipped model, a pipeline folder or a hub repository.
+        """Reads a shipped model, a pipeline folder, a hub repository, or a checkpoint in one file.
 
         Args:
-            name: a shipped model or alias such as "emoji-tiue", a folder, or a hub repository (see hub.resolve).
+            name: a shipped model or alias such as "emoji-tiue", a folder, a hub repository (see hub.resolve), or a
+                `.safetensors` file in the layout of the original repositories.
             dtype: "float32" or "bfloat16", of the parameters and of the computation.
-            vae: an autoencoder that replaces the model's: "tiny" for TAESD, or a name like `name`.
+            base: a model that supplies what `name` lacks: the tokenizer and the configurations of a file, and the other
+                models of a pipeline if `name` has only a UNet. None for a file is the published model like it.
+            vae: an autoencoder that replaces the model's: "tiny" for TAESD, a `.safetensors` file, or a name like
+                `name`.
+            clip_skip: the number of the last layers of the text encoder that are left out, with diffusers' meaning: 1
+                uses the output of the layer before the last. It counts for the unconditional image too.
             vae_dtype: "float32" or "bfloat16", of the autoencoder. None is `dtype`.
             vae_tiling: decodes images larger than a tile in tiles.
             mesh_step: the number of devices that share the timesteps of one image, for sampler "tiue".
+            embeddings: textual inversion embeddings, whose tokens prompts may use: names for embedding_files.read.
 
         Raises:
             FileNotFoundError: a file is missing; names the file.
@@ -114,21 +121,19 @@ class Pipeline:
             if value not in DTYPES:
                 raise ValueError(f"{argument} must be among {list(DTYPES)}, got {value!r}")
         sharding.mesh_shape(-1, 1, jax.local_device_count(), mesh_step)
-        folder = hub.resolve(name, dtype)
-        pipeline_folder.check_pipeline(folder)
-        # Check the small files first: the weights may be gigabytes.
-        configs = pipeline_folder.read_configs(folder)
-        autoencoder = Autoencoder(folder / "vae", AutoencoderKL, configs.vae)
-        if vae is not None:
-            autoencoder = find_vae(vae, configs.vae)
+        source = pipeline_source.find_pipeline(
+            name, dtype, base=base, vae=vae, clip_skip=clip_skip, embeddings=embeddings
+        )
+        if source.notes:
+            hub.say(str(name), source.notes)
         return cls(
             name=str(name),
-            tokenizer_dir=folder / "tokenizer",
-            schedule=configs.schedule,
-            sampling=pipeline_folder.load_sampling(folder, configs.unet),
-            unet=pipeline_folder.load(folder / "unet", UNet, configs.unet, dtype),
-            vae=pipeline_folder.load(autoencoder.folder, autoencoder.cls, autoencoder.cfg, vae_dtype),
-            text_encoder=pipeline_folder.load(folder / "text_encoder", CLIPTextModel, configs.text_encoder, dtype),
+            tokenizer_dir=source.tokenizer,
+            schedule=source.schedule,
+            sampling=source.sampling,
+            unet=source.unet.load(dtype),
+            vae=source.vae.load(vae_dtype),
+            text_encoder=source.text_encoder.load(dtype),
             vae_tiling=vae_tiling,
             mesh_step=mesh_step,
         )
@@ -168,12 +173,13 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         latents: np.ndarray | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
     ) -> Iterator[np.ndarray]:
         """Makes images batch by batch, in the order of the prompts.
 
-        An image depends only on the seed, its prompt, and its number among the images of that prompt. Apart from
-        rounding, it does not depend on the batch size, the number of devices, or the other prompts. If a prompt is
-        given twice, the numbers of its images continue.
+        An image depends only on the seed, its prompt and negative prompt, and its number among the images of that
+        prompt. Apart from rounding, it does not depend on the batch size, the number of devices, or the other prompts.
+        If a prompt is given twice, the numbers of its images continue.
 
         Args:
             prompts: at least one text. "" is the unconditional image.
@@ -192,6 +198,8 @@ class Pipeline:
             width: as `height`.
             latents: the initial noise of each image, in order: float32 [n h w c], standard normal, with h and w the
                 height and width over the VAE's factor. None draws it from the seed.
+            negative_prompt: what guidance leads away from, in place of the empty text: one for all prompts, or a list
+                with one for each. It needs classifier-free guidance, which a student does not have.
 
         Returns:
             An iterator over batches of images, uint8 [n h w 3], n <= batch_size. Iterating raises FloatingPointError,
@@ -200,18 +208,16 @@ class Pipeline:
         Raises:
             ValueError: an argument is wrong. It is raised at the call, before any work is done.
         """
-        if isinstance(prompts, str) or len(prompts) == 0:
-            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+        numbered = batches.number_images(prompts, num_images_per_prompt, negative_prompt)
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {seed}")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         shape = self.latents_shape(height, width)
         settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
         check_mesh_step(settings, self._mesh)
-        numbered = batches.number_images(prompts, num_images_per_prompt)
+        if any(image.negative_prompt for image in numbered):
+            settings.check_negative_prompt(embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
         if latents is not None:
             batches.check_latents(latents, (len(numbered), *shape))
         parts = sharding.batch_parts(self._mesh)
@@ -320,8 +326,9 @@ class Pipeline:
         program = self.program(settings)
         params = {name: getattr(self, name).params for name in text_to_image.PARTS}
         prompts = list(dict.fromkeys(image.prompt for image in numbered))
+        negatives = list(dict.fromkeys(image.negative_prompt for image in numbered))
         ids = dict(zip(prompts, self.tokenize(prompts), strict=True))
-        null_ids = self.tokenize([""])
+        null_ids = dict(zip(negatives, self.tokenize(negatives), strict=True))
         guidance_scale = np.float32(1 if settings.guidance_scale is None else settings.guidance_scale)
 
         for start in range(0, len(numbered), batch_size):
@@ -337,9 +344,14 @@ class Pipeline:
                 "numbers": np.array([image.number for image in filled], np.uint32),
                 "latents": noise,
             }
+            shared: dict[str, np.ndarray] = {}
+            if len(negatives) > 1:
+                rows["null_ids"] = np.stack([null_ids[image.negative_prompt] for image in filled])
+            else:  # one row, so that the text encoder reads it once
+                shared["null_ids"] = null_ids[negatives[0]][None]
             arguments = text_to_image.Batch(
                 **jax.device_put(rows, sharding.batch_sharding(self._mesh)),
-                null_ids=null_ids,
+                **shared,
                 seed=np.uint32(seed),
                 guidance_scale=guidance_scale,
                 given=np.bool_(latents is not None),

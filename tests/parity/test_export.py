@@ -201,6 +201,8 @@ def test_a_module_that_waits_to_be_moved_is_moved(pipe, monkeypatch):
         ({"prompt": []}, "prompt must be a text or a list of at least one"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
         ({"height": 15}, "height must be a positive multiple of the VAE's factor 2, got 15"),
+        ({"negative_prompt": "blurry"}, "has no effect on a student, which has no guidance, got 'blurry'"),
+        ({"negative_prompt": ["", "blurry"]}, "has no effect on a student"),
         ({"output_type": "jpg"}, "output_type must be .* got 'jpg'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 1000, got 0"),
         ({"timestep_spacing": "even"}, "timestep_spacing must be .* got 'even'"),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from tests import tiny
@@ -42,6 +42,30 @@ def test_pytorch_makes_the_same_images(ours, theirs):
     difference = np.abs(got / 255 - want).max()
     print(f"largest difference of a pixel in [0, 1]: {difference:.1e}")
     assert difference <= 1.01 / 255 and want.std() > 0.02
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 4), ("lcm", 1)])  # between its steps LCM adds drawn noise
+def test_negative_prompts_mean_the_same(folder, theirs, ours, sampler, steps):
+    scheduler = LCMScheduler if sampler == "lcm" else DDIMScheduler
+    pipe = StableDiffusionPipeline(**theirs.components | {"scheduler": scheduler.from_config(theirs.scheduler.config)})
+    pipe.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2))
+    prompts = ["red apple", "a pear"]
+    images = {}
+    for negative in ("plum", ["plum", "b c d"], None):
+        how = {"num_inference_steps": steps, "guidance_scale": 3.0, "negative_prompt": negative}
+        got = ours(prompts, sampler=sampler, latents=noise, **how)
+        if negative == "plum":
+            how["negative_prompt"] = ["plum", "plum"]  # diffusers takes one text for one prompt only
+        want = pipe(prompts, latents=latents, output_type="np", **how).images
+        difference = np.abs(got / 255 - want).max()
+        print(f"{sampler}, negative_prompt {negative!r}: largest difference of a pixel in [0, 1]: {difference:.1e}")
+        assert difference <= 1.01 / 255
+        images[str(negative)] = want
+    one, each, none = images.values()
+    assert np.abs(one - none).max() > 4 / 255 and np.abs(one[1] - each[1]).max() > 4 / 255
+    np.testing.assert_allclose(one[0], each[0], atol=1e-5)
 
 
 def test_the_tokenizer_and_the_text_encoder_agree(ours, theirs):

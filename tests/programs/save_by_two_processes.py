@@ -23,7 +23,7 @@ def main(workdir: str, address: str, process: str) -> None:
     placement = sharding.shardings(tree, sharding.make_mesh(data=1, fsdp=8), replicate_below=200)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(1, sharding.place(tree, placement), {}, {"step": 1})
-        restored = checkpoints.resume(sharding.structs(tree, placement), lambda config: None)
+        restored = checkpoints.resume(sharding.structs(tree, placement), lambda config, about: None)
     assert restored is not None
     assert checksums.of_arrays(restored.state) == checksums.of_arrays(tree)
 

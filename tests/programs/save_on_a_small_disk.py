@@ -24,7 +24,7 @@ def main(workdir: str) -> None:
         print(error)
     with Checkpoints(workdir) as checkpoints:
         here = sharding.structs(small, sharding.shardings(small, sharding.make_mesh()))
-        restored = checkpoints.resume(here, lambda config: None)
+        restored = checkpoints.resume(here, lambda config, about: None)
         assert restored is not None
         np.testing.assert_array_equal(restored.state["x"], small["x"])
         print(restored.step)

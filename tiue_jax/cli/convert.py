@@ -4,6 +4,7 @@
     tiue convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
+    tiue convert import --file owner/unet --base sd15 --vae vae.safetensors --out teacher
     tiue convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
     tiue convert merge-lora --model sd15 --lora a.safetensors --scale 1 --lora owner/name --scale 0.5 --out teacher
 
@@ -34,6 +35,9 @@ from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
 DIFFERENT = 1  # exit status: PyTorch computes something else
 
 _A_PIPELINE = "a pipeline: a shipped model or alias, a folder, or a hub repository (required)"
+_EMBEDDING = "a textual inversion embedding to add: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
+_VAE = "an autoencoder in place of the model's: a .safetensors file, a folder, or a hub repository"
+_CLIP_SKIP = "last layers of the text encoder to leave out, as in diffusers: 1 is 'Clip skip 2' of other programs"
 _PIPELINE_OUT = "the pipeline folder to write, for diffusers and tiue_jax (required)"
 
 
@@ -59,9 +63,16 @@ def define_export(values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", None, f"the folder of a training run, or {_A_PIPELINE}", **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
     flags.DEFINE_string("step", "last", "the run's checkpoint: best, last, or a step", **add)
+    teacher = (
+        "the run's teacher, if it is elsewhere on this machine: a folder or a hub repository; its weights are compared"
+    )
+    flags.DEFINE_string("teacher", None, teacher, **add)
     weights = "ema: the moving average of the student; params: the last weights, not averaged"
     flags.DEFINE_enum("weights", "ema", list(export.STUDENT_WEIGHTS), weights, **add)
+    flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("lora", False, "also write the run's LoRA teacher, to OUT/lora_teacher", **add)
+    clip_skip = f"of a pipeline that is no run: {_CLIP_SKIP}"
+    flags.DEFINE_integer("clip_skip", 0, clip_skip, **add)
     flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
     verify = "compare the folder in JAX and in PyTorch, part by part; needs pip install 'tiue-jax[torch]'"
     flags.DEFINE_bool("verify", False, verify, **add)
@@ -76,13 +87,20 @@ def run_export(args: flags.FlagValues) -> int:
     require(args, "checkpoint", "out")
     if args.verify:
         verify = _verifier()
+    if args["teacher"].present:
+        require(args, "teacher")
     if args.step not in ("best", "last") and not args.step.isdecimal():
         raise ValueError(f"--step must be best, last or a number, got {args.step!r}")
     if export.is_run(args.checkpoint):
+        if args.embedding:
+            raise ValueError(f"--embedding is for a pipeline, a run has model.embeddings, got {args.embedding[0]}")
+        if args["clip_skip"].present:
+            raise ValueError(f"--clip_skip is for a pipeline, got the run {args.checkpoint}, which has model.clip_skip")
         step = export.export_run(
             args.checkpoint,
             args.out,
             step=int(args.step) if args.step.isdecimal() else args.step,
+            teacher=args.teacher,
             weights=args.weights,
             lora_teacher=args.lora,
             dtype=args.dtype,
@@ -90,10 +108,11 @@ def run_export(args: flags.FlagValues) -> int:
         )
         written = f"the student of step {step:,} ({args.weights})"
     else:
-        for name in ("step", "weights", "lora"):
+        for name in ("step", "teacher", "weights", "lora"):
             if args[name].present:
                 raise ValueError(f"--{name} is for the folder of a training run, got --checkpoint={args.checkpoint}")
-        export.export_pipeline(args.checkpoint, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        kept = {"clip_skip": args.clip_skip, "dtype": args.dtype, "overwrite": args.overwrite}
+        export.export_pipeline(args.checkpoint, args.out, embeddings=args.embedding, **kept)
         written = f"the pipeline {args.checkpoint}"
     print(f"{args.out}: {written} in {args.dtype}")
     if not args.verify:
@@ -119,9 +138,13 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("height", None, "of the images, in pixels (default: the model's training size)", **add)
     flags.DEFINE_integer("width", None, "of the images, in pixels (default: the model's training size)", **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
-    vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model (default: the model's)"
+    base = "a model that supplies what --model lacks, if that is one file or has only a UNet (default: none)"
+    flags.DEFINE_string("base", None, base, **add)
+    vae = f"{_VAE}, or tiny (TAESD) (default: the model's)"
     flags.DEFINE_string("vae", None, vae, **add)
+    flags.DEFINE_integer("clip_skip", 0, _CLIP_SKIP, **add)
     flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder (default: --dtype)", **add)
+    flags.DEFINE_multi_string("embedding", [], _EMBEDDING, **add)
     flags.DEFINE_bool("vae_tiling", False, "decode large images in tiles, in the memory of one tile", **add)
     flags.DEFINE_list("platforms", list(export_compiled.PLATFORMS), "platforms that the program runs on", **add)
     flags.DEFINE_bool("overwrite", False, "replace an older compiled sampler in OUT", **add)
@@ -131,7 +154,16 @@ def run_export_compiled(args: flags.FlagValues) -> int:
     """Writes the whole sampler as one program (jax.export) that runs without tiue_jax on CPU, CUDA and TPU."""
     require(args, "model", "out")
     tiling = Tiling() if args.vae_tiling else None
-    pipe = Pipeline.from_pretrained(args.model, args.dtype, vae=args.vae, vae_dtype=args.vae_dtype, vae_tiling=tiling)
+    pipe = Pipeline.from_pretrained(
+        args.model,
+        args.dtype,
+        base=args.base,
+        vae=args.vae,
+        clip_skip=args.clip_skip,
+        vae_dtype=args.vae_dtype,
+        vae_tiling=tiling,
+        embeddings=args.embedding,
+    )
     export_compiled.export_compiled(
         pipe,
         args.out,
@@ -153,12 +185,13 @@ def run_export_compiled(args: flags.FlagValues) -> int:
 def define_import(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue convert import`."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string(
-        "file", None, "a .safetensors file in the layout of the original repositories (required)", **add
-    )
+    file = "a .safetensors file in the layout of the original repositories; or a folder or repository (required)"
+    flags.DEFINE_string("file", None, file, **add)
     flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
-    base = "a model that supplies the tokenizer and the configurations (default: the published model like the file)"
+    base = "a model that supplies the parts that are missing (default: tokenizer and configurations of a published one)"
     flags.DEFINE_string("base", None, base, **add)
+    flags.DEFINE_string("vae", None, f"{_VAE} (default: the file's)", **add)
+    flags.DEFINE_integer("clip_skip", 0, _CLIP_SKIP, **add)
     prediction = "the UNet's output; required for SD 2.x files that do not say it (default: the file's or the base's)"
     flags.DEFINE_enum("prediction_type", None, list(PREDICTION_TYPES), prediction, **add)
     flags.DEFINE_bool("ema", False, "take the UNet's moving average (model_ema.*) in the file", **add)
@@ -167,12 +200,17 @@ def define_import(values: flags.FlagValues) -> None:
 
 
 def run_import(args: flags.FlagValues) -> int:
-    """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x."""
+    """Writes a pipeline folder from a community checkpoint in one file, of Stable Diffusion 1.x or 2.x.
+
+    A file without an autoencoder or a text encoder, and a folder or repository with only a UNet, need --base.
+    """
     require(args, "file", "out")
     imported = import_single_file(
         args.file,
         args.out,
         base=args.base,
+        vae=args.vae,
+        clip_skip=args.clip_skip,
         prediction_type=args.prediction_type,
         ema=args.ema,
         dtype=args.dtype,
@@ -180,7 +218,8 @@ def run_import(args: flags.FlagValues) -> int:
     )
     for note in imported.notes:
         print(f"{args.file}: {note}")
-    print(f"{args.out}: {args.file}, like {imported.kind}, in {args.dtype}")
+    like = f", like {imported.kind}" if imported.kind else ""
+    print(f"{args.out}: {args.file}{like}, in {args.dtype}")
     return 0
 
 
@@ -232,6 +271,27 @@ def run_inspect(args: flags.FlagValues) -> int:
     return 0
 
 
+def define_import_inception(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue convert import-inception`."""
+    add: dict[str, Any] = {"flag_values": values}
+    weights = "torch-fidelity's file weights-inception-2015-12-05-6726825d.pth (required)"
+    flags.DEFINE_string("file", None, weights, **add)
+    flags.DEFINE_string("out", None, "the folder to write, an --extractor of tiue evaluate (required)", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older folder of this kind", **add)
+
+
+def run_import_inception(args: flags.FlagValues) -> int:
+    """Writes the Inception-v3 of the FID as a folder of safetensors. Needs pip install 'tiue-jax[torch]'."""
+    require(args, "file", "out")
+    try:
+        from tiue_jax.convert.import_inception import import_inception
+    except ModuleNotFoundError as error:
+        raise ValueError(f"import-inception needs PyTorch ({error}): pip install 'tiue-jax[torch]'") from error
+    import_inception(args.file, args.out, overwrite=args.overwrite)
+    print(f"{args.out}: Inception-v3 of {args.file}")
+    return 0
+
+
 def _verifier() -> Callable[..., Any]:
     """Imports the function that compares with PyTorch. ValueError if PyTorch is not installed."""
     try:
@@ -246,7 +306,12 @@ COMMANDS = {
     "export-compiled": Command(
         "write a sampler as a program that runs without tiue_jax", define_export_compiled, run_export_compiled
     ),
-    "import": Command("read a checkpoint in one file, write a pipeline folder", define_import, run_import),
+    "import": Command("read a checkpoint in one file or in parts, write a pipeline folder", define_import, run_import),
+    "import-inception": Command(
+        "read the Inception-v3 of the FID, write a folder for tiue evaluate",
+        define_import_inception,
+        run_import_inception,
+    ),
     "inspect": Command(
         "say what a file, a folder or a repository is, and what reads it", define_inspect, run_inspect, "model"
     ),

@@ -16,7 +16,7 @@ from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.cli.prepare import add_reading_arguments
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.models import platforms
-from tiue_jax.weights import hub
+from tiue_jax.weights import vocabulary
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,19 +30,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="a new folder, or one to continue, on this disk or gs://"
     )
+    help_text = "a textual inversion embedding of the teacher: FILE or TOKEN=FILE; one for each in model.embeddings"
+    parser.add_argument("--embedding", action="append", default=[], help=help_text)
+    help_text = "the text that training takes for guidance: --config.distill.negative_prompt (default: empty)"
+    parser.add_argument("--negative_prompt", default="", help=help_text)
     help_text = "prompts at a time, over all local devices (default: %(default)s)"
     parser.add_argument("--batch_size", type=int, default=64, help=help_text)
+    help_text = "last layers of the text encoder to leave out, as model.clip_skip (default: %(default)s)"
+    parser.add_argument("--clip_skip", type=int, default=0, help=help_text)
     return parser.parse_args(argv[1:])
 
 
 def run(args: argparse.Namespace) -> str:
     """Computes and writes the embeddings. Returns a line about the result. ValueError or OSError for wrong input."""
-    folder = hub.resolve(args.model)
+    folder = vocabulary.resolve(args.model, args.embedding)
     prompts = corpus.open_prompts(args.prompts, args.field, args.split, args.max_bad_share)
-    encode = embeddings.load_encode(folder, args.batch_size)
-    key = embeddings.make_key(prompts, folder / "tokenizer", folder / "text_encoder")
+    encode = embeddings.load_encode(folder, args.batch_size, args.clip_skip)
+    key = embeddings.make_key(prompts, folder, args.clip_skip, args.negative_prompt)
     with few_warnings_of_cut_prompts():
-        made = embeddings.write(args.out, prompts, encode, key, args.batch_size)
+        made = embeddings.write(args.out, prompts, encode, key, args.batch_size, negative_prompt=args.negative_prompt)
     return f"{args.out}: text embeddings {list(made.null.shape)} of {len(prompts):,} prompts"
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "distil a teacher into a loop-free student",
     "sample": "sample images of prompts with a student, a teacher or another model",
     "convert": "export students, import checkpoints, merge LoRAs into a model",
+    "evaluate": "measure how good the images of models are, and write a report",
     "plan": "estimate memory and speed of a training run on a TPU pod, on any machine",
     "data": "prepare prompts and text embeddings for training",
     "demo": "sample the shipped models, then distil one of them for a few minutes",

@@ -35,8 +35,13 @@ from tiue_jax.weights.pipeline_folder import DTYPES
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("model", "emoji-tiue", "a shipped model or alias, a folder, or a hub repository", **add)
+    model = "a shipped model or alias, a folder, a hub repository, or a .safetensors file with a whole model"
+    flags.DEFINE_string("model", "emoji-tiue", model, **add)
+    base = "a model that supplies what --model lacks, if that is one file or has only a UNet; a name like --model"
+    flags.DEFINE_string("base", None, base, **add)
     flags.DEFINE_multi_string("prompt", [], "a description of the image", **add)
+    negative = f"what guidance leads away from, for {_names('guidance_scale')}: one for all prompts, or one for each"
+    flags.DEFINE_multi_string("negative_prompt", [], negative, **add)
     prompt_file = "text with a prompt a line, or CSV, JSON, parquet and the other formats of `tiue data prepare`"
     flags.DEFINE_string("prompt_file", None, prompt_file, **add)
     flags.DEFINE_string("field", None, "the prompt's field or column in --prompt_file, such as caption", **add)
@@ -58,9 +63,13 @@ def define_flags(values: flags.FlagValues) -> None:
     keys = f"for {_names('key_steps')}: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
-    vae = "an autoencoder that replaces the model's: tiny (TAESD), or a name like --model"
+    vae = "an autoencoder that replaces the model's: tiny (TAESD), a .safetensors file, or a name like --model"
     flags.DEFINE_string("vae", None, vae, **add)
+    clip_skip = "last layers of the text encoder to leave out, as in diffusers: 1 is 'Clip skip 2' of other programs"
+    flags.DEFINE_integer("clip_skip", 0, clip_skip, **add)
     flags.DEFINE_enum("vae_dtype", None, list(DTYPES), "dtype of the autoencoder; by default --dtype", **add)
+    embedding = "a textual inversion embedding: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
+    flags.DEFINE_multi_string("embedding", [], embedding, **add)
     flags.DEFINE_bool("vae_tiling", False, "decode large images in tiles, in the memory of one tile", **add)
     tile = "side of a tile in pixels, for --vae_tiling; by default the autoencoder's training size"
     flags.DEFINE_integer("tile_sample_min_size", None, tile, **add)
@@ -85,6 +94,7 @@ def run(args: flags.FlagValues) -> None:
         FloatingPointError: an image has values that are NaN or infinite.
     """
     prompts = read_prompts(args.prompt, args.prompt_file, args.field)
+    numbered = number_images(prompts, args.num_images_per_prompt, read_negative_prompt(args.negative_prompt))
     out = Path(args.out)
     check_output(out)
     for name in ("columns", "upscale"):
@@ -100,10 +110,13 @@ def run(args: flags.FlagValues) -> None:
     pipe = Pipeline.from_pretrained(
         args.model,
         args.dtype,
+        base=args.base,
         vae=args.vae,
+        clip_skip=args.clip_skip,
         vae_dtype=args.vae_dtype,
         vae_tiling=vae_tiling,
         mesh_step=args.mesh_step,
+        embeddings=args.embedding,
     )
     sampling = pipe.settings(
         sampler=args.sampler,
@@ -121,9 +134,9 @@ def run(args: flags.FlagValues) -> None:
         height=args.height,
         width=args.width,
         latents=None if args.latents is None else read_latents(args.latents, pipe.unet.cfg.in_channels),
+        negative_prompt=read_negative_prompt(args.negative_prompt),
     )
 
-    numbered = number_images(prompts, args.num_images_per_prompt)
     start = time.perf_counter()
     if out.suffix == ".png":
         made = np.stack(list(_enlarged(stream, args.upscale, len(numbered))))
@@ -132,11 +145,12 @@ def run(args: flags.FlagValues) -> None:
             columns = args.num_images_per_prompt
         image = images.grid(made, columns) if len(made) > 1 else made[0]
         out.parent.mkdir(parents=True, exist_ok=True)
-        images.write_png(out, image, metadata(prompts, args, sampling))
+        images.write_png(out, image, metadata(prompts, args, sampling, args.negative_prompt))
     else:
         out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(_enlarged(stream, args.upscale, len(numbered))):
-            about = metadata([numbered[i].prompt], args, sampling, numbered[i].number)
+            image_of = numbered[i]
+            about = metadata([image_of.prompt], args, sampling, [image_of.negative_prompt], image_of.number)
             images.write_png(out / f"{i:05d}.png", image, about)
     seconds = time.perf_counter() - start
     print(f"{out}: {len(numbered)} image{'s' * (len(numbered) > 1)} in {seconds:.1f} s, compilation included")
@@ -149,15 +163,29 @@ def read_prompts(given: Sequence[str], path: str | None, field: str | None = Non
         OSError: the file cannot be read.
         ValueError: there is no prompt, or a prompt is not UTF-8, or the file is not of a known format.
     """
-    for prompt in given:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:  # Python could not decode the command line
-            raise ValueError(f"prompt must be UTF-8 text, got {os.fsencode(prompt)!r}") from error
+    _check_utf8("prompt", given)
     prompts = [*given, *(read_texts(path, field) if path is not None else [])]
     if not prompts:
         raise ValueError("no prompt: expected --prompt or --prompt_file")
     return prompts
+
+
+def read_negative_prompt(given: Sequence[str]) -> str | list[str] | None:
+    """The negative prompt of the command line: one text for all prompts, a list with one for each, or None.
+
+    Raises:
+        ValueError: a text is not UTF-8.
+    """
+    _check_utf8("negative_prompt", given)
+    return list(given) if len(given) > 1 else next(iter(given), None)
+
+
+def _check_utf8(name: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python could not decode the command line
+            raise ValueError(f"{name} must be UTF-8 text, got {os.fsencode(text)!r}") from error
 
 
 def read_tiling(args: flags.FlagValues) -> Tiling | None:
@@ -217,7 +245,11 @@ def check_output(out: Path) -> None:
 
 
 def metadata(
-    prompts: list[str], args: flags.FlagValues, settings: Sampling, number: int | None = None
+    prompts: list[str],
+    args: flags.FlagValues,
+    settings: Sampling,
+    negative_prompts: Sequence[str] = (),
+    number: int | None = None,
 ) -> dict[str, Any]:
     """The text chunks of a PNG file: the prompts and settings that it was made with.
 
@@ -225,13 +257,20 @@ def metadata(
         prompts: of the file's images; one a line in the result.
         args: the command's flags.
         settings: of the sampler.
+        negative_prompts: of the file's images, or one for all; one a line in the result.
         number: of the image among those of its prompt. None for a grid.
     """
     about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
-    for name in ("latents", "vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor"):
+    if any(negative_prompts):
+        about["negative_prompt"] = "\n".join(negative_prompts)
+    for name in ("base", "latents", "vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor"):
         value = getattr(args, name)
         if value is not None:
             about[name] = value
+    if args.embedding:
+        about["embedding"] = "\n".join(args.embedding)
+    if args.clip_skip:
+        about["clip_skip"] = args.clip_skip
     if args.vae_tiling:
         about["vae_tiling"] = True
     if args.upscale > 1:

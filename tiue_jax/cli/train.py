@@ -12,15 +12,21 @@ noise), `config.json`, `memory_table.tsv` (every array, with its sharding and it
 
 On several hosts, start the same command on each. They share the run's folder. On Cloud TPU, SLURM, Open MPI and
 Kubernetes the processes find each other. Elsewhere, add `--coordinator_address=HOST:PORT --num_processes=N
---process_id=0`, with process ids from 0 to N - 1. If the newest checkpoint is broken, `--allow_older` resumes from the
-one before.
+--process_id=0`, with process ids from 0 to N - 1. Each process says at once what it waits for; `--join_timeout=SECONDS`
+is how long. `--num_processes=1` trains with this process alone.
+
+If the newest checkpoint is broken, `--allow_older` resumes from the one before.
+
+`--override_settings "why"` resumes a run with other settings, such as a learning rate, the batch size, the prompts or
+the teacher, and records the change in the checkpoints, in `config.json` and in TensorBoard. Without it such a change is
+refused. `--config.model.student_name_or_path` starts a new run from the student of an earlier one.
 
 In a terminal the run shows a bar. Otherwise it prints a line per logged step. `--log_json FILE` appends one JSON object
 a logged step to a file, for programs that collect logs.
 
 Exit status:
     0    done
-    1    an unexpected error, or another process is gone
+    1    an unexpected error, or another process is gone or has not come
     2    a wrong setting, file or folder, or settings that differ between the processes
     3    too many steps in a row whose loss or gradient was not finite
     4    a checkpoint, or a file of `tensorboard/`, could not be written, as on a full disk; the last good one is kept
@@ -36,40 +42,39 @@ the signal. Output that cannot be written, since its reader is gone or the disk 
 """
 
 import contextlib
-import functools
 import signal
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 
 from tiue_jax import compile_cache, sharding
 from tiue_jax.cli import config_flags, output
-from tiue_jax.cli.command_line import BAD_INPUT, print_error, require
+from tiue_jax.cli.command_line import BAD_INPUT, print_error
 from tiue_jax.cli.output import say
+from tiue_jax.cli.train_flags import Arguments, define_flags, print_settings, read_flags
 from tiue_jax.convert.card import Training
 from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
 from tiue_jax.models import functional, platforms
-from tiue_jax.training import compiled_step, distributed, memory_table, train_state
+from tiue_jax.training import compiled_step, distributed, joining, memory_table, train_state
 from tiue_jax.training.best_checkpoint import find_best
-from tiue_jax.training.changed_settings import check_resumed
+from tiue_jax.training.changed_settings import Resumption
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
 from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.compiled_step import TrainProgram
 from tiue_jax.training.distill import Metrics
+from tiue_jax.training.listing import listed
 from tiue_jax.training.metrics import MetricsWriter
 from tiue_jax.training.preview import Preview
 from tiue_jax.training.profile import StepProfile
-from tiue_jax.training.settings import EVAL_METRICS, Settings, default_config
+from tiue_jax.training.settings import EVAL_METRICS, Settings
 from tiue_jax.training.stop_request import StopRequest
 from tiue_jax.training.teacher import Teacher, read_teacher
 from tiue_jax.training.workdir import Workdir
@@ -80,13 +85,13 @@ UNEXPECTED, NOT_FINITE, NOT_SAVED = 1, 3, 4  # exit statuses, besides those of c
 STEPS_IN_FLIGHT = 2
 
 
-def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
+def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     """Trains as the command line says, and returns the exit status. Errors as in `main`."""
     # ---- start ----------------------------------------------------------------------------------------------------
     stop = stack.enter_context(StopRequest())  # first, so that it handles signals until all else is closed
     settings = arguments.settings
     train, config = settings.train, settings.distill
-    distributed.initialize(*arguments.processes)
+    joining.initialize(*arguments.processes, timeout=arguments.join_timeout)
     if arguments.keep_compiled:
         compile_cache.enable()
     else:
@@ -108,21 +113,20 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     prompts = corpus.open_prompts(data.prompts, data.field, data.split, data.max_bad_share)
     columns: dict[str, Column] = {}
     if settings.data.embeddings:
-        made_from = embeddings.make_key(prompts, teacher.folder / "tokenizer", teacher.folder / "text_encoder")
+        made_from = embeddings.make_key(prompts, teacher.folder, settings.model.clip_skip, config.negative_prompt)
         cache = embeddings.Embeddings(settings.data.embeddings, made_from)
         columns["text"] = cache.read
         null = cache.null
     else:
         columns["input_ids"] = tokens(prompts, teacher.tokenize)
-        null = teacher.tokenize([""])[0]
+        null = teacher.null_input_ids
     if teacher.tokenize_clip is not None:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(output.few_warnings_of_cut_prompts())
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
-    facts = {"fingerprint of the prompts": prompts.fingerprint}
-    for section, values in settings.to_dict().items():
-        facts |= {f"setting {section}.{name}": value for name, value in values.items()}
-    distributed.check_same(facts)
+    fingerprints = teacher.fingerprints() | {"prompts": prompts.fingerprint}
+    resumption = Resumption(settings, fingerprints, arguments.override_settings)
+    distributed.check_same(resumption.facts())
 
     # ---- step -----------------------------------------------------------------------------------------------------
     program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, null)
@@ -137,17 +141,20 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
     workdir.claim()
     checkpoints = stack.enter_context(Checkpoints(workdir.path, train.checkpoints_total_limit, best))
     distributed.check_same({"checkpoint steps": checkpoints.steps()})
-    check = functools.partial(check_resumed, settings=settings)
-    restored = checkpoints.resume(program.state, check, allow_older=arguments.allow_older)
+    restored = checkpoints.resume(program.state, resumption.check, allow_older=arguments.allow_older)
     if restored:
         start, state = restored.step, restored.state
-        batches.set_state(restored.data)
+        batches.set_state(restored.data, other_prompts="fingerprint of prompts" in resumption.changed)
         say(f"resuming: {checkpoints.folder / str(start)}")
+        if resumption.changes:
+            changes = listed([str(change) for change in resumption.changes])
+            say(f"settings changed at step {start} ({arguments.override_settings}): {changes}")
     else:
         start = 0
         student = teacher.load_student(program.state.params)
         adapters = train_state.init_adapters(config, teacher.models.unet.cfg, train.seed)
         state = program.init_state(student, adapters)
+    history = resumption.history(start)
     frozen = teacher.load_frozen(program.frozen)
     key = program.make_key(train.seed)
 
@@ -158,7 +165,9 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
 
     # ---- before the loop ------------------------------------------------------------------------------------------
     writer = stack.enter_context(MetricsWriter(workdir.local, start))
-    writer.config(settings.to_dict())
+    writer.config(settings.to_dict(), history)
+    if resumption.changes:
+        writer.changed(start, history[-1])
     preview = None
     if jax.process_index() == 0:
         memory_table.write(workdir.local / "memory_table.tsv", arrays)
@@ -232,7 +241,8 @@ def run(arguments: "Arguments", stack: contextlib.ExitStack) -> int:
             json_log.write({"step": done} | evaluated)
             logged_at += time.monotonic() - paused
         if save_now:
-            checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated)
+            about = resumption.about(history)
+            checkpoints.save(done, state, settings.to_dict(), batches.get_state(), evaluated, about)
             writer.flush()
             workdir.publish()
 
@@ -271,65 +281,6 @@ def export_best(workdir: Workdir, settings: Settings, teacher: Teacher, program:
         export_student(best, teacher.folder, average, settings, training, overwrite=True)
     metric = settings.train.checkpoints_best_metric
     say(f"best: step {step} with {metric} {value:.4g}, student: {workdir.path / 'student_best'}")
-
-
-class Arguments(NamedTuple):
-    """The command line."""
-
-    settings: Settings
-    print_config: bool  # print the settings and end
-    workdir: str
-    allow_older: bool  # resume from an older checkpoint if the newest is broken
-    log_json: str | None  # a file of JSON lines to append to
-    keep_compiled: bool  # in the user's cache
-    processes: tuple[str | None, int | None, int | None]  # address of the coordinator, number of processes, process id
-
-
-def define_flags() -> flags.FlagValues:
-    """The flags of the command, but for the settings."""
-    values = flags.FlagValues()
-    flags.DEFINE_bool("print_config", False, "Print every setting and end.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
-    flags.DEFINE_bool(
-        "allow_older", False, "If the newest checkpoint is broken, resume from an older one.", flag_values=values
-    )
-    flags.DEFINE_string("log_json", None, "A file that gets a JSON line per logged step.", flag_values=values)
-    flags.DEFINE_bool("no_compile_cache", False, "Compile again, and keep nothing in the cache.", flag_values=values)
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
-    return values
-
-
-def read_flags(argv: Sequence[str]) -> Arguments:
-    """Reads the command line. ValueError or OSError with one line on what is wrong with it."""
-    values = define_flags()
-    settings = config_flags.parse(argv, values, required=("config",))
-    if not values.print_config:
-        require(values, "workdir")
-    if values["log_json"].present:
-        require(values, "log_json")
-    return Arguments(
-        settings=settings,
-        print_config=values.print_config,
-        workdir=values.workdir,
-        allow_older=values.allow_older,
-        log_json=values.log_json,
-        keep_compiled=not values.no_compile_cache,
-        processes=(values.coordinator_address, values.num_processes, values.process_id),
-    )
-
-
-def print_settings(settings: Settings) -> None:
-    """Prints a line for each setting, such as `train.batch_size = 64`, with the default if the value differs."""
-    defaults = default_config().to_dict()
-    for section, values in settings.to_dict().items():
-        for name, value in values.items():
-            if (section, name) == ("distill", "max_train_steps"):
-                continue  # it is train.max_train_steps
-            default = defaults[section][name]
-            differs = value != (list(default) if isinstance(default, tuple) else default)
-            print(f"{section}.{name} = {value!r}" + (f"  # default: {default!r}" if differs else ""))
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:

@@ -154,6 +154,7 @@ def card(
     dtype: str,
     training: Training | None = None,
     has_lora_teacher: bool = False,
+    clip_skip: int = 0,
 ) -> str:
     """Writes the text of README.md.
 
@@ -165,6 +166,7 @@ def card(
         dtype: name of the dtype of the weights on disk.
         training: the run that made the student; None for a copied pipeline.
         has_lora_teacher: True if the folder also holds the LoRA teacher.
+        clip_skip: the number of the last layers that the text encoder in the folder lacks.
     """
     sampling = sampling.resolve(schedule)
     is_student = sampling.sampler == "tiue"
@@ -180,6 +182,8 @@ def card(
         "prompt": "a red apple",
         "of": f" of `{base.name}`" if training else "",
     }
+    if clip_skip:
+        rows["clip skip"] = f"{clip_skip}, done: the folder lacks these layers, so do not pass `clip_skip` again"
     if is_student:
         k = sampling.num_inference_steps
         assert k is not None  # resolved

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
 PROGRAM = "sampler.{}.jax_export"  # one for each platform
-FORMAT = 2
+FORMAT = 3
 BATCH_SIZE = 8  # the largest batch of a program that takes any batch
 
 
@@ -67,6 +67,7 @@ class Sampler:
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         latents: np.ndarray | None = None,
+        negative_prompt: str | Sequence[str] = "",
     ) -> np.ndarray:
         """Samples images, uint8 [n h w 3]. The images of one prompt follow each other.
 
@@ -76,6 +77,8 @@ class Sampler:
             num_images_per_prompt: at least 1.
             guidance_scale: for samplers with guidance. The default is in `compiled.json`.
             latents: float32 [n h w c], the initial standard normal noise of each image, instead of the seed's.
+            negative_prompt: what guidance leads away from, for samplers with guidance: one for all prompts, or a list
+                with one for each.
 
         Raises:
             ValueError: names the argument, its value and what was expected.
@@ -90,21 +93,23 @@ class Sampler:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         if guidance_scale is not None and not manifest["guided"]:
             raise ValueError(f"guidance_scale is not for this sampler, compiled without guidance, got {guidance_scale}")
+        negatives = self._negative_prompts(negative_prompt, len(prompts), guidance_scale)
         total = len(prompts) * num_images_per_prompt
         shape = (total, *manifest["latents"])
         if latents is not None and (latents.shape != shape or latents.dtype != np.float32):
             raise ValueError(f"latents must be float32 {list(shape)}, got {latents.dtype} {list(latents.shape)}")
 
         seen: Counter[str] = Counter()
-        tokens, prompt_hashes, image_numbers = [], [], []
-        for prompt in prompts:
-            ids = self.tokenize(prompt)
+        tokens, null_tokens, prompt_hashes, image_numbers = [], [], [], []
+        for prompt, negative in zip(prompts, negatives, strict=True):
+            ids, null_ids = self.tokenize(prompt), self.tokenize(negative)
             for _ in range(num_images_per_prompt):
                 tokens.append(ids)
+                null_tokens.append(null_ids)
                 prompt_hashes.append(zlib.crc32(prompt.encode()))
                 image_numbers.append(seen[prompt])
                 seen[prompt] += 1
-        all_ids, null_ids = np.stack(tokens), self.tokenize("")[None]
+        all_ids, all_null_ids = np.stack(tokens), np.stack(null_tokens)
         prompt_ids, numbers = np.array(prompt_hashes, np.uint32), np.array(image_numbers, np.uint32)
         noise = np.zeros(shape, np.float32) if latents is None else latents
         scale = manifest["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -115,7 +120,7 @@ class Sampler:
             batch_images, batch_finite = self._sample(
                 self._weights,
                 _rows(all_ids, start, batch),
-                null_ids,
+                _rows(all_null_ids, start, batch) if manifest["guided"] else all_null_ids[:1],
                 _rows(prompt_ids, start, batch),
                 _rows(numbers, start, batch),
                 np.uint32(seed),
@@ -130,14 +135,34 @@ class Sampler:
             images.append(np.asarray(batch_images)[:count])
         return np.concatenate(images)
 
+    def _negative_prompts(
+        self, negative_prompt: str | Sequence[str], count: int, guidance_scale: float | None
+    ) -> list[str]:
+        """The negative prompt of each of `count` prompts. ValueError if it is wrong or would have no effect."""
+        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != count:
+            raise ValueError(f"negative_prompt must be one text or a list of {count}, got a list of {len(negatives)}")
+        guided = self.manifest["guided"] and not self.manifest["embeds_guidance"]
+        if any(negatives) and not guided:
+            raise ValueError("negative_prompt has no effect without guidance, and this sampler has none: leave it out")
+        if any(negatives) and guidance_scale is not None and guidance_scale <= 1:
+            raise ValueError(f"negative_prompt has no effect at guidance_scale {guidance_scale}, expected above 1")
+        return negatives
+
     def tokenize(self, prompt: str) -> np.ndarray:
         """Token ids int32 [l], padded to the context. Logs a warning for a prompt that is too long, and cuts it."""
         length = self.manifest["context"]
-        ids = self._tokenizer.encode(prompt).ids
+        several = self.manifest["tokens_of_several_vectors"]  # a trained token may stand for several ids
+        ids = [one for token in self._tokenizer.encode(prompt).ids for one in several.get(str(token), (token,))]
         if len(ids) > length:  # the last token kept is the end of text
             logger.warning("prompt %r is longer than %d tokens, the rest is ignored", prompt, length)
             ids = ids[: length - 1] + ids[-1:]
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
+
+
+def _one_or_list(texts: list[str]) -> str | list[str]:
+    """The text if there is only one, which then is for all prompts."""
+    return texts[0] if len(texts) == 1 else texts
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -195,6 +220,8 @@ def main(argv: Sequence[str]) -> int:
     add("--seed", type=int, default=0, help="0 to 2^32 - 1 (default: %(default)s)")
     add("--num_images_per_prompt", type=int, default=1, help="images of each prompt (default: %(default)s)")
     add("--guidance_scale", type=float, help="for samplers with guidance (default: in compiled.json)")
+    negative = "what guidance leads away from, for samplers with guidance: one for all prompts, or one for each"
+    add("--negative_prompt", action="append", help=negative)
     add("--no_compile_cache", action="store_true", help="compile again, and keep nothing for the next run")
     args = parser.parse_args(argv[1:])
     try:
@@ -207,6 +234,7 @@ def main(argv: Sequence[str]) -> int:
             seed=args.seed,
             num_images_per_prompt=args.num_images_per_prompt,
             guidance_scale=args.guidance_scale,
+            negative_prompt=_one_or_list(args.negative_prompt or [""]),
         )
         for i, image in enumerate(images):
             out = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{i}")

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,9 +17,10 @@ from tiue_jax.models.presets import Configs
 from tiue_jax.models.unet import UNet
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.training.best_checkpoint import find_best
-from tiue_jax.training.checkpoint_files import read_weights, saved_steps
+from tiue_jax.training.changed_settings import FINGERPRINTS
+from tiue_jax.training.checkpoint_files import checkpoints_folder, read_about, read_weights, saved_steps
 from tiue_jax.training.settings import Settings, student_config, student_sampling
-from tiue_jax.weights import hub, layout
+from tiue_jax.weights import fingerprint, hub, layout, vocabulary
 from tiue_jax.weights.pipeline_folder import (
     STORED_DTYPES,
     check_writable,
@@ -51,6 +54,7 @@ def export_run(
     out: str | Path,
     *,
     step: int | str | None = None,
+    teacher: str | Path | None = None,
     weights: str = "ema",
     lora_teacher: bool = False,
     dtype: str = "float32",
@@ -62,6 +66,7 @@ def export_run(
         workdir: the run's folder, on this disk or in a bucket (gs://).
         out: the folder to write, see pipeline_folder.save_pipeline.
         step: of the checkpoint; None or "last" is the newest, "best" is the best by the run's metric.
+        teacher: the run's teacher on this machine; None is the one that the run's settings name.
         weights: one of STUDENT_WEIGHTS.
         lora_teacher: also write the LoRA teacher, to `lora_teacher/pytorch_lora_weights.safetensors`.
         dtype: of the weights on disk, one of STORED_DTYPES.
@@ -81,17 +86,20 @@ def export_run(
         settings = Settings.from_dict(read_json(config))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config}: {error}") from error
-    teacher = hub.resolve(settings.model.pretrained_model_name_or_path)
-    check_writable(out, overwrite, [workdir, teacher])
-    configs = read_configs(teacher)
-    _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
-    shapes, lora_shapes = lora.split(all_shapes)
+    folder = _find_teacher(settings.model.pretrained_model_name_or_path, teacher)
+    check_writable(out, overwrite, [workdir, folder])
+    folder = vocabulary.extend(folder, settings.model.embeddings)
     if step == "best":
         step, _ = find_best(workdir, settings)
     elif step is None or isinstance(step, str):
         if step not in (None, "last"):
             raise ValueError(f"step must be best, last or a number, got {step!r}")
         step = saved_steps(workdir)[-1]
+    if (checkpoint := checkpoints_folder(workdir) / str(step)).exists():
+        _check_teacher(folder, read_about(checkpoint)["about"])
+    configs = read_configs(folder, settings.model.clip_skip)
+    _, all_shapes = functional.abstract(UNet, configs.unet, lora=settings.distill.lora)
+    shapes, lora_shapes = lora.split(all_shapes)
     on_host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
     def read(name: str, shapes: functional.Params) -> functional.Params:
@@ -101,8 +109,33 @@ def export_run(
     adapters = LoRATeacher(read("lora", lora_shapes), settings.distill.lora) if lora_teacher else None
     student = read(weights, shapes)
     training = card.Training(settings.to_dict(), step, weights)
-    _write_student(out, teacher, configs, student, settings, training, adapters, dtype, overwrite)
+    _write_student(out, folder, configs, student, settings, training, adapters, dtype, overwrite)
     return step
+
+
+def _find_teacher(of_run: str, given: str | Path | None) -> Path:
+    """The folder of a run's teacher. Errors as `hub.resolve`."""
+    if given is not None:
+        return hub.resolve(given)
+    try:
+        return hub.resolve(of_run)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; --teacher names the run's teacher on this machine") from error
+
+
+def _check_teacher(folder: Path, about: Mapping[str, Any]) -> None:
+    """Checks that a folder holds the teacher of a run, as far as the checkpoint knows it.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the parts of the teacher that are missing or others.
+    """
+    known = about.get(FINGERPRINTS, {})
+    found = {f"teacher.{part}": text for part, text in fingerprint.of_pipeline(folder).items()} if known else {}
+    if others := [name.removeprefix("teacher.") for name, text in found.items() if known.get(name) != text]:
+        raise ValueError(
+            f"{folder}: not the teacher of this run, it has another {', '.join(others)} (by their fingerprints); "
+            "name the folder or repository of the run's teacher with --teacher"
+        )
 
 
 def export_student(
@@ -131,16 +164,26 @@ def export_student(
     Raises:
         OSError, ValueError: one line naming the file, tensor or setting that is missing or wrong.
     """
-    configs = read_configs(teacher)
+    configs = read_configs(teacher, settings.model.clip_skip)
     _write_student(out, teacher, configs, unet, settings, training, lora_teacher, dtype, overwrite)
 
 
-def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
+def export_pipeline(
+    name: str | Path,
+    out: str | Path,
+    *,
+    embeddings: Sequence[str | Path] = (),
+    clip_skip: int = 0,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
     """Writes a copy of a pipeline, with a model card, and with the sampling code if the pipeline is a student.
 
     Args:
         name: a shipped model, a folder, or a hub repository; see hub.resolve.
         out: the folder to write, see pipeline_folder.save_pipeline.
+        embeddings: textual inversion embeddings that the copy's vocabulary has: names for embedding_files.read.
+        clip_skip: the number of the last layers of the text encoder that are left out.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -156,7 +199,9 @@ def export_pipeline(name: str | Path, out: str | Path, *, dtype: str = "float32"
         )
     config = source / layout.TIUE_CONFIG
     sampling = Sampling.from_file(config) if config.is_file() else None
-    _write(out, source, read_configs(source), card.find_base(str(name)), sampling, dtype, overwrite)
+    source = vocabulary.extend(source, embeddings)
+    configs, base = read_configs(source, clip_skip), card.find_base(str(name))
+    _write(out, source, configs, base, sampling, dtype, overwrite, clip_skip=clip_skip)
 
 
 def _write_student(
@@ -179,6 +224,7 @@ def _write_student(
         student_sampling(settings),
         dtype,
         overwrite,
+        clip_skip=settings.model.clip_skip,
         unet=unet,
         training=training,
         lora_teacher=lora_teacher,
@@ -194,6 +240,7 @@ def _write(
     dtype: str,
     overwrite: bool,
     *,
+    clip_skip: int = 0,
     unet: functional.Params | None = None,
     training: card.Training | None = None,
     lora_teacher: LoRATeacher | None = None,
@@ -209,6 +256,7 @@ def _write(
         dtype,
         training,
         has_lora_teacher=lora_teacher is not None,
+        clip_skip=clip_skip,
     )
 
     def also(new: Path) -> None:

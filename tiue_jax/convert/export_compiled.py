@@ -74,6 +74,7 @@ def export_compiled(
         "model": pipe.name,
         "sampling": settings.to_dict(),
         "guided": key.guided,
+        "embeds_guidance": pipe.unet.cfg.time_cond_proj_dim is not None,
         "guidance_scale": 1.0 if settings.guidance_scale is None else settings.guidance_scale,
         "batch_size": batch_size,
         "height": latents[0] * pipe.vae.cfg.factor,
@@ -81,6 +82,7 @@ def export_compiled(
         "latents": list(latents),
         "context": pipe.tokenizer.length,
         "pad_token_id": pipe.tokenizer.pad,
+        "tokens_of_several_vectors": {str(token): ids for token, ids in pipe.tokenizer.several.items()},
         "dtype": {name: jax.tree.leaves(part)[0].dtype.name for name, part in params.items()},
         "platforms": list(platforms),
         "jax": jax.__version__,
@@ -116,7 +118,7 @@ def _export(
 
     fields = text_to_image.Batch(
         ids=of(jnp.int32, batch, pipe.tokenizer.length),
-        null_ids=of(jnp.int32, 1, pipe.tokenizer.length),
+        null_ids=of(jnp.int32, batch if key.guided else 1, pipe.tokenizer.length),
         prompt_ids=of(jnp.uint32, batch),
         numbers=of(jnp.uint32, batch),
         seed=of(jnp.uint32),

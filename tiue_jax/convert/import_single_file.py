@@ -1,37 +1,23 @@
 """Imports a checkpoint in one file, the format of the original repositories and the community, as a pipeline folder."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tiue_jax.models import functional
-from tiue_jax.models.clip import CLIPTextModel
-from tiue_jax.models.presets import PRESETS, Configs
-from tiue_jax.models.tokenizer import Tokenizer
-from tiue_jax.models.unet import UNet
-from tiue_jax.models.vae import AutoencoderKL
-from tiue_jax.schedule import PREDICTION_TYPES
-from tiue_jax.weights import clip_vocabulary, diagnosis, hub, leftovers, original_names
-from tiue_jax.weights.pipeline_folder import STORED_DTYPES, check_writable, read_configs, save_pipeline
-from tiue_jax.weights.prediction import read_evidence
-from tiue_jax.weights.tensor_files import StoredTensor, open_file
-from tiue_jax.weights.tree import from_torch_names
-
-_LATENT_CHANNELS = 4
-_CONTROLNET = "control_model."  # begins the names of a ControlNet that is stored beside the model
+from tiue_jax.models.vae import VAEConfig
+from tiue_jax.weights.pipeline_folder import STORED_DTYPES, check_writable, save_pipeline
+from tiue_jax.weights.pipeline_source import find_pipeline
 
 
 class Imported(NamedTuple):
     """The result of `import_single_file`.
 
     Attributes:
-        kind: the published model that the file looks like, a key of PRESETS.
-        notes: facts that the user must know, one line each: evidence that was followed, weights that were chosen,
-            tensors that are left over.
+        kind: the published model that the file looks like, a key of PRESETS; None for a folder.
+        notes: facts that the user must know, one line each: evidence that was followed, weights that were chosen, parts
+            of the base, tensors that are left over.
     """
 
-    kind: str
+    kind: str | None
     notes: tuple[str, ...]
 
 
@@ -40,21 +26,23 @@ def import_single_file(
     out: str | Path,
     *,
     base: str | Path | None = None,
+    vae: str | Path | None = None,
+    clip_skip: int = 0,
     prediction_type: str | None = None,
     ema: bool = False,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> Imported:
-    """Writes a pipeline folder from a `.safetensors` file that holds UNet, autoencoder and text encoder.
+    """Writes a pipeline folder from a `.safetensors` file, or from a folder or hub repository with a UNet.
 
     Args:
-        path: the file.
+        path: the file, the folder, or the name of the repository.
         out: the folder to write, see pipeline_folder.save_pipeline.
-        base: the tokenizer, the configurations and the noise schedule come from this model of the same architecture,
-            named as for hub.resolve. A folder that holds only a CLIPTokenizer gives the tokenizer, and the published
-            model the rest. None is the published model that the file looks like, which this package knows.
-        prediction_type: "epsilon" or "v_prediction". None takes what the file says (see `prediction.read_evidence`) or,
-            if it says nothing, the base's. Required for SD 2.x files that say nothing.
+        base: a model that supplies what the file or folder lacks, see pipeline_source.find_pipeline.
+        vae: an autoencoder that takes the place of the model's, see vae_choice.find_vae.
+        clip_skip: the number of the last layers of the text encoder that are left out.
+        prediction_type: "epsilon" or "v_prediction". None takes what the file says or, if it says nothing, the base's.
+            Required for SD 2.x files that say nothing.
         ema: take the UNet's moving average, which full training checkpoints also hold.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
@@ -62,119 +50,21 @@ def import_single_file(
     Raises:
         OSError, ValueError: one line naming the file, tensor or argument that is missing or wrong.
     """
-    check_writable(out, overwrite, [path, *([base] if base is not None else [])])
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{path}: expected a .safetensors file; other formats can run code when they are read")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    tensors = open_file(path)
-    notes = []
-    evidence = read_evidence(path, tensors)
-    if evidence is not None:
-        notes.append(f"{evidence.source} says {evidence.prediction_type}")
-        if prediction_type not in (None, evidence.prediction_type):
-            notes[-1] += f", overridden by --prediction_type={prediction_type}"
-        prediction_type = prediction_type or evidence.prediction_type
-    kind = recognise(path, tensors, prediction_type)
-    tensors, note = _choose_unet(path, tensors, ema)
-    tensors, left = leftovers.split(tensors)
-    left += [name for name in tensors if not name.startswith(original_names.PARTS)]
-    notes += [*note, *([leftovers.summary(left)] if left else [])]
-    configs, tokenizer = _configurations(kind, base)
-    prediction_type = prediction_type or configs.schedule.prediction_type
-    Tokenizer(tokenizer, configs.text_encoder.max_position_embeddings)  # raises if there is no tokenizer
-
-    def reader(
-        cls: type, cfg: Any, translate: Callable[..., Mapping[str, StoredTensor]]
-    ) -> Callable[[], functional.Params]:
-        """A function that reads one part, so that only one is in memory at a time."""
-
-        def read() -> functional.Params:
-            _, shapes = functional.abstract(cls, cfg)
-            return from_torch_names(translate(tensors, cfg, shapes), shapes, source=str(path))
-
-        return read
-
-    text_reader = reader(CLIPTextModel, configs.text_encoder, original_names.text_tensors)
+    check_writable(out, overwrite, [name for name in (path, base, vae) if name is not None])
+    source = find_pipeline(path, base=base, vae=vae, clip_skip=clip_skip, prediction_type=prediction_type, ema=ema)
+    parts = (source.unet, source.vae, source.text_encoder)
+    check_writable(out, overwrite, [source.tokenizer, *(part.path for part in parts)])
+    if not isinstance(source.vae.cfg, VAEConfig):
+        raise ValueError(f"vae must be an AutoencoderKL, which a pipeline folder holds, got a tiny autoencoder: {vae}")
     save_pipeline(
         out,
-        unet=(configs.unet, reader(UNet, configs.unet, original_names.unet_tensors)),
-        vae=(configs.vae, reader(AutoencoderKL, configs.vae, original_names.vae_tensors)),
-        text_encoder=(configs.text_encoder, text_reader),
-        tokenizer_dir=tokenizer,
-        schedule=dataclasses.replace(configs.schedule, prediction_type=prediction_type),
+        unet=(source.unet.cfg, source.unet.read),
+        vae=(source.vae.cfg, source.vae.read),
+        text_encoder=(source.text_encoder.cfg, source.text_encoder.read),
+        tokenizer_dir=source.tokenizer,
+        schedule=source.schedule,
+        tiue_config=source.sampling.to_dict() if source.has_sampling else None,
         dtype=STORED_DTYPES[dtype],
         overwrite=overwrite,
     )
-    return Imported(kind, tuple(notes))
-
-
-def _choose_unet(
-    path: Path, tensors: dict[str, StoredTensor], ema: bool
-) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors with the UNet that was asked for, and a note if the file holds two."""
-    averages = sum(name.startswith(original_names.EMA) for name in tensors)
-    if not ema:
-        taken = "the UNet's last weights were taken; the file also holds its moving average (--ema takes it)"
-        return tensors, (taken,) if averages else ()
-    if not averages:
-        raise ValueError(f"{path}: no {original_names.EMA}*, so no moving average for --ema")
-    replaced, without = original_names.with_ema(tensors)
-    if without:
-        raise ValueError(diagnosis.misfit(f"{path}: the moving average is not complete", {"missing for": without}))
-    return replaced, ("the UNet's moving average was taken (--ema)",)
-
-
-def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: str | None) -> str:
-    """The published model that a file looks like: a key of PRESETS.
-
-    Args:
-        path: the file, for errors.
-        tensors: all tensors of the file by name.
-        prediction_type: "epsilon" or "v_prediction"; required for SD 2.x.
-
-    Raises:
-        ValueError: the file is no Stable Diffusion 1.x or 2.x checkpoint, or `prediction_type` is missing or wrong.
-    """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ValueError(f"prediction_type must be among {list(PREDICTION_TYPES)}, got {prediction_type!r}")
-    first = f"{original_names.UNET}input_blocks.0.0.weight"
-    found = diagnosis.kind_of(tensors)
-    is_this = "" if found is None else f", this is {found}"
-    if any(name.startswith(_CONTROLNET) for name in tensors):
-        raise ValueError(f"{path}: holds {_CONTROLNET}*, this is a ControlNet, not supported")
-    if first not in tensors:
-        start = f"{path}: no Stable Diffusion 1.x or 2.x in one file{is_this}: no {first}"
-        raise ValueError(diagnosis.misfit(start, {"tensors": list(tensors)}))
-    if label := next((name for name in tensors if name.startswith(f"{original_names.UNET}label_emb.")), None):
-        raise ValueError(
-            f"{path}: holds {label}: config field addition_embed_type (SDXL) or class_embed_type, not supported"
-            f"{is_this}"
-        )
-    if (channels := tensors[first].shape[1]) != _LATENT_CHANNELS:
-        raise ValueError(
-            f"{path}: config field in_channels must be {_LATENT_CHANNELS}, got {channels}, as of {first}{is_this}"
-        )
-    for prefix, what in ((original_names.VAE, "autoencoder"), ("cond_stage_model.", "text encoder")):
-        if not any(name.startswith(prefix) for name in tensors):
-            raise ValueError(f"{path}: no {prefix}*, the {what} is missing")
-    if not original_names.is_open_clip(tensors):
-        return "sd15"
-    if prediction_type is None:
-        raise ValueError(
-            f"{path}: this SD 2.x file does not say its prediction_type: expected 'epsilon' for those like "
-            "2.x-base (512 pixels), 'v_prediction' for those like 2.x (768 pixels)"
-        )
-    return "sd21" if prediction_type == "v_prediction" else "sd21-base"
-
-
-def _configurations(kind: str, base: str | Path | None) -> tuple[Configs, Path]:
-    """The configurations of the pipeline, and the tokenizer's folder."""
-    if base is None:
-        return PRESETS[kind], clip_vocabulary.tokenizer_folder(kind)
-    folder = hub.resolve(base, weights=False)
-    if not (folder / "unet" / "config.json").is_file():
-        tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        return PRESETS[kind], tokenizer
-    return read_configs(folder), folder / "tokenizer"
+    return Imported(source.kind, source.notes)

@@ -21,6 +21,8 @@ class Source(NamedTuple):
         parts: the parts of a pipeline that it holds.
         is_folder: it is a folder with a config.json.
         is_lcm: it is an adapter that may be an LCM-LoRA.
+        prediction_types: those that the user must choose from, since nothing in the file says what its UNet predicts.
+        token: of an embedding in a file that does not name it.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Source(NamedTuple):
     parts: frozenset[str] = frozenset()
     is_folder: bool = False
     is_lcm: bool = False
+    prediction_types: tuple[str, ...] = ()
+    token: str | None = None
 
     @property
     def quoted(self) -> str:
@@ -71,14 +75,13 @@ def _train(model: str, base: str | None) -> str:
 
 
 def _checkpoint(source: Source) -> Commands:
-    base = "" if source.base in _MODELS else f" --base {_ANY}"
+    complete = source.base in _MODELS and {"vae", "text_encoder"} <= source.parts
+    base = "" if complete else f" --base {source.model}"
     read = f"tiue convert import --file {source.quoted}{base} --out OUT"
-    if source.role == diagnosis.UNET or not {"vae", "text_encoder"} <= source.parts:
-        read = f"tiue convert import --file {source.quoted} --base {source.model} --out OUT"
-    found = [read, _sample("OUT"), _train("OUT", source.base)]
-    if "unet_ema" in source.parts:
-        found.insert(1, f"{read} --ema")
-    return found, None
+    ema = [f"{read} --ema"] if "unet_ema" in source.parts else []
+    if source.prediction_types:
+        return [f"{command} --prediction_type {x}" for command in (read, *ema) for x in source.prediction_types], None
+    return [read, *ema, _sample(source.quoted, base), _train("OUT", source.base)], None
 
 
 def _adapter(source: Source) -> Commands:
@@ -89,7 +92,8 @@ def _adapter(source: Source) -> Commands:
 
 
 def _embedding(source: Source) -> Commands:
-    return [_sample(source.model, f" --embedding {source.quoted}")], None
+    named = shlex.quote(source.name if source.token is None else f"{source.token}={source.name}")
+    return [_sample(source.model, f" --embedding {named}")], None
 
 
 def _autoencoder(source: Source) -> Commands:

@@ -14,6 +14,7 @@ from tiue_jax.convert.tensor_facts import AdapterFacts, Facts, adapter_facts, fa
 from tiue_jax.data import embeddings
 from tiue_jax.files import expand, read_json
 from tiue_jax.sampling.settings import Sampling
+from tiue_jax.schedule import PREDICTION_TYPES
 from tiue_jax.weights import diagnosis, hub, layout, leftovers, lora_source, original_names
 from tiue_jax.weights.pipeline_folder import check_pipeline, load_sampling, read_configs
 from tiue_jax.weights.prediction import read_evidence
@@ -146,7 +147,17 @@ def _inspect_tensors(source: str, path: Path, tensors: Mapping[str, StoredTensor
         width = next(iter(parts.values())).sizes.get("width", 0)
         base = "Stable Diffusion XL" if "clip_g" in tensors else diagnosis.base_of_width(width)
         report = dataclasses.replace(report, base_model=base)
-    return _with_commands(report, Source(source, kind.role, report.base_model, frozenset(parts)))
+    choose = PREDICTION_TYPES if kind.base == diagnosis.SD2 and report.prediction_type is None else ()
+    is_nameless = "emb_params" in tensors and "name" not in metadata
+    found = Source(
+        source,
+        kind.role,
+        report.base_model,
+        frozenset(parts),
+        prediction_types=tuple(choose) if kind.role in (diagnosis.CHECKPOINT, diagnosis.UNET) else (),
+        token=path.stem if is_nameless else None,
+    )
+    return _with_commands(report, found)
 
 
 def _parts_of(tensors: Mapping[str, StoredTensor], read_values: bool) -> dict[str, Facts]:

@@ -6,9 +6,10 @@ scripts and LyCORIS (`lora_unet_….lora_down`, `lora_unet_….hada_w1_a`). `ada
 """
 
 import dataclasses
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ import numpy as np
 
 from tiue_jax.convert.adapters import KINDS, MAGNITUDES, Delta, Deltas, magnitude_axis, product_shape
 from tiue_jax.convert.lora_metadata import LORA_PARTS, TEXT_ROOT, Layer, read_adapters
-from tiue_jax.weights import diagnosis, lora_source
+from tiue_jax.weights import diagnosis, leftovers, lora_source
 from tiue_jax.weights.names import LeafPath, Params, leaves, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor, open_file
-from tiue_jax.weights.tree import is_float
+from tiue_jax.weights.tree import is_float, text_layers
+
+logger = logging.getLogger(__name__)
 
 _LAYER = r"(?:base_model\.model\.)?(?:(?P<part>unet|text_encoder)\.)?(?P<module>.+)"
 _ONE_NAME = (  # tensors that have the same name in all layouts
@@ -39,6 +42,7 @@ _KOHYA = re.compile(
 )
 _SIDES = {"A": "down", "B": "up"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+_TEXT_ENCODER = re.compile(r"(?:base_model\.model\.)?(?:text_encoder\.|text_model\.|encoder\.)|lora_te1?_")
 _NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of an alpha tensor
 _KIND_OF = {name: kind for kind in KINDS.values() for form in kind.forms for name in form}  # by a tensor's name
 
@@ -82,6 +86,9 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
         for part in LORA_PARTS
         for leaf, struct in leaves(shapes[part])
     }
+    tensors, beyond = _without_dropped_layers(tensors, shapes["text_encoder"])
+    if beyond:
+        logger.warning("%s: %s", path, leftovers.summary(beyond, text_layers(shapes["text_encoder"])))
     found, problems = _group(tensors, weights)
     problems["not of a floating dtype"] = [
         f"{name} is {tensor.dtype}"
@@ -95,7 +102,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Params]) -> dict[str, Delta
     if not found:
         raise ValueError(f"{path}: holds no LoRA")
     layers = list(dict.fromkeys(layer for layer, _ in found))
-    adapters = read_adapters(path, tensors, layers)
+    adapters = read_adapters(path, tensors, [*layers, *_layers_of(beyond)])
     deltas: dict[str, Deltas] = {}
     for place, change in changes.items():
         assert change is not None, "otherwise there are problems"
@@ -156,6 +163,31 @@ def _number(path: Path, layer: Layer, tensor: StoredTensor | None) -> Any:
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def _without_dropped_layers(
+    tensors: Mapping[str, StoredTensor], text_encoder: Params
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Leaves out the layers of the text encoder that the model does not have, such as after clip skip.
+
+    Args:
+        tensors: of the file, by name.
+        text_encoder: the parameter tree of the text encoder.
+
+    Returns:
+        The other tensors, and the names of those that are left out.
+    """
+    count = text_layers(text_encoder)
+    beyond = [
+        name for name in tensors if _TEXT_ENCODER.match(name) and leftovers.reason(name, count) == leftovers.TEXT_LAYERS
+    ]
+    return {name: tensor for name, tensor in tensors.items() if name not in set(beyond)}, beyond
+
+
+def _layers_of(names: Collection[str]) -> list[Layer]:
+    """The layers of the text encoder that the names of tensors give with dots, as those with metadata do."""
+    readings = (reading for name in names for reading in _readings(name, {}))
+    return [layer for layer, _ in readings if layer.part == "text_encoder"]
 
 
 def _group(tensors: Mapping[str, StoredTensor], weights: _Weights) -> tuple[_Found, dict[str, list[str]]]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -157,7 +158,7 @@ def _text_for(block: torch.nn.Module, text: torch.Tensor) -> dict[str, torch.Ten
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-class TiUEPipeline(DiffusionPipeline):
+class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
     """Samples images of texts in one pass. Has the components of StableDiffusionPipeline.
 
     For Stable Diffusion 1.x and 2.x with epsilon or v_prediction.
@@ -208,6 +209,7 @@ class TiUEPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        negative_prompt: str | list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images. The images of one prompt follow each other.
 
@@ -223,11 +225,17 @@ class TiUEPipeline(DiffusionPipeline):
             output_type: "pil", "np" (float32 [b h w 3] in 0 ... 1), "pt", or "latent" (float32 z_0 [b c h w], in the
                 UNet's scaling: divide by the VAE's scaling_factor before decoding).
             return_dict: False returns a tuple.
+            negative_prompt: refused, since a student has no guidance. An empty text is no negative prompt.
 
         Raises:
             ValueError: names the argument and its value.
         """
         form = self.closed_form(num_inference_steps, timestep_spacing)
+        if any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []):
+            raise ValueError(
+                "negative_prompt has no effect on a student, which has no guidance, "
+                f"got {negative_prompt!r}: leave it out"
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -255,6 +263,7 @@ class TiUEPipeline(DiffusionPipeline):
 
     def encode_prompts(self, prompts: list[str], device: torch.device | str) -> torch.Tensor:
         """Text embeddings [b l d]. Logs a warning for each prompt beyond the text encoder's context, and cuts it."""
+        prompts = self.maybe_convert_prompt(prompts, self.tokenizer)
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         for one, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
             if len(ids) > length:

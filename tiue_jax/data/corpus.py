@@ -13,7 +13,7 @@ from typing import Any
 
 from tiue_jax import files
 from tiue_jax.data.dataset_folder import DATASET_INFO, is_dataset_folder, open_builder
-from tiue_jax.data.progress import PromptProgress
+from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompt_files import MAX_BAD_SHARE
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
 from tiue_jax.weights import hub
@@ -77,7 +77,7 @@ def write(
         writer = tfds.core.SequentialWriter(info, PROMPTS_PER_SHARD, file_format="array_record")
         writer.initialize_splits([SPLIT])
         prompts = iter(reader)
-        with PromptProgress() as progress:
+        with Progress() as progress:
             while chunk := [{FEATURE: prompt} for prompt in itertools.islice(prompts, WRITTEN_AT_ONCE)]:
                 with files.runtime_errors_as_os_errors(out):
                     writer.add_examples({SPLIT: chunk})

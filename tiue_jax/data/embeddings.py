@@ -6,7 +6,7 @@ It is a folder, on this disk or in a bucket, with these files:
     embeddings.json               a hash of the prompts, tokenizer and text encoder; the number and shape of embeddings
     text-00000-of-00004.array_record ...   one embedding a record, in the order of the prompts
 
-The record after that of the last prompt is the embedding of the empty prompt.
+The record after that of the last prompt is the embedding of the null prompt: the negative prompt, by default empty.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from tiue_jax import files, sharding
-from tiue_jax.data.progress import PromptProgress
+from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompts import PathLike, PromptSource
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.weights import pipeline_folder
@@ -35,10 +35,10 @@ EMBEDDINGS_PER_SHARD = 4096
 Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d] of any floating dtype
 
 
-def load_encode(folder: Path, batch_size: int) -> Encode:
+def load_encode(folder: Path, batch_size: int, clip_skip: int = 0) -> Encode:
     """Loads the text encoder of a pipeline folder. Returns a function of `batch_size` prompts to float32 [b l d].
 
-    The batch is split over the local devices.
+    The batch is split over the local devices. The last `clip_skip` layers of the text encoder are left out.
 
     Raises:
         ValueError: `batch_size` is not a positive multiple of the number of devices.
@@ -46,7 +46,7 @@ def load_encode(folder: Path, batch_size: int) -> Encode:
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(batch_size, mesh)
-    encoder = pipeline_folder.load_text_encoder(folder)
+    encoder = pipeline_folder.load_text_encoder(folder, clip_skip=clip_skip)
     tokenize = Tokenizer(folder / "tokenizer", encoder.cfg.max_position_embeddings)
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
 
@@ -60,19 +60,24 @@ def load_encode(folder: Path, batch_size: int) -> Encode:
     return encode
 
 
-def make_key(prompts: PromptSource, tokenizer: Path, text_encoder: Path) -> dict[str, str]:
-    """Returns hashes of everything that the embeddings depend on.
+def make_key(prompts: PromptSource, folder: Path, clip_skip: int = 0, negative_prompt: str = "") -> dict[str, str]:
+    """Returns hashes, and the negative prompt if it is not empty: everything that the embeddings depend on.
 
     Args:
         prompts: the prompts to encode.
-        tokenizer: the folder of the tokenizer. All its files are hashed.
-        text_encoder: the folder of the text encoder. Its configuration and weights are hashed.
+        folder: the pipeline folder. The files of its tokenizer, and the configuration and weights of its text encoder
+            are hashed.
+        clip_skip: the number of the last layers of the text encoder that are left out.
+        negative_prompt: the null prompt.
     """
-    return {
+    tokenizer, text_encoder = folder / "tokenizer", folder / "text_encoder"
+    encoder = _hash_files([text_encoder / "config.json", *text_encoder.glob("*.safetensors*")])
+    key = {
         "prompts": prompts.fingerprint,
         "tokenizer": _hash_files([file for file in tokenizer.iterdir() if file.is_file()]),
-        "text_encoder": _hash_files([text_encoder / "config.json", *text_encoder.glob("*.safetensors*")]),
+        "text_encoder": f"{encoder} with clip_skip {clip_skip}" if clip_skip else encoder,
     }
+    return key | ({"negative_prompt": negative_prompt} if negative_prompt else {})
 
 
 def write(
@@ -82,6 +87,7 @@ def write(
     key: Mapping[str, str],
     batch_size: int,
     per_shard: int = EMBEDDINGS_PER_SHARD,
+    negative_prompt: str = "",
 ) -> "Embeddings":
     """Encodes all prompts and writes the embeddings. An interrupted call is continued by the same call.
 
@@ -95,6 +101,7 @@ def write(
         key: the result of `make_key`.
         batch_size: prompts in a call of `encode`.
         per_shard: embeddings in a file.
+        negative_prompt: the null prompt.
 
     Raises:
         FileExistsError: the folder holds other files.
@@ -110,14 +117,14 @@ def write(
         _check_key(target, manifest["key"], key)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
-    null = _encode(encode, [""], batch_size)
+    null = _encode(encode, [negative_prompt], batch_size)
     if not begun:
         manifest = {"key": dict(key), "count": len(prompts), "shape": list(null.shape[1:]), "per_shard": per_shard}
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)
         files.write_json(target / MANIFEST, manifest)
     shards = _shards(target, manifest)
-    with PromptProgress(len(prompts)) as progress:
+    with Progress(len(prompts)) as progress:
         for path, wanted in shards.items():
             if _is_whole(path, len(wanted)):
                 progress.update(min(wanted.stop, len(prompts)) - wanted.start, found=True)
@@ -130,7 +137,7 @@ class Embeddings:
     """Reads embeddings that `write` made.
 
     Attributes:
-        null: the embedding of the empty prompt, bfloat16 [l d].
+        null: the embedding of the null prompt, bfloat16 [l d].
 
     Raises:
         FileNotFoundError: the folder is missing, or some shards are not written yet.
@@ -154,7 +161,7 @@ class Embeddings:
             raise ValueError(f"{folder}: a shard is not a whole array_record file: {error}") from error
         if len(self._records) != manifest["count"] + 1:
             raise ValueError(
-                f"{folder}: expected {manifest['count'] + 1} embeddings, the empty prompt's included, "
+                f"{folder}: expected {manifest['count'] + 1} embeddings, the null prompt's included, "
                 f"got {len(self._records)}"
             )
         self._shape = tuple(manifest["shape"])
@@ -173,14 +180,14 @@ def _write_shard(
     encode: Encode,
     null: np.ndarray,
     batch_size: int,
-    progress: PromptProgress,
+    progress: Progress,
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with files.writing_aside(path) as aside:
         with files.runtime_errors_as_os_errors(path):
             writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")  # embeddings do not compress
-        stop = min(wanted.stop, len(prompts))  # the last record may be that of the empty prompt
+        stop = min(wanted.stop, len(prompts))  # the last record may be that of the null prompt
         for start in range(wanted.start, stop, batch_size):
             batch = prompts.read(range(start, min(start + batch_size, stop)))
             embeddings = _encode(encode, batch, batch_size)
@@ -219,7 +226,7 @@ def _encode(encode: Encode, prompts: list[str], batch_size: int) -> np.ndarray:
 
 
 def _shards(folder: epath.Path, manifest: Mapping[str, Any]) -> dict[epath.Path, range]:
-    """Returns the numbers of the records in each file. The last record is that of the empty prompt."""
+    """Returns the numbers of the records in each file. The last record is that of the null prompt."""
     total, size = manifest["count"] + 1, manifest["per_shard"]
     count = -(-total // size)
     return {
@@ -240,7 +247,8 @@ def _read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def _check_key(folder: epath.Path, made_from: Mapping[str, str], now: Mapping[str, str]) -> None:
-    if changed := [name for name in now if made_from.get(name) != now[name]]:
+    names = dict.fromkeys([*now, *made_from])
+    if changed := [name for name in names if made_from.get(name) != now.get(name)]:
         raise ValueError(f"{folder}: stale text embeddings, made from other {', '.join(changed)}; make them again")
 
 

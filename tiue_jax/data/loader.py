@@ -4,9 +4,9 @@ Epoch e is a permutation of all prompts, drawn from (seed, e). The epochs follow
 number s holds the positions s * batch_size to (s + 1) * batch_size - 1 of this sequence. A batch may contain prompts of
 two epochs: all batches are full and no prompt is dropped. A process makes only its rows of each global batch.
 
-The state is the number of batches that were drawn. A run may therefore continue with another number of processes or
-threads, and gets the same global batches. grain provides the threads and keeps the position. Its shuffle is not used,
-because it is very slow for few prompts.
+The state is the number of batches that were drawn, and their size. A run may therefore continue with another number of
+processes or threads, and gets the same global batches. grain provides the threads and keeps the position. Its shuffle
+is not used, because it is very slow for few prompts.
 """
 
 import sys
@@ -74,7 +74,7 @@ class PromptBatches:
         local_rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         if not local_rows.size or local_rows.min() < 0 or local_rows.max() >= batch_size:
             raise ValueError(f"rows must be some of 0 ... {batch_size - 1}, got {local_rows.tolist()}")
-        self._fingerprint = prompts.fingerprint
+        self._fingerprint, self._batch_size = prompts.fingerprint, batch_size
         steps = grain.MapDataset.source(_Steps(len(prompts), columns, batch_size, seed, local_rows))
         ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD if num_threads else 0)
         self._iterator = iter(steps.to_iter_dataset(ahead))
@@ -86,21 +86,33 @@ class PromptBatches:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position for JSON: the number of batches that were drawn, and the prompts' fingerprint."""
-        return {"step": self._iterator.get_state()["next_index"], "prompts": self._fingerprint}
+        """Returns the position for JSON: the number of batches that were drawn, their size, and the prompts' hash."""
+        drawn = self._iterator.get_state()["next_index"]
+        return {"step": drawn, "batch_size": self._batch_size, "prompts": self._fingerprint}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any], *, other_prompts: bool = False) -> None:
         """Continues from a position that `get_state` returned.
+
+        With another batch size it continues with the same prompts: in the first whole batch that none of the drawn
+        prompts is in.
+
+        Args:
+            state: the position.
+            other_prompts: the prompts may be others. Then it starts with the first batch of these prompts.
 
         Raises:
             ValueError: the position belongs to other prompts.
         """
         if state.get("prompts") != self._fingerprint:
-            raise ValueError(
-                "the prompts are not those that the run was started with: expected the fingerprint "
-                f"{state.get('prompts')}, got {self._fingerprint}; set data.prompts to the prompts of the run"
-            )
-        self._iterator.set_state({"next_index": int(state["step"])})
+            if not other_prompts:
+                raise ValueError(
+                    "the prompts are not those that the run was started with: expected the fingerprint "
+                    f"{state.get('prompts')}, got {self._fingerprint}; set data.prompts to the prompts of the run"
+                )
+            self._iterator.set_state({"next_index": 0})
+            return
+        drawn = int(state["step"]) * int(state.get("batch_size", self._batch_size))
+        self._iterator.set_state({"next_index": -(-drawn // self._batch_size)})
 
 
 class _Steps:

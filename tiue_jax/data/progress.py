@@ -1,4 +1,4 @@
-"""The progress of long work on prompts: a bar in a terminal, and a line a minute in a log."""
+"""The progress of long work on prompts or images: a bar in a terminal, and a line a minute in a log."""
 
 import sys
 import time
@@ -20,17 +20,18 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(min(seconds, 86_400_000))))
 
 
-class PromptProgress:
-    """Shows on stderr how many prompts are done; a context manager.
+class Progress:
+    """Shows on stderr how many prompts, or other units, are done; a context manager.
 
     In a terminal it is a bar. Otherwise it is a line a minute, since a log cannot be redrawn.
     """
 
-    def __init__(self, total: int | None = None):
-        """Starts to count. `total` is the number of prompts, if it is known."""
+    def __init__(self, total: int | None = None, unit: str = "prompts"):
+        """Starts to count. `total` is the number of units, if it is known."""
         in_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=" prompts", dynamic_ncols=True) if in_terminal else None
+        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if in_terminal else None
         self._total = total
+        self._unit = unit
         self._done = self._computed = 0
         self._started = self._shown = time.monotonic()
 
@@ -42,7 +43,7 @@ class PromptProgress:
             self._bar.close()
 
     def update(self, count: int, found: bool = False) -> None:
-        """Counts `count` more prompts. `found` ones were done by an earlier run, and do not count for the speed."""
+        """Counts `count` more units. `found` ones were done by an earlier run, and do not count for the speed."""
         self._done += count
         if not found:
             self._computed += count
@@ -58,4 +59,4 @@ class PromptProgress:
         if self._total is not None:
             of = f" of {self._total:,}"
             left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
-        return f"{clock()} {self._done:,}{of} prompts, {rate:,.1f} a second{left}"
+        return f"{clock()} {self._done:,}{of} {self._unit}, {rate:,.1f} a second{left}"

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ class Tokenizer:
     It calls the Rust part of transformers' tokenizer directly. The Python part is slower, and it is not safe with
     threads: it sets padding and truncation at every call.
 
+    A token of a textual inversion embedding with several vectors stands for several ids, as in diffusers
+    (`maybe_convert_prompt`): with `<cat>`, `<cat>_1` and `<cat>_2` among the added tokens, `<cat>` is read as all
+    three.
+
+    Attributes:
+        several: the ids that such a token stands for, by the token's id.
+
     Args:
         folder: contains tokenizer.json, or vocab.json and merges.txt.
         length: number of tokens in the text encoder's context. If the tokenizer has a lower limit, that is used.
@@ -42,12 +49,13 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path, length: int):
-        tokenizer = _load(Path(folder))
+        tokenizer = load(Path(folder))
         self.length = min(tokenizer.model_max_length, length)
         self.pad = tokenizer.pad_token_id
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_truncation()  # tokenizer.json may have set both
         self.backend.no_padding()
+        self.several = tokens_of_several_vectors(tokenizer.added_tokens_encoder)
         self._read = self._cut = 0
         self._counting = threading.Lock()
 
@@ -61,7 +69,7 @@ class Tokenizer:
         cut_here = 0
         padded = np.full((len(prompts), self.length), self.pad, np.int32)
         for row, prompt, encoding in zip(padded, prompts, self.backend.encode_batch_fast(list(prompts)), strict=True):
-            ids = encoding.ids
+            ids = expanded(encoding.ids, self.several)
             if len(ids) > self.length:
                 cut = self.backend.decode(ids[self.length - 1 : -1]).strip()
                 shown, ignored = _shortened(prompt), _shortened(cut)
@@ -75,12 +83,33 @@ class Tokenizer:
         return padded
 
 
+def tokens_of_several_vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
+    """The ids that a token stands for, by its id, for the tokens that stand for several.
+
+    Args:
+        added: the ids of the tokens that were added to the vocabulary.
+    """
+    several = {}
+    for token, number in added.items():
+        ids = [number]
+        while (next_id := added.get(f"{token}_{len(ids)}")) is not None:
+            ids.append(next_id)
+        if len(ids) > 1:
+            several[number] = ids
+    return several
+
+
+def expanded(ids: list[int], several: Mapping[int, list[int]]) -> list[int]:
+    """Token ids with each id in `several` replaced by the ids that it stands for."""
+    return [one for number in ids for one in several.get(number, (number,))] if several else ids
+
+
 def _shortened(text: str) -> str:
     """The repr of a text, of which at most MAX_SHOWN characters are shown."""
     return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
     """The CLIPTokenizer of transformers. Errors as Tokenizer."""
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
         raise FileNotFoundError(f"{folder}: no tokenizer.json or vocab.json, expected the files of a CLIPTokenizer")

@@ -7,6 +7,7 @@ from tiue_jax.models.presets import PRESETS, Configs
 from tiue_jax.models.tiny_vae import TinyVAEConfig
 from tiue_jax.training.settings import Settings
 from tiue_jax.weights import hub
+from tiue_jax.weights.clip_skip import skip_layers
 from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
 # The published models that L_clip uses. The defaults of these classes are their configurations.
@@ -34,6 +35,8 @@ def read(settings: Settings) -> Architecture:
         FileNotFoundError, ValueError: a model, file or setting is missing or wrong. The error names it.
     """
     pipeline = _pipeline(settings.model.pretrained_model_name_or_path)
+    text_config = skip_layers(pipeline.text_encoder, settings.model.clip_skip)
+    pipeline = pipeline._replace(text_encoder=text_config)
     if not settings.distill.clip_weight:
         return Architecture(pipeline)
     return Architecture(

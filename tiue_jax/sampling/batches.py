@@ -9,18 +9,41 @@ import numpy as np
 
 
 class NumberedPrompt(NamedTuple):
-    """An image to make: its prompt, and its number among the images of that prompt."""
+    """An image to make: its prompt, its number among the images of that prompt, and its negative prompt."""
 
     prompt: str
     number: int
+    negative_prompt: str = ""
 
 
-def number_images(prompts: Sequence[str], images_each: int) -> list[NumberedPrompt]:
-    """The images of all prompts in order, `images_each` for each prompt. A prompt given twice continues its numbers."""
+def number_images(
+    prompts: Sequence[str], images_each: int, negative_prompt: str | Sequence[str] | None = None
+) -> list[NumberedPrompt]:
+    """The images of all prompts in order, `images_each` for each prompt. A prompt given twice continues its numbers.
+
+    Args:
+        prompts: at least one text.
+        images_each: at least 1.
+        negative_prompt: one text for all prompts, or a list with one for each. None is the empty text.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+    if images_each < 1:
+        raise ValueError(f"num_images_per_prompt must be >= 1, got {images_each}")
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives = [negative_prompt or ""] * len(prompts)
+    else:
+        negatives = list(negative_prompt)
+    if len(negatives) != len(prompts):
+        expected = f"one text, or a list of {len(prompts)}, one for each prompt"
+        raise ValueError(f"negative_prompt must be {expected}, got a list of {len(negatives)}")
     seen: Counter[str] = Counter()
     numbered = []
-    for prompt in prompts:
-        numbered += [NumberedPrompt(prompt, seen[prompt] + i) for i in range(images_each)]
+    for prompt, negative in zip(prompts, negatives, strict=True):
+        numbered += [NumberedPrompt(prompt, seen[prompt] + i, negative) for i in range(images_each)]
         seen[prompt] += images_each
     return numbered
 

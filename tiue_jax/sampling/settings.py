@@ -111,6 +111,26 @@ class Sampling:
             key_steps=self._resolved_key_steps(steps),
         )
 
+    def check_negative_prompt(self, embeds_guidance: bool = False) -> None:
+        """Checks that a negative prompt has an effect on images of these resolved settings.
+
+        Args:
+            embeds_guidance: as for `resolve`.
+
+        Raises:
+            ValueError: there is no classifier-free guidance, so that a negative prompt would have no effect.
+        """
+        if embeds_guidance:
+            got = "a UNet that takes the guidance scale as an input"
+        elif self.guidance_scale is None:
+            got = f"sampler {self.sampler!r}, which has no guidance"
+        elif self.guidance_scale <= 1:
+            got = f"guidance_scale {self.guidance_scale:g}, which is no guidance"
+        else:
+            return
+        needs = f"a guidance_scale above 1 with one of the samplers {', '.join(takers('guidance_scale'))}"
+        raise ValueError(f"negative_prompt has no effect without {needs}, got {got}: leave it out")
+
     def respaced(self, schedule: Schedule) -> Schedule:
         """The schedule with the timestep spacing of these settings."""
         return dataclasses.replace(schedule, timestep_spacing=self.timestep_spacing or schedule.timestep_spacing)

@@ -23,7 +23,8 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: int32 [b l], the tokens of the prompts.
-        null_ids: int32 [1 l], the tokens of the empty prompt, for guidance.
+        null_ids: int32 [1 l] or [b l], the tokens of the negative prompt, for guidance: one for all images, or one for
+            each. It is the empty prompt by default.
         prompt_ids: uint32 [b], a hash of each image's prompt.
         numbers: uint32 [b], each image's number among the images of its prompt.
         seed: uint32.

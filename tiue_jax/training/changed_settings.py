@@ -1,10 +1,12 @@
-"""The settings that may change when a run is resumed, and the check that no other setting has changed."""
+"""What may change when a run is resumed: some settings freely, others with a reason that the run keeps, some never."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
+from tiue_jax.training import distributed
 from tiue_jax.training.listing import listed
-from tiue_jax.training.settings import Settings
+from tiue_jax.training.settings import HISTORY, Settings
 
 # These change no update of the weights.
 FREE = (
@@ -37,19 +39,140 @@ FREE = (
 LENGTH = ("train.max_train_steps", "distill.max_train_steps")
 # The embeddings may have moved: a hash knows them too. But with and without embeddings, the step is another program.
 FREE_TO_MOVE = ("data.embeddings",)
+# Models and prompts may move, too, as long as their fingerprints are those of the run. By the first part of the name.
+NAMED_BY_FINGERPRINT = {
+    "model.pretrained_model_name_or_path": "teacher",
+    "model.student_name_or_path": "student",
+    "model.clip_model_name_or_path": "clip",
+    "model.tiny_vae_name_or_path": "tiny_vae",
+}
+PROMPTS = ("data.prompts", "prompts")  # a setting, and the name of its fingerprint
+FINGERPRINTS = "fingerprints"  # the name in a checkpoint, beside HISTORY
+
+# What no reason can change, and why.
+ADAPTERS = "the adapters in the checkpoint fit no other value"
+START = "it is read before the first step only"
+FIXED = {
+    "distill.lora_rank": ADAPTERS,
+    "distill.lora_targets": ADAPTERS,
+    "model.student_name_or_path": START,
+    "fingerprint of student": START,
+    "teacher.prediction_type": "the student's output is of this type",
+}
 
 
-def check_resumed(saved: Mapping[str, Any], settings: Settings) -> None:
-    """Checks that a run may go on with `settings`.
+class Change(NamedTuple):
+    """A setting or a fingerprint that is not that of the run."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.before!r}, now {self.now!r}"
+
+
+class Resumption:
+    """Compares the settings and the fingerprints of a run with those to go on with.
+
+    Attributes:
+        changes: those that the last call of `check` found, and that `why` allows.
 
     Args:
-        saved: the settings that the run was started with, from a checkpoint.
-        settings: those to go on with.
-
-    Raises:
-        ValueError: naming the settings that have changed and may not.
+        settings: to go on with.
+        fingerprints: of the teacher, the prompts and others, by name.
+        why: the user's reason to go on although settings differ; None if they may not.
     """
-    check_config(saved, settings.to_dict(), free_settings(settings))
+
+    def __init__(self, settings: Settings, fingerprints: Mapping[str, str], why: str | None = None):
+        self._settings, self._fingerprints, self._why = settings, dict(fingerprints), why
+        self.changes: list[Change] = []
+        self._history: list[dict[str, Any]] = []
+
+    @property
+    def changed(self) -> set[str]:
+        """The names of the changes."""
+        return {change.name for change in self.changes}
+
+    def facts(self) -> dict[str, Any]:
+        """All that must be the same on all processes, by name. Models may lie in another folder on each machine."""
+        facts: dict[str, Any] = {f"fingerprint of {name}": text for name, text in self._fingerprints.items()}
+        for name, value in _flat(self._settings.to_dict()).items():
+            if name not in NAMED_BY_FINGERPRINT:
+                facts[f"setting {name}"] = value
+        return facts | {"--override_settings": self._why}
+
+    def check(self, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Checks that a run may go on from a checkpoint.
+
+        Args:
+            saved: the settings in the checkpoint.
+            about: the result of `about` when it was saved; empty in checkpoints of the first versions.
+
+        Raises:
+            ValueError: naming what has changed and may not.
+        """
+        before = about.get(FINGERPRINTS, {})
+        changes = find_changes(saved, self._settings, before, self._fingerprints)
+        check_changes(changes, self._why)
+        self.changes, self._history = changes, list(about.get(HISTORY, []))
+
+    def history(self, step: int) -> list[dict[str, Any]]:
+        """The changes of the run until now, one entry for each resumption with changes. All processes must call it."""
+        if not self.changes:
+            return self._history
+        now = distributed.gather(datetime.now(UTC).isoformat(timespec="seconds"))[0]
+        changes = [{"name": name, "from": before, "to": after} for name, before, after in self.changes]
+        return [*self._history, {"step": step, "time": now, "why": self._why, "changes": changes}]
+
+    def about(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a checkpoint keeps besides the settings."""
+        return {FINGERPRINTS: self._fingerprints, HISTORY: list(history)}
+
+
+def find_changes(
+    saved: Mapping[str, Any], settings: Settings, before: Mapping[str, str], now: Mapping[str, str]
+) -> list[Change]:
+    """The settings and fingerprints that are not those of the run and may not change freely.
+
+    Args:
+        saved: the settings of the run.
+        settings: those to go on with.
+        before: the fingerprints of the run. A checkpoint of the first versions has none. Then no model may move.
+        now: the fingerprints to go on with.
+    """
+    different = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+
+    def parts(owner: str, names: set[str]) -> set[str]:
+        return {name for name in names if name.split(".")[0] == owner}
+
+    free = free_settings(settings)
+    for setting, owner in NAMED_BY_FINGERPRINT.items():
+        if parts(owner, before.keys() & now.keys()) and not parts(owner, different):
+            free[setting] = str
+    setting, owner = PROMPTS
+    if parts(owner, different):
+        del free[setting]
+    # a setting that is younger than the checkpoint had its default
+    changes = compare(Settings.from_dict(saved).to_dict(), settings.to_dict(), free)
+    for name in sorted(different):
+        shown = name if name in FIXED else f"fingerprint of {name}"
+        changes.append(Change(shown, before[name], now[name]))
+    return changes
+
+
+def check_changes(changes: Sequence[Change], why: str | None) -> None:
+    """Raises ValueError if there are changes without a reason, or that no reason allows. It names them."""
+    if fixed := [f"{change} ({FIXED[change.name]})" for change in changes if change.name in FIXED]:
+        raise ValueError(
+            f"settings that no run can change: {listed(fixed)}; start a new run in another --workdir, from the "
+            "student of this one with model.student_name_or_path"
+        )
+    if changes and why is None:
+        raise ValueError(
+            f"settings differ from those that the run was started with: {listed([str(change) for change in changes])}; "
+            'to record this and go on: --override_settings="WHY"'
+        )
 
 
 def free_settings(settings: Settings) -> dict[str, type]:
@@ -66,13 +189,10 @@ def free_settings(settings: Settings) -> dict[str, type]:
     return free | dict.fromkeys(FREE_TO_MOVE, str)
 
 
-def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Mapping[str, type]) -> None:
-    """Checks that two nested mappings of settings are equal, apart from the settings in `free`.
+def compare(saved: Mapping[str, Any], current: Mapping[str, Any], free: Mapping[str, type]) -> list[Change]:
+    """The differences of two nested mappings of settings, with dots in the names, apart from the settings in `free`.
 
     A setting that is missing in one of them differs. See `free_settings` for the types in `free`.
-
-    Raises:
-        ValueError: naming the settings that differ, with dots.
     """
     before, now = _flat(saved), _flat(current)
     missing = object()
@@ -81,13 +201,11 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any], free: Map
         kind = free.get(name, ())
         return isinstance(before.get(name) or None, kind) and isinstance(now.get(name) or None, kind)
 
-    changed = [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+    return [
+        Change(name, before.get(name), now.get(name))
         for name in sorted(before.keys() | now.keys())
         if before.get(name, missing) != now.get(name, missing) and not is_free(name)
     ]
-    if changed:
-        raise ValueError(f"settings differ from those that the run was started with: {listed(changed)}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,13 @@ class Restored(NamedTuple):
     data: dict[str, Any]  # the position of the data iterator
 
 
+class Saved(NamedTuple):
+    """What a checkpoint tells about its run."""
+
+    config: dict[str, Any]  # the settings
+    about: dict[str, Any]  # fingerprints and history, see changed_settings.py; empty in those of the first versions
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one to be written."""
 
@@ -105,6 +112,7 @@ class Checkpoints:
         config: Mapping[str, Any],
         data: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves a checkpoint in the background. `state` may be donated to the next step as soon as this returns.
 
@@ -115,29 +123,27 @@ class Checkpoints:
             data: the position of the data iterator, plain values for JSON.
             metrics: measured at this step, by name. A checkpoint can only be the best one with a finite value of the
                 metric that `best` names.
+            about: more about the run, plain values for JSON.
 
         Raises:
             NotSavedError: this checkpoint, or the one before, could not be written, as on a full disk. Older
                 checkpoints are intact.
         """
         value = (metrics or {}).get(self._metric or "", math.nan)
+        plain = {"config": dict(config), "data": dict(data), "about": dict(about or {})}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            config=ocp.args.JsonSave(config),
-            data=ocp.args.JsonSave(data),
-            checksums=ocp.args.JsonSave(checksums.of_arrays(state) | _of_json(config=config, data=data)),
+            checksums=ocp.args.JsonSave(checksums.of_arrays(state) | checksums.of_json_items(plain)),
+            **{name: ocp.args.JsonSave(value) for name, value in plain.items()},
         )
         with self._reporting():
             measured = {self._metric: float(value)} if math.isfinite(value) else None
             self._manager.save(step, args=items, metrics=measured, force=True)
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The settings that a checkpoint was saved with. BrokenCheckpointError if they are missing or damaged."""
-        json = ocp.args.JsonRestore()
-        restored = self._read(step, config=json, checksums=json)
-        found = restored.checksums | _of_json(config=restored.config)
-        checkpoint_files.compare(self._path(step), restored.checksums, found)
-        return restored.config
+    def saved(self, step: int) -> Saved:
+        """The settings of a checkpoint and more about its run. BrokenCheckpointError if they are missing or damaged."""
+        self.wait()  # this checkpoint may be the one that is being written
+        return Saved(**checkpoint_files.read_about(self._path(step)))
 
     def restore(self, step: int, structs: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint: the state, bit for bit as it was saved, and the position of the data iterator.
@@ -156,19 +162,21 @@ class Checkpoints:
         checkpoint_files.check_shapes(self._path(step), saved, structs)
         json = ocp.args.JsonRestore()
         state = ocp.args.StandardRestore(structs)
-        restored = self._read(step, state=state, config=json, data=json, checksums=json)
-        found = checksums.of_arrays(restored.state) | _of_json(config=restored.config, data=restored.data)
+        restored = self._read(step, state=state, data=json, checksums=json)
+        others = checkpoint_files.read_about(self._path(step))
+        found = checksums.of_arrays(restored.state) | checksums.of_json_items({"data": restored.data, **others})
         checkpoint_files.compare(self._path(step), restored.checksums, found)
         return restored.state, restored.data
 
     def resume(
-        self, structs: Any, check: Callable[[Mapping[str, Any]], None], *, allow_older: bool = False
+        self, structs: Any, check: Callable[[dict[str, Any], dict[str, Any]], None], *, allow_older: bool = False
     ) -> Restored | None:
         """Reads the newest checkpoint. Returns None if there is none.
 
         Args:
             structs: see `restore`.
-            check: called with the settings of the checkpoint; raises if the run may not go on from it.
+            check: called with the settings of the checkpoint and what else it tells about its run; raises if the run
+                may not go on from it.
             allow_older: if the newest checkpoints are broken, move them to `checkpoints_broken/` and read the newest
                 whole one.
 
@@ -183,7 +191,7 @@ class Checkpoints:
             try:
                 if step == newest and step in self._manager.damaged:
                     raise checkpoint_files.broken(self._path(step), self._manager.damaged[step])
-                check(self.config(step))
+                check(*self.saved(step))
                 restored = Restored(step, *self.restore(step, structs))
             except BrokenCheckpointError as caught:
                 error = caught
@@ -236,8 +244,3 @@ class Checkpoints:
             if len(reason) > LONGEST_REASON:  # the operating system's message is at the end
                 reason = f"... {reason[-LONGEST_REASON:]}"
             raise NotSavedError(f"cannot save a checkpoint in {self.folder}: {reason}; {kept}") from error
-
-
-def _of_json(**items: Mapping[str, Any]) -> dict[str, int]:
-    """Checksums of JSON items, by the names of their files. Checkpoints of the first versions do not have them."""
-    return {f"{name}/metadata": checksums.of_json(value) for name, value in items.items()}

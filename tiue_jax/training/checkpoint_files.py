@@ -72,6 +72,22 @@ def read_weights(workdir: str | epath.PathLike, structs: Any, *, name: str = "em
     return restored[name]
 
 
+def read_about(checkpoint: epath.Path) -> dict[str, dict[str, Any]]:
+    """The items "config", the settings of the run, and "about", which is empty in checkpoints of the first versions.
+
+    Raises:
+        BrokenCheckpointError: files are missing or damaged.
+    """
+    with reading(checkpoint):
+        sums = files.read_json(checkpoint / CHECKSUMS)
+        names = ["config", "about"] if "about/metadata" in sums else ["config"]
+        items = {name: files.read_json(checkpoint / name / "metadata") for name in names}
+    found = checksums.of_json_items(items)
+    # checkpoints of the first versions have no checksums of JSON items
+    compare(checkpoint, {name: sums[name] for name in found if name in sums}, found)
+    return {"about": {}, **items}
+
+
 @contextlib.contextmanager
 def reading(checkpoint: epath.Path) -> Iterator[None]:
     """Turns all errors that orbax raises on missing or damaged files into one line that names the checkpoint."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Mapping
 
 import orbax.checkpoint as ocp
@@ -31,6 +32,7 @@ class CheckpointManager(ocp.CheckpointManager):
         self._limited = total_limit is not None
         for library in ("absl", "asyncio"):
             logging.getLogger(library).addFilter(_is_no_traceback_of_orbax)
+        drop_reports_of_closed_loops()
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # left by a run that was killed while it saved
@@ -78,6 +80,25 @@ class CheckpointManager(ocp.CheckpointManager):
             )
             policies.append(best)
         return keep.AnyPreservationPolicy(policies)
+
+
+def drop_reports_of_closed_loops() -> None:
+    """Drops one kind of "Exception ignored": that of a write which ends when orbax has closed its event loop.
+
+    When a write fails, as on a full disk, orbax ends without waiting for the other writes. Each of them then reports to
+    a loop that is closed, and Python prints a traceback. NotSavedError has said what failed.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "drops_closed_loops", False):
+        return
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(unraisable)
+
+    report.drops_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = report
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:

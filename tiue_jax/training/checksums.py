@@ -21,6 +21,11 @@ def of_json(value: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(value).encode())
 
 
+def of_json_items(items: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Checksums of the items of a checkpoint that are JSON, by the names of their files."""
+    return {f"{name}/metadata": of_json(value) for name, value in items.items()}
+
+
 def dotted(path: tuple[Any, ...]) -> str:
     """The path of a leaf as text: the same for a tuple, a named tuple, and orbax's record of either."""
     return ".".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)

@@ -68,7 +68,7 @@ def make(
         mesh: the devices of the run.
         models: the teacher, and the other models that the step reads.
         schedule: the teacher's noise schedule.
-        null: the empty prompt, see step_inputs.build.
+        null: the null prompt, see step_inputs.build.
 
     Raises:
         ValueError: the batch does not split over the mesh, an array cannot be sharded, or see Distillation.

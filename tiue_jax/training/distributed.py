@@ -1,11 +1,10 @@
-"""Several processes as one run: joining, comparing values, waiting for each other, and gathering arrays.
+"""Several processes that joined as one run: comparing values, waiting for each other, and gathering arrays.
 
 With one process no function here communicates.
 """
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -22,47 +21,6 @@ BARRIER_MINUTES = 60
 
 class DisagreementError(ValueError):
     """Processes that were not started alike. It is raised on all processes, so that all can end in the normal way."""
-
-
-def initialize(
-    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
-) -> None:
-    """Joins the other processes, if there are any. Call it before anything else that uses jax.
-
-    Give all three arguments or none. Without them jax reads the environment: Cloud TPU, SLURM, Open MPI, Kubernetes, or
-    JAX_COORDINATOR_ADDRESS. If it finds none of these, the run has one process.
-
-    Args:
-        coordinator_address: host:port of process 0.
-        num_processes: number of processes.
-        process_id: number of this process, from 0 to num_processes - 1.
-
-    Raises:
-        ValueError: only some of the three are given, or one is out of its range.
-    """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
-    if missing := [f"--{name}" for name, value in given.items() if value is None]:
-        if len(missing) < len(given):
-            raise ValueError(f"explicit processes need all of {[f'--{name}' for name in given]}, missing {missing}")
-        if _cluster_found():
-            jax.distributed.initialize()
-        return
-    assert coordinator_address is not None and num_processes is not None and process_id is not None
-    if not re.fullmatch(r".+:\d+", coordinator_address):
-        raise ValueError(f"--coordinator_address must be host:port, got {coordinator_address!r}")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id must be between 0 and --num_processes - 1, got {process_id} of {num_processes}")
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
-
-
-def _cluster_found() -> bool:
-    """Says whether jax.distributed.initialize() would find its arguments in the environment."""
-    from jax._src.clusters import ClusterEnv  # the public function raises if there is no cluster
-
-    known = ClusterEnv._cluster_types
-    return "JAX_COORDINATOR_ADDRESS" in os.environ or any(
-        not cluster.opt_in_only_method and cluster.is_env_present() for cluster in known
-    )
 
 
 def failed(status: int) -> int:

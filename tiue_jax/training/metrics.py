@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from tensorboardX.record_writer import RecordWriter
 from tiue_jax.files import write_json
 from tiue_jax.images import write_png
 from tiue_jax.training.checkpoint import NotSavedError
+from tiue_jax.training.settings import HISTORY
 
 FLUSH_SECONDS = 30  # scalars are on the disk after at most this time
 
@@ -65,14 +66,24 @@ class MetricsWriter:
                 if kind is None:  # otherwise the first error is the one to report
                     raise
 
-    def config(self, settings: Mapping[str, Any]) -> None:
-        """Writes the run's settings, as `config.json` and as text in TensorBoard."""
+    def config(self, settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Writes the run's settings, as `config.json` and as text in TensorBoard.
+
+        Args:
+            settings: of the run.
+            history: of the changes of settings, see changed_settings.py. It is added to `config.json`.
+        """
         if self._events is not None:
             path = self._workdir / "config.json"
             with _writing(path):
-                write_json(path, dict(settings))
-            text = f"```json\n{json.dumps(dict(settings), indent=2)}\n```"
-            self._add(Event(summary=summary.text("config", text)), 0)
+                write_json(path, {**settings, HISTORY: list(history)} if history else dict(settings))
+            self._text("config", settings, 0)
+
+    def changed(self, step: int, change: Mapping[str, Any]) -> None:
+        """Writes an entry of the history as text in TensorBoard, after `step` steps."""
+        if self._events is not None:
+            self._text("changed_settings", change, step)
+            self.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by tag, such as `train/loss_vsd`, after `step` steps."""
@@ -105,6 +116,10 @@ class MetricsWriter:
         self._add(Event(summary=summary.image(tag, image, dataformats="HWC")), step)
         self.flush()
         return path
+
+    def _text(self, tag: str, values: Mapping[str, Any], step: int) -> None:
+        text = f"```json\n{json.dumps(dict(values), indent=2)}\n```"
+        self._add(Event(summary=summary.text(tag, text)), step)
 
     def _add(self, event: Event, step: int) -> None:
         if self._events is not None:

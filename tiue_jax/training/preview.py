@@ -30,7 +30,7 @@ class Preview:
         train = settings.train
         self._dtype = settings.distill.compute_dtype
         self._prompts, self._seed = list(train.validation_prompts), train.seed
-        teacher = Pipeline.from_pretrained(folder, self._dtype)
+        teacher = Pipeline.from_pretrained(folder, self._dtype, clip_skip=settings.model.clip_skip)
         teacher.unet = teacher.unet._replace(cfg=student_config(settings, teacher.unet.cfg))
         self._of_teacher = teacher(
             self._prompts,
@@ -38,6 +38,7 @@ class Preview:
             sampler="ddim",
             num_inference_steps=train.validation_num_inference_steps,
             guidance_scale=train.validation_guidance_scale,
+            negative_prompt=settings.distill.negative_prompt if train.validation_guidance_scale > 1 else None,
         )
         self._student = dataclasses.replace(teacher, sampling=student_sampling(settings))
         for name in ("text_encoder", "vae"):

@@ -52,17 +52,28 @@ class ModelConfig:
     """The models. Each is the name of a known model, a repository on the hub or a folder, see hub.resolve.
 
     Attributes:
-        pretrained_model_name_or_path: the teacher, from which the student starts.
+        pretrained_model_name_or_path: the teacher.
         clip_model_name_or_path: a CLIP in transformers' layout with its tokenizer, for L_clip, such as
             "clip-vit-base-patch32".
+        embeddings: textual inversion embeddings that the teacher's vocabulary and the student's have: names for
+            embedding_files.read, such as "<cat>=cat.safetensors".
         tiny_vae_name_or_path: an AutoencoderTiny, which decodes the student's latents for L_clip, such as "taesd".
+        clip_skip: the number of the last layers of the text encoder that are left out, for teacher and student: 0 or 1
+            for most models. It is diffusers' clip_skip, one less than "Clip skip" in programs that count from 1. The
+            exported student has a text encoder without these layers.
+        student_name_or_path: the pipeline from whose UNet the student starts, such as the student of an earlier run;
+            None starts from the teacher's. The UNet must be like the teacher's, and is read before the first step only.
     """
 
     pretrained_model_name_or_path: str
     clip_model_name_or_path: str | None = None
     tiny_vae_name_or_path: str | None = None
+    embeddings: tuple[str, ...] = ()
+    clip_skip: AtLeastZero = 0
+    student_name_or_path: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "embeddings", _list_as_tuple(self.embeddings))
         check_fields(self, "model")
 
 
@@ -113,7 +124,7 @@ class TrainConfig:
         validation_every: steps between grids that show the student's images above the teacher's.
         validation_prompts: the prompts of the grids; without any there are no grids.
         validation_num_inference_steps: the teacher's DDIM steps in the grids.
-        validation_guidance_scale: the teacher's guidance scale in the grids.
+        validation_guidance_scale: the teacher's guidance scale in the grids. Its negative prompt is that of `distill`.
         mesh_data: size of the mesh axis that repeats the parameters; -1 takes the devices that mesh_fsdp leaves.
         mesh_fsdp: size of the mesh axis that shards the parameters; -1 takes the devices that mesh_data leaves.
         mesh_replicate_below: arrays of fewer elements are not sharded over fsdp.
@@ -164,6 +175,7 @@ class DistillConfig:
     num_inference_steps: Count = 4  # K, the number of decoder passes
     timestep_spacing: Spacing = "leading"  # or "trailing", "linspace"; the last pass of "leading" weighs almost nothing
     teacher_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
+    negative_prompt: str = ""  # what the guidance of both teachers leads away from, instead of the empty prompt
     lora_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
     min_timestep: AtLeastZero = 20  # the first timestep at which the teachers are compared
     max_timestep: AtLeastZero = 980  # the last timestep at which the teachers are compared
@@ -200,6 +212,11 @@ class DistillConfig:
         if not self.max_timestep >= self.min_timestep:
             raise ValueError(
                 f"distill.max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}"
+            )
+        if self.negative_prompt and not self.teacher_guidance_scale > 1:
+            raise ValueError(
+                f"distill.negative_prompt = {self.negative_prompt!r} needs teacher_guidance_scale above 1, "
+                f"got {self.teacher_guidance_scale}"
             )
         if self.clip_weight and not (self.clip_decay_steps or self.max_train_steps):
             raise ValueError(
@@ -245,6 +262,7 @@ class DistillConfig:
         return optim.adam(student_rate, **settings), optim.adam(lora_rate, **settings)
 
 
+HISTORY = "history"  # of the changes of settings: an entry of a run's config.json beside the sections
 _DERIVED = ("distill", "max_train_steps")  # section and name of the setting that repeats train.max_train_steps
 
 
@@ -291,7 +309,8 @@ class Settings:
         if not isinstance(config, Mapping) or not isinstance(config.get(section, {}), Mapping):
             return cls.from_config(config)  # which raises
         given = {name: value for name, value in config.get(section, {}).items() if name != derived}
-        return cls.from_config({**config, section: given})
+        without_history = {name: values for name, values in config.items() if name != HISTORY}
+        return cls.from_config({**without_history, section: given})
 
     def to_dict(self) -> dict[str, Any]:
         """The sections as nested mappings of plain values, for JSON."""

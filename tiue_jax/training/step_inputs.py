@@ -71,8 +71,9 @@ def build(settings: Settings, models: FrozenModels, null: np.ndarray | None = No
     Args:
         settings: of the run.
         models: the models of the run. A model that the settings do not use is left out of the result.
-        null: the empty prompt: token ids int32 [l], or with `data.embeddings` a text embedding [l d]. None stands for
-            zeros, which is enough for a step that is only compiled.
+        null: the null prompt, `distill.negative_prompt`, which is empty by default: token ids int32 [l], or with
+            `data.embeddings` a text embedding [l d]. None stands for zeros, which is enough for a step that is only
+            compiled.
     """
     text = models.text_encoder.cfg
     rows, length = settings.train.batch_size, text.max_position_embeddings
@@ -102,12 +103,12 @@ def build(settings: Settings, models: FrozenModels, null: np.ndarray | None = No
 
 
 def _null(null: np.ndarray | None, column: jax.ShapeDtypeStruct) -> np.ndarray:
-    """The empty prompt in the shape of one row of `column`; zeros for None."""
+    """The null prompt in the shape of one row of `column`; zeros for None."""
     return np.zeros(column.shape[1:], column.dtype) if null is None else null
 
 
 def make_encode_text(graphdef: nnx.GraphDef, null_input_ids: np.ndarray) -> EncodeText:
-    """Encodes text inside the step, from `batch["input_ids"]` [b l]. `null_input_ids` [l] is the empty prompt."""
+    """Encodes text inside the step, from `batch["input_ids"]` [b l]. `null_input_ids` [l] is the null prompt."""
 
     def encode_text(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         encoder = functional.bind(graphdef, sharding.gathered(frozen.text_encoder))
@@ -118,7 +119,7 @@ def make_encode_text(graphdef: nnx.GraphDef, null_input_ids: np.ndarray) -> Enco
 
 
 def make_read_text(null_text: np.ndarray) -> EncodeText:
-    """Reads text embeddings made beforehand from `batch["text"]` [b l d]. `null_text` [l d] is the empty prompt's."""
+    """Reads text embeddings made beforehand from `batch["text"]` [b l d]. `null_text` [l d] is the null prompt's."""
 
     def read_text(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         dtype = jax.tree.leaves(frozen.unet)[0].dtype  # the text encoder would compute in the same dtype

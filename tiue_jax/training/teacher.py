@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from tiue_jax import sharding
 from tiue_jax.data.loader import Tokenize
 from tiue_jax.models.clip import CLIPConfig, CLIPTextModel
 from tiue_jax.models.functional import Component, Params
+from tiue_jax.models.presets import Configs
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNet
 from tiue_jax.schedule import Schedule
 from tiue_jax.training.distill import Frozen
+from tiue_jax.training.listing import listed
 from tiue_jax.training.settings import Settings
 from tiue_jax.training.step_inputs import FrozenModels, abstract_clip
-from tiue_jax.weights import hub, model_folder, pipeline_folder
+from tiue_jax.weights import fingerprint, hub, model_folder, pipeline_folder, vocabulary
 from tiue_jax.weights.pipeline_folder import read_config, read_configs
 
 
@@ -32,11 +35,12 @@ class Teacher:
     """A run's teacher, and CLIP if the run has L_clip; no weights.
 
     Attributes:
-        folder: the teacher's pipeline folder.
+        folder: the teacher's pipeline folder, with the embeddings of the settings.
         models: configuration, graph and parameter shapes of each model.
-        folders: the folder of each model, by its field in FrozenModels.
+        folders: the folder of each model, by its field in FrozenModels, and of the "student" from whose UNet it starts.
         schedule: the teacher's noise schedule.
         tokenize: prompts to token ids int32 [b l].
+        null_input_ids: int32 [l], the token ids of `distill.negative_prompt`, which guidance leads away from.
         tokenize_clip: prompts to CLIP's token ids int32 [b l]; None without L_clip.
     """
 
@@ -45,10 +49,24 @@ class Teacher:
     folders: Mapping[str, Path]
     schedule: Schedule
     tokenize: Tokenizer
+    null_input_ids: np.ndarray
     tokenize_clip: Tokenize | None = None
 
+    def fingerprints(self) -> dict[str, str]:
+        """What the models are, by part, such as "teacher.unet": see weights/fingerprint.py. It reads a few bytes.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file that is missing or damaged.
+        """
+        found = {f"teacher.{part}": text for part, text in fingerprint.of_pipeline(self.folder).items()}
+        found["teacher.prediction_type"] = self.schedule.prediction_type
+        for name in ("student", "clip", "tiny_vae"):
+            if name in self.folders and self.folders[name] != self.folders["unet"]:
+                found[name] = fingerprint.of_model(self.folders[name])
+        return found
+
     def load_student(self, structs: Params) -> Params:
-        """The weights of the teacher's UNet, from which the student starts.
+        """The weights from which the student starts: the teacher's UNet, or that of another pipeline.
 
         Args:
             structs: ShapeDtypeStructs that carry dtypes and shardings, such as those of TrainProgram.state.params.
@@ -56,7 +74,7 @@ class Teacher:
         Raises:
             FileNotFoundError, ValueError: see model_folder.load.
         """
-        return _load(self.folders["unet"], structs)
+        return _load(self.folders["student"], structs)
 
     def load_frozen(self, structs: Frozen) -> Frozen:
         """The weights of every model that `structs` has, such as TrainProgram.frozen. See `load_student`."""
@@ -70,14 +88,16 @@ def read_teacher(settings: Settings) -> Teacher:
     Raises:
         FileNotFoundError, ValueError: one line naming the file or config field that is missing or wrong.
     """
-    folder = hub.resolve(settings.model.pretrained_model_name_or_path)
-    pipeline_folder.check_pipeline(folder)
-    configs = read_configs(folder)
+    folder = vocabulary.resolve(settings.model.pretrained_model_name_or_path, settings.model.embeddings)
+    configs = read_configs(folder, settings.model.clip_skip)
     folders = {"unet": folder / "unet", "text_encoder": folder / "text_encoder"}
     models = FrozenModels(
         unet=_abstract(folders["unet"], UNet, configs.unet),
         text_encoder=_abstract(folders["text_encoder"], CLIPTextModel, configs.text_encoder),
     )
+    folders["student"] = folders["unet"]
+    if settings.model.student_name_or_path is not None:
+        folders["student"] = _start_of_student(settings.model.student_name_or_path, configs)
     tokenize_clip = None
     if settings.distill.clip_weight:
         folders["clip"] = _resolve_for_clip(settings, "clip_model_name_or_path")
@@ -87,14 +107,42 @@ def read_teacher(settings: Settings) -> Teacher:
         tiny_vae = _abstract(folders["tiny_vae"], AutoencoderTiny, tiny_vae_config)
         models = models._replace(clip=clip, tiny_vae=tiny_vae)
         tokenize_clip = Tokenizer(folders["clip"], clip.cfg.text_config.max_position_embeddings)
+    tokenize = Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings)
     return Teacher(
         folder=folder,
         models=models,
         folders=folders,
         schedule=configs.schedule,
-        tokenize=Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings),
+        tokenize=tokenize,
+        null_input_ids=tokenize([settings.distill.negative_prompt])[0],
         tokenize_clip=tokenize_clip,
     )
+
+
+def _start_of_student(name: str, teacher: Configs) -> Path:
+    """The folder of the UNet from which the student starts.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such pipeline, or its UNet is not like the teacher's.
+    """
+    folder = hub.resolve(name)
+    pipeline_folder.check_pipeline(folder)
+    student = read_configs(folder)
+    # its latents may have another size: the student of a run with distill.latent_size
+    before, now = (
+        dataclasses.asdict(dataclasses.replace(cfg, sample_size=None)) for cfg in (teacher.unet, student.unet)
+    )
+    differences = [
+        f"{field} {now[field]!r}, the teacher's is {before[field]!r}" for field in now if now[field] != before[field]
+    ]
+    if student.schedule.prediction_type != teacher.schedule.prediction_type:
+        kinds = student.schedule.prediction_type, teacher.schedule.prediction_type
+        differences.append(f"prediction_type {kinds[0]!r}, the teacher's is {kinds[1]!r}")
+    if differences:
+        raise ValueError(
+            f"model.student_name_or_path = {name!r}: expected a UNet like the teacher's, got {listed(differences)}"
+        )
+    return folder / "unet"
 
 
 def _resolve_for_clip(settings: Settings, name: str) -> Path:

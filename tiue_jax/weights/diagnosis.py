@@ -125,7 +125,7 @@ def misfit(start: str, problems: Mapping[str, Collection[str]], kind: str | None
         start = f"{start}: this is {kind}"
     text = start
     for examples in range(EXAMPLES, 0, -1):
-        kinds = [f"{len(names)} {problem}: {_some(names, examples)}" for problem, names in problems.items() if names]
+        kinds = [f"{len(names)} {problem}: {some(names, examples)}" for problem, names in problems.items() if names]
         text = f"{start}: {'; '.join(kinds)}"
         if len(text) <= LONGEST:
             return text
@@ -239,7 +239,7 @@ def _base_by_latents(tensors: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _some(names: Collection[str], count: int) -> str:
+def some(names: Collection[str], count: int) -> str:
     """The first names, and the number of the others."""
     first, more = [_cut(name) for name in list(names)[:count]], len(names) - count
     return ", ".join(first) + (f" and {more} more" if more > 0 else "")

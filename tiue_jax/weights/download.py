@@ -110,7 +110,7 @@ def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], w
     """
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (MODEL_INDEX, "config.json", "unet/config.json"):
+    for name in (MODEL_INDEX, "config.json", *(f"{part}/config.json" for part in MODEL_PARTS)):
         cached = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(cached, str):
             folder = Path(cached.removesuffix(name))

@@ -104,18 +104,40 @@ def on_disk(name: str | Path) -> bool:
     return any(folder.is_dir() for folder in _local_folders(text, known(text) or Model(((text, "main"),))))
 
 
-def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -> Path:
+def resolve(
+    name: str | Path,
+    dtype: str = "float32",
+    *,
+    weights: bool = True,
+    parts: Sequence[str] = PARTS,
+    base: str | Path | None = None,
+) -> Path:
     """Finds the folder of a model, after a download if necessary. Prints the source and the licence on stderr.
 
     Args:
         name: an alias, a folder, or a hub repository.
         dtype: "float32" or "bfloat16", of the computation. It selects the variant to download.
         weights: False if the configurations and the tokenizer are enough.
+        parts: the parts of a pipeline that are needed.
+        base: the model that supplies the missing parts of a folder or repository with a UNet. None is that of the
+            alias, if it has one.
 
     Raises:
         FileNotFoundError: there is no model of this name; the error lists all that was tried.
-        ValueError: the folder or repository holds no model.
+        ValueError: the folder or repository holds no model, or has no need of `base`.
     """
+    model = known(name) or Model(((str(name), "main"),))
+    supply = model.base if base is None else base
+    if supply is None:
+        return _resolve(name, dtype, parts, weights)
+    folder = _resolve(name, dtype, PARTS, weights)
+    if base is not None and all((folder / part).is_dir() for part in PARTS):
+        raise ValueError(f"base {str(base)!r} is not needed: {folder} holds all parts of a pipeline")
+    return _complete(str(name), folder, supply, model.sampling, dtype, weights)
+
+
+def _resolve(name: str | Path, dtype: str, parts: Sequence[str], weights: bool) -> Path:
+    """The folder of a model as it is, not completed. Errors as `resolve`."""
     text, local = str(name), expand(name)
     if text in SHIPPED:
         if not (ASSETS / text).is_dir():
@@ -125,16 +147,17 @@ def resolve(name: str | Path, dtype: str = "float32", *, weights: bool = True) -
         if text and local.is_dir():  # an empty name would be the current folder
             return local
         if local.is_file():
-            raise FileNotFoundError(f"unknown model {text!r}: a file, expected a folder in diffusers' layout")
+            error = f"unknown model {text!r}: a file, expected a folder in diffusers' layout"
+            if local.suffix.lower() == ".safetensors":
+                error += f"; to write one: tiue convert import --file {text} --out FOLDER"
+            raise FileNotFoundError(error)
         if isinstance(name, Path) or not is_repository_name(text) or text.startswith((".", "~")):
             aliases = ", ".join((*SHIPPED, *MODELS))
             raise FileNotFoundError(
                 f"unknown model {text!r}: not an alias ({aliases}), not a local folder, "
                 "not a hub repository's name (owner/name)"
             )
-    model = known(text) or Model(((text, "main"),))
-    folder = _find(text, model, dtype, PARTS, weights)
-    return _complete(text, folder, model, dtype, weights) if model.base else folder
+    return _find(text, known(text) or Model(((text, "main"),)), dtype, parts, weights)
 
 
 def _find(text: str, model: Model, dtype: str, parts: Sequence[str], weights: bool) -> Path:
@@ -171,28 +194,32 @@ def _local_folders(text: str, model: Model) -> Iterator[Path]:
             yield expand(root) / name.replace("/", "--")
 
 
-def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) -> Path:
-    """Completes a student's folder with the parts of its base model.
+def _complete(
+    text: str, folder: Path, base: str | Path, sampling: dict[str, Any] | None, dtype: str, weights: bool
+) -> Path:
+    """Completes a folder with a UNet by the parts of a base model.
 
-    Returns the folder if it is a whole pipeline with a `tiue_config.json`. Otherwise returns a folder of links in the
-    user's cache: to the parts in the folder, to the missing parts in the base model, and with a `tiue_config.json`.
+    Returns the folder if it is a whole pipeline, with a `tiue_config.json` if `sampling` is given. Otherwise returns a
+    folder of links in the user's cache: to the parts in the folder, to the missing parts in the base model, and with a
+    `tiue_config.json` that holds `sampling`.
     """
-    assert model.base is not None
     if not (folder / "unet" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no unet/config.json and no config.json, expected a pipeline or a UNet")
     links = {part: folder / part for part in PARTS if (folder / part).is_dir()}
     links.setdefault("unet", folder)  # the folder is that of a UNet
     links |= {name: folder / name for name in (MODEL_INDEX, TIUE_CONFIG) if (folder / name).is_file()}
     if missing := [part for part in PARTS if part not in links]:
-        base = _find(model.base, MODELS[model.base], dtype, missing, weights)
-        links |= {part: base / part for part in missing} | {MODEL_INDEX: base / MODEL_INDEX}
-    if TIUE_CONFIG in links and not missing:
+        supply = resolve(base, dtype, weights=weights, parts=missing)
+        if absent := [part for part in missing if not (supply / part).is_dir()]:
+            raise ValueError(f"base {base}: no {', '.join(absent)} in {supply}, expected the parts that {text} lacks")
+        links |= {part: supply / part for part in missing} | {MODEL_INDEX: supply / MODEL_INDEX}
+    elif TIUE_CONFIG in links or sampling is None:
         return folder
     targets = {name: str(path.absolute()) for name, path in sorted(links.items())}
     # the name contains a hash of the targets: another download makes another folder, and no folder ever changes
-    digest = hashlib.sha256(json.dumps([targets, model.sampling]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([targets, sampling]).encode()).hexdigest()[:12]
     cache = user_cache()
-    whole = cache / f"{text.replace('/', '--')}-{digest}"
+    whole = cache / f"{text.strip('/').replace('/', '--')[-100:]}-{digest}"
     if not whole.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as aside:
@@ -200,8 +227,8 @@ def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) 
             new.mkdir()
             for name, target in targets.items():
                 (new / name).symlink_to(target)
-            if TIUE_CONFIG not in targets and model.sampling is not None:
-                write_json(new / TIUE_CONFIG, model.sampling)
+            if TIUE_CONFIG not in targets and sampling is not None:
+                write_json(new / TIUE_CONFIG, sampling)
             try:
                 new.rename(whole)
             except OSError:
@@ -210,6 +237,6 @@ def _complete(text: str, folder: Path, model: Model, dtype: str, weights: bool) 
     return whole
 
 
-def say(text: str, facts: list[str]) -> None:
+def say(text: str, facts: Sequence[str]) -> None:
     """Prints facts on a model. They are not logged, since the user must always see the source and the licence."""
     print(f"model {text}: {'; '.join(facts)}", file=sys.stderr)

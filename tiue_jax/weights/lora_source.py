@@ -1,9 +1,10 @@
-"""Finds a LoRA file: on this disk, or on the Hugging Face hub."""
+"""Finds the file of a LoRA or of a textual inversion embedding: on this disk, or on the Hugging Face hub."""
 
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from tiue_jax.files import expand
 from tiue_jax.weights import diagnosis, hub
@@ -13,18 +14,30 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"  # beside PEFT_FILE
 _SUFFIX = ".safetensors"
-_FILE_SUFFIXES = (_SUFFIX, ".bin", ".ckpt", ".pt", ".pth")  # of names that are no repositories
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # suffixes of files that can run code when they are read
+_FILE_SUFFIXES = (_SUFFIX, *PICKLES)  # of names that are no repositories
 _NO_LORA = ("scheduler", "optimizer", "checkpoint")  # in the names of other files of a training run, as in diffusers
 _REVISION = "main"
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?", re.ASCII)  # owner/name or owner/name/file
 
 
-def resolve(name: str | Path) -> Path:
-    """Finds a LoRA file, after a download if necessary. Prints the source and the licence of a download on stderr.
+class Kind(NamedTuple):
+    """A kind of file: its name in errors, and the names under which it is looked for first."""
+
+    noun: str
+    names: tuple[str, ...]
+
+
+LORA = Kind("LoRA", (DIFFUSERS_FILE, PEFT_FILE))
+
+
+def resolve(name: str | Path, kind: Kind = LORA) -> Path:
+    """Finds a file, after a download if necessary. Prints the source and the licence of a download on stderr.
 
     Args:
-        name: a file; a folder with one LoRA; a hub repository with one LoRA (owner/name); or a file in a hub repository
+        name: a file; a folder with one such file; a hub repository with one (owner/name); or a file in a hub repository
             (owner/name/file.safetensors). The folder $TIUE_MODELS is searched before the hub.
+        kind: of the file.
 
     Raises:
         FileNotFoundError: there is no such file, folder or repository.
@@ -32,45 +45,48 @@ def resolve(name: str | Path) -> Path:
     """
     path = expand(name)
     if path.is_dir():
-        return path / choose(str(path), [entry.name for entry in path.iterdir() if entry.is_file()])
+        return path / choose(str(path), [entry.name for entry in path.iterdir() if entry.is_file()], kind)
     if path.is_file():
         _check_suffix(str(path))
         return path
     match = _HUB_NAME.fullmatch(str(name))
     is_a_file = str(name).startswith((".", "~")) or (path.suffix in _FILE_SUFFIXES and len(path.parts) < 3)
     if isinstance(name, Path) or match is None or is_a_file:
-        raise FileNotFoundError(f"{path}: no such file, expected LoRA weights in safetensors")
+        raise FileNotFoundError(f"{path}: no such file, expected a {kind.noun} in safetensors")
     repository, file = match.groups()
     if file is not None:
         _check_suffix(str(name))
     if root := os.environ.get("TIUE_MODELS"):
         for folder in (expand(root) / repository, expand(root) / repository.replace("/", "--")):
             if folder.is_dir():
-                return resolve(folder / file if file else folder)
-    return _fetch(repository, file)
+                return resolve(folder / file if file else folder, kind)
+    return _fetch(repository, file, kind)
 
 
-def choose(source: str, files: Collection[str]) -> str:
-    """The LoRA among the names of the files in a folder, without those in its subfolders.
+def choose(source: str, files: Collection[str], kind: Kind = LORA) -> str:
+    """The file of a kind among the names of the files in a folder, without those in its subfolders.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: there are several. The error names `source` and the files.
     """
-    for name in (DIFFUSERS_FILE, PEFT_FILE):
+    for name in kind.names:
         if name in files:
             return name
     found = [name for name in sorted(files) if name.lower().endswith(_SUFFIX) and "/" not in name]
     found = [name for name in found if not any(word in name for word in _NO_LORA)]
     if not found:
-        raise FileNotFoundError(f"{source}: no LoRA, expected {DIFFUSERS_FILE}, {PEFT_FILE} or another *{_SUFFIX}")
+        pickles = [name for name in files if name.lower().endswith(PICKLES)]
+        hint = f"; {diagnosis.some(pickles, 3)}: pickles are not read, convert to safetensors first" if pickles else ""
+        expected = f"{', '.join(kind.names)} or another *{_SUFFIX}"
+        raise FileNotFoundError(f"{source}: no {kind.noun}, expected {expected}{hint}")
     if len(found) > 1:
-        raise ValueError(diagnosis.misfit(f"{source}: name one file", {"LoRA files": found}))
+        raise ValueError(diagnosis.misfit(f"{source}: name one file", {f"{kind.noun} files": found}))
     return found[0]
 
 
-def _fetch(repository: str, file: str | None) -> Path:
-    """Downloads a LoRA from the hub. Errors as `resolve`."""
+def _fetch(repository: str, file: str | None, kind: Kind) -> Path:
+    """Downloads a file from the hub. Errors as `resolve`."""
     # imported here, since it takes half a second that files on this disk do not need
     from huggingface_hub import HfApi, snapshot_download
 
@@ -85,9 +101,9 @@ def _fetch(repository: str, file: str | None) -> Path:
             )
         except Exception:  # there is no earlier download
             raise FileNotFoundError(f"no file {repository}, and hub {repository}: {reason}") from error
-        return resolve(Path(earlier) / file if file else Path(earlier))
+        return resolve(Path(earlier) / file if file else Path(earlier), kind)
     hashes = {entry.rfilename: entry.lfs.sha256 if entry.lfs else None for entry in info.siblings or []}
-    file = file or choose(f"hub {repository}", list(hashes))
+    file = file or choose(f"hub {repository}", list(hashes), kind)
     if file not in hashes:
         raise FileNotFoundError(f"hub {repository}: no file {file}")
     wanted = {name: hashes[name] for name in (file, PEFT_CONFIG) if name in hashes}
@@ -102,4 +118,4 @@ def _fetch(repository: str, file: str | None) -> Path:
 
 def _check_suffix(path: str) -> None:
     if not path.lower().endswith(_SUFFIX):
-        raise ValueError(f"{path}: expected a {_SUFFIX} file; other formats can run code when they are read")
+        raise ValueError(diagnosis.other_format(Path(path)))

@@ -1,9 +1,10 @@
 """Translates tensor names of the original Stable Diffusion repositories (CompVis, Stability AI) to diffusers' names.
 
 One file holds the UNet, the autoencoder and the text encoder, which is transformers' CLIP in SD 1.x and OpenCLIP in
-SD 2.x. Names are translated for any configuration of these architectures. Two layouts differ, and are translated by
-views of the stored tensors: OpenCLIP fuses the projections of queries, keys and values, and some linear layers are
-stored as 1x1 convolutions.
+SD 2.x. A file may also hold one of them alone, and the UNet and the autoencoder may have diffusers' names. Names are
+translated for any configuration of these architectures. Two layouts differ, and are translated by views of the stored
+tensors: OpenCLIP fuses the projections of queries, keys and values, and some linear layers are stored as 1x1
+convolutions.
 """
 
 import dataclasses
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 from tiue_jax.models.clip import CLIPTextConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
-from tiue_jax.weights.names import Params, leaves, on_disk, torch_shape
+from tiue_jax.weights import leftovers
+from tiue_jax.weights.names import Params, leaves, modernise, on_disk, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor
 
 # how the names of each part begin in the file
@@ -23,6 +25,13 @@ VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
 PARTS = (UNET, VAE, CLIP, OPEN_CLIP)
+
+# tensors that tell the part of a file whose names begin with nothing: in the original layout, and in diffusers'
+_OF_PART = {
+    UNET: re.compile(r"(?:input_blocks\.0\.0|time_embed\.0|time_embedding\.linear_1)\.weight"),
+    VAE: re.compile(r"(?:encoder|decoder)\.conv_in\.weight"),
+}
+_OF_DIFFUSERS = re.compile(r"(?:.*\.)?mid_block\..*")
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -50,10 +59,10 @@ _OPEN_CLIP = {
 
 
 def unet_tensors(tensors: Mapping[str, StoredTensor], cfg: UNetConfig, shapes: Params) -> dict[str, StoredTensor]:
-    """Returns the UNet's tensors under diffusers' names. A tensor that fits nowhere keeps its name in the file.
+    """Returns the UNet's tensors under diffusers' names. A tensor that fits nowhere keeps its name.
 
     Args:
-        tensors: all tensors of the file by name.
+        tensors: all tensors of the file by name, see `with_prefix`.
         cfg: the configuration of the UNet.
         shapes: the parameter tree of the UNet.
     """
@@ -81,11 +90,7 @@ def text_tensors(tensors: Mapping[str, StoredTensor], cfg: CLIPTextConfig, shape
                 tensor = tensor.rows(third * width, (third + 1) * width)
             found[name] = tensor
             used.add(theirs)
-    # Stable Diffusion uses the output of the layer before the last. The last layer is in the file, but in no folder of
-    # diffusers.
-    beyond = re.compile(rf"transformer\.resblocks\.{cfg.num_hidden_layers}\..*")
-    unused = {name for name in held if name not in used and not beyond.fullmatch(name)}
-    return found | {OPEN_CLIP + name: held[name] for name in unused}
+    return found | {OPEN_CLIP + name: tensor for name, tensor in held.items() if name not in used}
 
 
 def with_ema(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -105,6 +110,26 @@ def with_ema(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTenso
             else:
                 without.append(name)
     return replaced, without
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor], part: str) -> dict[str, StoredTensor]:
+    """The tensors of a file that may hold one part alone, whose names then begin with nothing.
+
+    Args:
+        tensors: all tensors of the file by name.
+        part: UNET or VAE.
+
+    Returns:
+        The tensors, whose names now begin with `part` if the file holds this part alone. The names of markers that
+        belong to no part stay.
+    """
+    if any(name.startswith(PARTS) for name in tensors) or not any(_OF_PART[part].fullmatch(name) for name in tensors):
+        return dict(tensors)
+
+    def is_marker(name: str) -> bool:
+        return leftovers.reason(name) is not None and not name.startswith(EMA)
+
+    return {name if is_marker(name) else part + name: tensor for name, tensor in tensors.items()}
 
 
 def is_open_clip(tensors: Mapping[str, StoredTensor]) -> bool:
@@ -182,10 +207,13 @@ def _translated(
 ) -> dict[str, StoredTensor]:
     """The tensors of one part under diffusers' names, in the shapes of its parameter tree. See `unet_tensors`."""
     held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    in_diffusers = any(_OF_DIFFUSERS.fullmatch(name) for name in held)
+    if in_diffusers:
+        held = modernise(held, shapes, "")
     found, used = {}, set()
     for path, leaf in leaves(shapes):
         name = on_disk(path)
-        theirs = _translate(name, modules)
+        theirs = name if in_diffusers else _translate(name, modules)
         if theirs in held:
             found[name] = _as_shape(held[theirs], torch_shape(path, tuple(leaf.shape)))
             used.add(theirs)

@@ -1,8 +1,8 @@
 """Reads, checks and writes a pipeline folder: models, tokenizer and noise schedule, as diffusers lays them out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,11 @@ from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import Schedule
 from tiue_jax.weights import layout, model_folder, tokenizer_files
+from tiue_jax.weights.clip_skip import skip_layers
+from tiue_jax.weights.diagnosis import shortened
 from tiue_jax.weights.layout import MODEL_INDEX, SCHEDULER_CONFIG, TIUE_CONFIG
-from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS
+from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS, StoredTensor
+from tiue_jax.weights.tree import from_torch_names
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # that models compute in
 STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16}  # of weights on disk
@@ -76,7 +79,10 @@ def check_pipeline(folder: str | Path) -> None:
     """
     path = Path(folder) / MODEL_INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no {MODEL_INDEX}, expected a folder in diffusers' pipeline layout")
+        start = f"{folder}: no {MODEL_INDEX}, expected a folder in diffusers' pipeline layout"
+        if any((Path(folder) / name).is_file() for name in ("config.json", "unet/config.json")):
+            start += f"; complete a UNet: tiue convert import --file {folder} --base MODEL --out FOLDER"
+        raise FileNotFoundError(shortened(start))
     index = read_json(path)
     for name, value in index.items():
         if isinstance(value, list) and any(value) and name not in (*_CLASS_NAMES, *_IGNORED_PARTS):
@@ -88,8 +94,12 @@ def check_pipeline(folder: str | Path) -> None:
             raise ValueError(f"{path}: field {name!r} is {value!r}, expected {' or '.join(classes)}")
 
 
-def read_configs(folder: str | Path) -> Configs:
+def read_configs(folder: str | Path, clip_skip: int = 0) -> Configs:
     """Reads the configurations of a pipeline folder, and checks that the models fit together.
+
+    Args:
+        folder: the pipeline folder.
+        clip_skip: the number of the last layers of the text encoder that are left out, see `clip_skip.skip_layers`.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file or the config field that is missing or wrong.
@@ -98,7 +108,7 @@ def read_configs(folder: str | Path) -> Configs:
     configs = Configs(
         unet=read_config(folder / "unet", UNetConfig),
         vae=read_config(folder / "vae", VAEConfig),
-        text_encoder=read_config(folder / "text_encoder", CLIPTextConfig),
+        text_encoder=skip_layers(read_config(folder / "text_encoder", CLIPTextConfig), clip_skip),
         schedule=load_schedule(folder / "scheduler"),
     )
     check_widths(str(folder), configs.unet, configs.vae, configs.text_encoder)
@@ -145,13 +155,18 @@ def load_sampling(folder: Path, unet: UNetConfig) -> Sampling:
         return Sampling.from_file(config)
     student = model_folder.read_config_dict(scheduler.parent, scheduler.name).get(_STUDENT_FIELD)
     if student is None:
-        return Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
+        return usual_sampling(unet)
     if not isinstance(student, dict):
         raise ValueError(f"{scheduler}: {_STUDENT_FIELD} must be an object, got {student!r}")
     try:
         return Sampling.from_dict({"sampler": "tiue", **student})
     except ValueError as error:
         raise ValueError(f"{scheduler}: {_STUDENT_FIELD}: {error}") from error
+
+
+def usual_sampling(unet: UNetConfig) -> Sampling:
+    """How a model is sampled that does not say it."""
+    return Sampling("ddim" if unet.time_cond_proj_dim is None else "lcm")
 
 
 def check_widths(name: str, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, text: CLIPTextConfig) -> None:
@@ -189,11 +204,36 @@ def abstract(folder: Path, cls: type[nnx.Module], cfg: Any) -> tuple[nnx.GraphDe
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def load(folder: Path, cls: type[nnx.Module], cfg: Any, dtype: str) -> Component:
-    """Reads a model in one of DTYPES, with a copy on each local device. Errors as `Pipeline.from_pretrained`."""
-    graphdef, shapes = abstract(folder, cls, cfg)
-    everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
-    return Component(cfg, graphdef, model_folder.load(folder, shapes, DTYPES[dtype], shardings=everywhere))
+class Part(NamedTuple):
+    """A model in a folder or in a file, whose weights are not read yet.
+
+    Attributes:
+        path: the model folder, or the file.
+        cls: class of the model.
+        cfg: its configuration.
+        find: finds the tensors of the model in a file, by their names in a folder, from `cfg` and the parameter tree.
+            None for a folder.
+    """
+
+    path: Path
+    cls: type[nnx.Module]
+    cfg: Any
+    find: Callable[[Any, Params], Mapping[str, StoredTensor]] | None = None
+
+    def read(self) -> Params:
+        """Reads the weights as float32 numpy arrays. Errors as `model_folder.load`."""
+        return self._read(abstract(self.path, self.cls, self.cfg)[1])
+
+    def load(self, dtype: str) -> Component:
+        """Reads the model in one of DTYPES, with a copy on each local device. Errors as `model_folder.load`."""
+        graphdef, shapes = abstract(self.path, self.cls, self.cfg)
+        everywhere = sharding.replicated(sharding.make_mesh(devices=jax.local_devices()))
+        return Component(self.cfg, graphdef, self._read(shapes, dtype=DTYPES[dtype], shardings=everywhere))
+
+    def _read(self, shapes: Params, **kwargs: Any) -> Params:
+        if self.find is None:
+            return model_folder.load(self.path, shapes, **kwargs)
+        return from_torch_names(self.find(self.cfg, shapes), shapes, source=str(self.path), **kwargs)
 
 
 def part_shapes(folder: Path, part: str, configs: Configs) -> Params:
@@ -211,10 +251,14 @@ def load_part(folder: Path, part: str, configs: Configs) -> Params:
     return model_folder.load(folder / part, part_shapes(folder, part, configs))
 
 
-def load_text_encoder(folder: str | Path, dtype: str = "float32") -> Component:
-    """Reads only the text encoder of a pipeline folder. Errors as `Pipeline.from_pretrained`."""
+def load_text_encoder(folder: str | Path, dtype: str = "float32", clip_skip: int = 0) -> Component:
+    """Reads only the text encoder of a pipeline folder, without its last `clip_skip` layers.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_configs` and `model_folder.load`.
+    """
     folder = Path(folder) / "text_encoder"
-    return load(folder, CLIPTextModel, read_config(folder, CLIPTextConfig), dtype)
+    return Part(folder, CLIPTextModel, skip_layers(read_config(folder, CLIPTextConfig), clip_skip)).load(dtype)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

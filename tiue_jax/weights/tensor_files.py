@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tiue_jax.files import read_json
+from tiue_jax.files import expand, read_json
+from tiue_jax.weights import diagnosis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name: UNet and VAE
 TRANSFORMERS_WEIGHTS = "model.safetensors"  # transformers' name: text and image encoders
+_CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of models in one file; only the first is read
 
 _NUMPY = {
     "F64": np.float64,
@@ -99,6 +101,26 @@ def open_folder(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
             raise ValueError(f"{path}: lacks tensors that the index places there: {', '.join(absent)}")
         tensors |= {name: dataclasses.replace(held[name], shard=path.name) for name in listed}
     return source, tensors
+
+
+def is_file_name(name: str | Path) -> bool:
+    """True if the name of a model is that of a file, not of a folder or a hub repository. The file may not exist."""
+    path = expand(name)
+    return path.suffix.lower() in _CHECKPOINTS and not path.is_dir()
+
+
+def open_checkpoint(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file that a user names, unread.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, or is truncated or corrupt.
+    """
+    if path.suffix.lower() != _CHECKPOINTS[0]:
+        raise ValueError(diagnosis.other_format(path))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return open_file(path)
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:

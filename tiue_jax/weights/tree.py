@@ -67,7 +67,8 @@ def from_torch_names(
     placed = {} if shardings is None else dict(leaves(jax.tree.broadcast(shardings, shapes)))
     both = [(name, found[name], *expected[name]) for name in expected if name in found]
     extra = [name for name in found if name not in expected]
-    unused = [name for name in extra if leftovers.reason(name) is None]
+    layers = text_layers(shapes)
+    unused = [name for name in extra if leftovers.reason(name, layers) is None]
     problems = {
         "missing": sorted(set(expected) - set(found)),
         "unused": sorted(_name_with_shard(name, found[name]) for name in unused),
@@ -99,8 +100,17 @@ def from_torch_names(
         )
         raise ValueError(diagnosis.misfit(f"{source}: weights do not fit the model", problems, kind))
     if extra:
-        logger.info("%s: %s", source, leftovers.summary(extra))
+        # layers of the text encoder change the images, other leftovers do not
+        has_layers = any(leftovers.reason(name, layers) == leftovers.TEXT_LAYERS for name in extra)
+        level = logging.WARNING if has_layers else logging.INFO
+        logger.log(level, "%s: %s", source, leftovers.summary(extra, layers))
     return params
+
+
+def text_layers(shapes: Params) -> int | None:
+    """The number of layers of the text encoder in a parameter tree. None if it has no text encoder."""
+    layers = shapes.get("text_model", {}).get("encoder", {}).get("layers")
+    return None if layers is None else len(layers)
 
 
 def _foreign_kind(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
