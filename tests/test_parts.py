@@ -110,7 +110,7 @@ def test_files_that_hold_no_such_autoencoder(base, tmp_path):
     save_file(broken, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match=r"broken.safetensors: weights do not fit .* 1 missing: decoder.conv_in.bias$"):
         Pipeline.from_pretrained(base, vae=tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match=r"vae.ckpt: expected a .safetensors file; other formats can run code"):
+    with pytest.raises(ValueError, match=r"vae.ckpt: expected a .safetensors file, this is a pickle"):
         Pipeline.from_pretrained(base, vae=tmp_path / "vae.ckpt")
     with pytest.raises(FileNotFoundError, match=r"absent.safetensors: no such file"):
         Pipeline.from_pretrained(base, vae=tmp_path / "absent.safetensors")

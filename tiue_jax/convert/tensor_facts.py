@@ -14,7 +14,7 @@ from tiue_jax.weights import diagnosis
 from tiue_jax.weights.tensor_files import StoredTensor
 from tiue_jax.weights.tree import is_float
 
-_CHUNK = 16 << 20  # bytes that are read at once
+CHUNK = 16 << 20  # bytes that are read at once
 _LARGEST = 8  # tensors that are listed of a file of unknown content
 
 # Sizes by a pattern of a tensor's name and the axis, for each role. The first tensor that matches counts.
@@ -149,7 +149,7 @@ def _sizes(tensors: Mapping[str, StoredTensor], kind: diagnosis.Kind | None) -> 
 
 
 def count_not_finite(tensors: Mapping[str, StoredTensor]) -> NotFinite | None:
-    """Counts the values that are NaN or infinite. Reads _CHUNK bytes at a time. None if there are none."""
+    """Counts the values that are NaN or infinite. Reads CHUNK bytes at a time. None if there are none."""
     broken: dict[str, int] = {}
     for name, tensor in tensors.items():
         if not is_float(tensor.dtype):
@@ -164,7 +164,7 @@ def _chunks(tensor: StoredTensor) -> Iterable[np.ndarray]:
     if not tensor.shape or not tensor.size:
         yield np.asarray(tensor)
         return
-    rows = max(1, _CHUNK * tensor.shape[0] // tensor.size)
+    rows = max(1, CHUNK * tensor.shape[0] // tensor.size)
     for start in range(0, tensor.shape[0], rows):
         yield tensor[start : start + rows]
 

@@ -140,7 +140,8 @@ def shortened(text: str) -> str:
 def other_format(path: Path) -> str:
     """The text of an error about a file that is no safetensors file: what it is, and what to do. Opens nothing."""
     known = OTHER_FORMATS.get(path.suffix.lower())
-    text = f"{path}: {known or 'a file of an unknown format'}, expected a .safetensors file"
+    what = f", this is {known}" if known else "; other formats can run code when they are read"
+    text = f"{path}: expected a .safetensors file{what}"
     if known == _PICKLE:
         command = _UNPICKLE.format(source=path.name, target=path.with_suffix(".safetensors").name)
         text += f'; convert it with PyTorch where you trust it: python -c "{command}"'
