@@ -1,6 +1,6 @@
 """Round trips over generated configurations: folder to tree to folder, one file to a folder, LoRA to merged.
 
-Each one is exact to the bit, in every dtype and layout that is read. Or it is refused with an error, and writes nothing.
+Each one is exact to the bit, in every dtype and layout that is read. Or it is refused, and nothing is written.
 """
 
 import dataclasses
