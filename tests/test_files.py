@@ -76,7 +76,7 @@ def test_temporary_names_differ(tmp_path):
     asides = set()
     for _ in range(3):
         with files.writing_aside(tmp_path / "a") as aside:
-            asides.add(aside.name)
+            asides.add(aside)
     assert len(asides) == 3
 
 

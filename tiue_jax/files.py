@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from tiue_jax.temporary import replace_folder, temporary_folder
 
 _COPIED_AT_ONCE = 2**24  # bytes
 
@@ -43,8 +44,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary file on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
-    The temporary file lies beside `path`. Its name is random and it is created as a new file, so that nobody can lay a
-    link under that name beforehand.
+    The temporary file lies in a folder with a random name beside `path`. If the process is killed, that folder stays,
+    and the next process that writes there removes it (see temporary.py).
 
     Args:
         path: the file to write or to replace, on this disk or in a bucket. Its folder exists.
@@ -54,22 +55,22 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     if is_remote(path):
         target = at(path)
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder) / target.name
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / target.name
             yield aside
             copy(aside, target)
         return
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
-        yield aside
-        aside.chmod(mode)
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename in (None, str(aside)):
+        with temporary_folder(path.parent, path.name) as folder:
+            aside = folder / path.name
+            mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
+            yield aside
+            aside.chmod(mode)
+            os.replace(aside, path)
+    except OSError as error:
+        own = error.filename is None or str(error.filename).startswith(str(path.with_name(f".{path.name}.")))
+        if error.strerror and own:
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
 
@@ -110,8 +111,9 @@ def writing_folder_aside(
     """
     target = check_new_folder(path, marker, overwrite, inputs)
     if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder)
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / "new"
+            aside.mkdir()
             yield aside
             written = [file for file in aside.rglob("*") if file.is_file()]
             for file in sorted(written, key=lambda file: file.name == marker):
@@ -121,32 +123,26 @@ def writing_folder_aside(
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        new, old = Path(folder) / "new", Path(folder) / "old"
+    with temporary_folder(path.parent, path.name) as folder:
+        new = folder / "new"
         new.mkdir()
         yield new
         if path.exists():
-            _replace_folder(path, new, old, own)
+            _copy_entries(path, new, own)
+            replace_folder(path, new, folder)
         else:
             new.rename(path)
 
 
-def _replace_folder(path: Path, new: Path, old: Path, own: Collection[str]) -> None:
-    """Moves the folder `path` to `old` and `new` to `path`. Entries of `path` that are not in `own` are kept."""
-    for entry in path.iterdir():
+def _copy_entries(source: Path, target: Path, own: Collection[str]) -> None:
+    """Copies the entries of a folder that are not in `own`."""
+    for entry in source.iterdir():
         if entry.name in own:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
+            shutil.copytree(entry, target / entry.name, symlinks=True)
         else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-    try:
-        path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+            shutil.copy2(entry, target / entry.name, follow_symlinks=False)
 
 
 def check_new_folder(

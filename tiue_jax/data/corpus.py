@@ -5,16 +5,18 @@ prompts in the order of the files that it was made from. `SequentialWriter` keep
 builder class of tensorflow-datasets would hold the whole corpus in memory.
 """
 
+import contextlib
 import itertools
 import tempfile
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tiue_jax import files
 from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
 from tiue_jax.data.progress import PromptProgress
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
@@ -92,10 +94,13 @@ class Corpus:
         if not (self._folder / DATASET_INFO).is_file():
             raise FileNotFoundError(f"{folder}: no {DATASET_INFO} in it, expected a folder that data.prepare made")
         if files.is_remote(self._folder):
-            self._copy = tempfile.TemporaryDirectory(prefix="tiue-jax-")
+            stack = contextlib.ExitStack()
+            copied = stack.enter_context(temporary_folder(tempfile.gettempdir(), "tiue-jax")) / "corpus"
+            weakref.finalize(self, stack.close)
+            copied.mkdir()
             for file in self._folder.iterdir():
-                files.copy(file, Path(self._copy.name) / file.name)
-            builder = open_builder(files.at(self._copy.name))
+                files.copy(file, copied / file.name)
+            builder = open_builder(files.at(copied))
         else:
             builder = open_builder(self._folder)
         metadata: dict[str, Any] = builder.info.metadata or {}
