@@ -1,4 +1,4 @@
-"""A changed byte in a corpus or in embeddings: the data are right, or one line names the file. Killed commands go on."""
+"""A changed byte in a corpus or in embeddings: the data are right, or one line names the file. embed goes on."""
 
 import random
 import shutil
