@@ -86,9 +86,11 @@ def test_a_file_that_is_damaged_later_stops_the_loader_with_its_name(corpus_fold
         for place in range(100, len(data.rstrip(b"\0")), 10):
             data[place] ^= 16
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=f"{path}: damaged, records cannot be read: .*; {remedy}$") as error:
+        with pytest.raises(ValueError) as error:
             next(batches)
-        assert "\n" not in str(error.value)
+        message = str(error.value)  # grain adds a note, which is no part of it
+        assert message.startswith(f"{path}: damaged, records cannot be read: ") and "\n" not in message
+        assert message.endswith(f"; {remedy}")
 
 
 def test_embed_goes_on_after_it_was_killed_between_folder_and_manifest(tmp_path):

@@ -76,7 +76,6 @@ class PromptBatches:
             raise ValueError(f"rows must be some of 0 ... {batch_size - 1}, got {local_rows.tolist()}")
         self._fingerprint = prompts.fingerprint
         steps = grain.MapDataset.source(_Steps(len(prompts), columns, batch_size, seed, local_rows))
-        grain.config.update("py_traceback_filtering", "off")  # otherwise it adds a paragraph to the text of an error
         ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=BATCHES_AHEAD if num_threads else 0)
         self._iterator = iter(steps.to_iter_dataset(ahead))
 
