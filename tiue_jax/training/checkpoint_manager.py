@@ -1,6 +1,5 @@
 """Orbax's CheckpointManager, with the changes that a run needs."""
 
-import logging
 import math
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as keep
 
 from tiue_jax.files import read_json
+from tiue_jax.training import orbax_output
 from tiue_jax.training.checkpoint_files import one_line
 
 
@@ -29,8 +29,7 @@ class CheckpointManager(ocp.CheckpointManager):
         self.damaged: dict[int, str] = {}
         self._metric = metric
         self._limited = total_limit is not None
-        for library in ("absl", "asyncio"):
-            logging.getLogger(library).addFilter(_is_no_traceback_of_orbax)
+        orbax_output.silence()
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # left by a run that was killed while it saved
@@ -78,8 +77,3 @@ class CheckpointManager(ocp.CheckpointManager):
             )
             policies.append(best)
         return keep.AnyPreservationPolicy(policies)
-
-
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters the tracebacks that orbax logs, one from each thread. NotSavedError says the same in one line."""
-    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
