@@ -10,7 +10,7 @@ metadata.json. To train with the corpus, give --config.data.prompts=data/journey
 import argparse
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, print_error
 from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompts import describe
@@ -18,10 +18,8 @@ from tiue_jax.weights import hub
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parses the command line. Raises SystemExit after --help, and ValueError for a wrong argument."""
+    parser = ArgumentParser(argv, __doc__)
     kinds = "text with a prompt a line, JSON lines, a folder of tensorflow-datasets, or the name of a shipped model"
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
     parser.add_argument("--field", help="path to the prompt, with dots, except for text: Task2.Caption")
@@ -33,8 +31,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 @protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
-    args = parse(argv)
     try:
+        args = parse(argv)
         prompts = [hub.SHIPPED_PROMPTS.get(name, name) for name in args.prompts]
         made = corpus.write(prompts, args.out, args.field, args.split)
     except KeyboardInterrupt:
