@@ -30,11 +30,14 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+sys.modules["tests"] = types.ModuleType("tests")  # ours; some installed packages bring a folder of this name
+sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
 STEPS = 12
 LIMIT = 300.0  # seconds that a process may take
@@ -312,7 +315,7 @@ def soak(minutes: float, seed: int, faults: int, with_two: bool, folder: Path) -
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", disk], check=True)
     this = Soak(folder, disk, random.Random(seed))
-    os.environ |= compile_cache(folder / "compiled")
+    os.environ |= compile_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "compiled"))
     pid = os.fork()
     if pid == 0:  # writing a model starts jax
         write_model(folder / "teacher")

@@ -25,14 +25,32 @@ def at(path: str | os.PathLike[str]) -> epath.Path:
     """Returns a path on this disk or in a bucket, with ~ as the home folder.
 
     Raises:
-        ValueError: the path is in a bucket and the package that reads such buckets is not installed.
+        ValueError: the path is in a bucket of an unknown kind, or the package that reads such buckets is not installed.
+        OSError: the path goes through a link to itself.
     """
-    found = epath.Path(path).expanduser()
     try:
+        found = epath.Path(path).expanduser()
+    except KeyError as error:
+        raise ValueError(f"{path}: unknown kind of path {error}, expected a path on this disk or gs://") from error
+    try:
+        if not is_remote(path):
+            resolve(found)
         found.exists()  # etils imports the bucket's package only when a path is used
     except (ImportError, NotImplementedError) as error:
         raise ValueError(f"{path}: cannot read such a path: {error} (pip install tiue-jax[gcs] for gs://)") from error
     return found
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Returns an absolute path on this disk with all links followed. It need not exist.
+
+    Raises:
+        OSError: a link leads to itself.
+    """
+    try:
+        return expand(path).resolve()
+    except RuntimeError as error:  # from Python 3.13 on an OSError
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path)) from error
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -159,7 +177,7 @@ def check_new_folder(
         FileExistsError: the folder must not be written: it is a file, or holds other files, or exists without
             `overwrite`, or holds one of `inputs`.
     """
-    target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
+    target = at(path) if is_remote(path) else epath.Path(resolve(path))
     if target.is_dir() and any(target.iterdir()):
         if not (target / marker).exists():
             raise FileExistsError(f"{target}: not empty and no {marker} in it, expected a new folder")

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tiue_jax import images
+from tiue_jax import files, images
 from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, print_error
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     )
     try:
         args = parser.parse_args(argv[1:])
-        run(args.minutes, args.outdir.resolve())
+        run(args.minutes, files.resolve(args.outdir))
     except subprocess.CalledProcessError as error:  # the training run has printed its error
         return error.returncode
     except (ValueError, OSError) as error:
