@@ -147,7 +147,7 @@ class Embeddings:
         manifest = _read_manifest(folder)
         _check_key(folder, manifest["key"], key)
         shards = _shards(folder, manifest)
-        self._folder, self._shards = folder, shards
+        self._folder, self._shards = files.at(folder), shards
         if missing := [path.name for path in shards if not path.exists()]:
             made = len(shards) - len(missing)
             raise FileNotFoundError(
