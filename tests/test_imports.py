@@ -24,7 +24,14 @@ FLOORS = (
     ("tiue_jax.sampling",),
     ("tiue_jax.student",),
     ("tiue_jax.models",),
-    ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.images", "tiue_jax.files", "tiue_jax.compile_cache"),
+    (
+        "tiue_jax.schedule",
+        "tiue_jax.sharding",
+        "tiue_jax.images",
+        "tiue_jax.files",
+        "tiue_jax.temporary",
+        "tiue_jax.compile_cache",
+    ),
 )
 # What `python -m` finds: each file calls the command in tiue_jax.cli, and belongs to that floor.
 DOORS = (

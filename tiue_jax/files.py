@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -17,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from tiue_jax.temporary import replace_folder, temporary_folder
+
 _COPIED_AT_ONCE = 2**24  # bytes
 
 
@@ -24,14 +25,32 @@ def at(path: str | os.PathLike[str]) -> epath.Path:
     """Returns a path on this disk or in a bucket, with ~ as the home folder.
 
     Raises:
-        ValueError: the path is in a bucket and the package that reads such buckets is not installed.
+        ValueError: the path is in a bucket of an unknown kind, or the package that reads such buckets is not installed.
+        OSError: the path goes through a link to itself.
     """
-    found = epath.Path(path).expanduser()
     try:
+        found = epath.Path(path).expanduser()
+    except KeyError as error:
+        raise ValueError(f"{path}: unknown kind of path {error}, expected a path on this disk or gs://") from error
+    try:
+        if not is_remote(path):
+            resolve(found)
         found.exists()  # etils imports the bucket's package only when a path is used
     except (ImportError, NotImplementedError) as error:
         raise ValueError(f"{path}: cannot read such a path: {error} (pip install tiue-jax[gcs] for gs://)") from error
     return found
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Returns an absolute path on this disk with all links followed. It need not exist.
+
+    Raises:
+        OSError: a link leads to itself.
+    """
+    try:
+        return expand(path).resolve()
+    except RuntimeError as error:  # from Python 3.13 on an OSError
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path)) from error
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -43,8 +62,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary file on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
-    The temporary file lies beside `path`. Its name is random and it is created as a new file, so that nobody can lay a
-    link under that name beforehand.
+    The temporary file lies in a folder with a random name beside `path`. If the process is killed, that folder stays,
+    and the next process that writes there removes it (see temporary.py).
 
     Args:
         path: the file to write or to replace, on this disk or in a bucket. Its folder exists.
@@ -54,22 +73,22 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     if is_remote(path):
         target = at(path)
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder) / target.name
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / target.name
             yield aside
             copy(aside, target)
         return
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
-        yield aside
-        aside.chmod(mode)
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename in (None, str(aside)):
+        with temporary_folder(path.parent, path.name) as folder:
+            aside = folder / path.name
+            mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
+            yield aside
+            aside.chmod(mode)
+            os.replace(aside, path)
+    except OSError as error:
+        own = error.filename is None or str(error.filename).startswith(str(path.with_name(f".{path.name}.")))
+        if error.strerror and own:
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
 
@@ -110,8 +129,9 @@ def writing_folder_aside(
     """
     target = check_new_folder(path, marker, overwrite, inputs)
     if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder)
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / "new"
+            aside.mkdir()
             yield aside
             written = [file for file in aside.rglob("*") if file.is_file()]
             for file in sorted(written, key=lambda file: file.name == marker):
@@ -121,32 +141,26 @@ def writing_folder_aside(
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        new, old = Path(folder) / "new", Path(folder) / "old"
+    with temporary_folder(path.parent, path.name) as folder:
+        new = folder / "new"
         new.mkdir()
         yield new
         if path.exists():
-            _replace_folder(path, new, old, own)
+            _copy_entries(path, new, own)
+            replace_folder(path, new, folder)
         else:
             new.rename(path)
 
 
-def _replace_folder(path: Path, new: Path, old: Path, own: Collection[str]) -> None:
-    """Moves the folder `path` to `old` and `new` to `path`. Entries of `path` that are not in `own` are kept."""
-    for entry in path.iterdir():
+def _copy_entries(source: Path, target: Path, own: Collection[str]) -> None:
+    """Copies the entries of a folder that are not in `own`."""
+    for entry in source.iterdir():
         if entry.name in own:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
+            shutil.copytree(entry, target / entry.name, symlinks=True)
         else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-    try:
-        path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+            shutil.copy2(entry, target / entry.name, follow_symlinks=False)
 
 
 def check_new_folder(
@@ -163,7 +177,7 @@ def check_new_folder(
         FileExistsError: the folder must not be written: it is a file, or holds other files, or exists without
             `overwrite`, or holds one of `inputs`.
     """
-    target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
+    target = at(path) if is_remote(path) else epath.Path(resolve(path))
     if target.is_dir() and any(target.iterdir()):
         if not (target / marker).exists():
             raise FileExistsError(f"{target}: not empty and no {marker} in it, expected a new folder")

@@ -6,7 +6,6 @@ Models and prompts are part of the package: nothing is downloaded. The distillat
 student, emoji_tiue, and stops after a few minutes.
 """
 
-import argparse
 import dataclasses
 import shutil
 import subprocess
@@ -18,8 +17,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tiue_jax import images
-from tiue_jax.cli.command_line import BAD_INPUT, print_error
+from tiue_jax import files, images
+from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, print_error
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
 
@@ -106,18 +105,16 @@ def run(minutes: float, outdir: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0, that of a failed training run, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(argv, __doc__)
     parser.add_argument(
         "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
     )
     parser.add_argument(
         "--outdir", type=Path, default=Path("runs/demo"), help="of images and the run (default: %(default)s)"
     )
-    args = parser.parse_args(argv[1:])
     try:
-        run(args.minutes, args.outdir.resolve())
+        args = parser.parse_args(argv[1:])
+        run(args.minutes, files.resolve(args.outdir))
     except subprocess.CalledProcessError as error:  # the training run has printed its error
         return error.returncode
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ The record after that of the last prompt is the embedding of the null prompt: th
 """
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,9 @@ from etils import epath
 from tiue_jax import files, sharding
 from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompts import PathLike, PromptSource
+from tiue_jax.data.shards import naming_damaged_file
 from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.temporary import is_temporary
 from tiue_jax.weights import pipeline_folder
 
 MANIFEST = "embeddings.json"
@@ -95,7 +98,8 @@ def write(
     written again.
 
     Args:
-        folder: a new folder, or one that an interrupted call with the same key left.
+        folder: a new folder, or one that an interrupted call with the same key left. A call that was killed before it
+            had written the manifest leaves at most temporary folders, which count as nothing.
         prompts: the prompts to encode.
         encode: computes embeddings. It is always called with `batch_size` prompts, so that it compiles once.
         key: the result of `make_key`.
@@ -115,7 +119,7 @@ def write(
     if begun:
         manifest = _read_manifest(target)
         _check_key(target, manifest["key"], key)
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.exists() and (not target.is_dir() or not all(is_temporary(path.name) for path in target.iterdir())):
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
     null = _encode(encode, [negative_prompt], batch_size)
     if not begun:
@@ -150,6 +154,7 @@ class Embeddings:
         manifest = _read_manifest(folder)
         _check_key(folder, manifest["key"], key)
         shards = _shards(folder, manifest)
+        self._folder, self._shards = files.at(folder), shards
         if missing := [path.name for path in shards if not path.exists()]:
             made = len(shards) - len(missing)
             raise FileNotFoundError(
@@ -168,8 +173,21 @@ class Embeddings:
         self.null = self.read([manifest["count"]])[0]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Returns the embeddings of the prompts with these numbers, bfloat16 [b l d]."""
-        records = self._records.__getitems__(indices)
+        """Returns the embeddings of the prompts with these numbers, bfloat16 [b l d].
+
+        Raises:
+            ValueError: a file is damaged. It is named.
+        """
+        remedy = "delete this file and run data.embed again"
+        with naming_damaged_file(self._shards, indices, self._folder, remedy):
+            records = self._records.__getitems__(indices)
+        expected = math.prod(self._shape) * np.dtype(DTYPE).itemsize
+        if wrong := [len(record) for record in records if len(record) != expected]:
+            shape = list(self._shape)
+            raise ValueError(
+                f"{self._folder / MANIFEST}: damaged, it says the shape {shape}, {expected} bytes an embedding, "
+                f"got {wrong[0]}; delete this folder and run data.embed again"
+            )
         return np.stack([np.frombuffer(record, DTYPE).reshape(self._shape) for record in records])
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from tiue_jax.temporary import temporary_folder
+
 # All files that a tokenizer is read from. Other files of its folder are not opened, so the same list is downloaded.
 TOKENIZER_FILES = (
     "vocab.json",
@@ -116,12 +118,12 @@ def load(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that PyTorch is not installed
     from transformers import CLIPTokenizer  # here, since the import takes seconds
 
-    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax") as aside:
         for name in TOKENIZER_FILES:  # transformers sees no other file
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(aside) / name)
+                shutil.copyfile(folder / name, aside / name)
         try:
             return CLIPTokenizer.from_pretrained(aside)
         except Exception as error:  # on broken files its parsers, in Rust and Python, raise plain Exceptions
-            reason = " ".join(str(error).replace(aside, str(folder)).split())
+            reason = " ".join(str(error).replace(str(aside), str(folder)).split())
             raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error

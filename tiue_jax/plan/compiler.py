@@ -15,6 +15,7 @@ import jax
 
 from tiue_jax.plan import flops
 from tiue_jax.plan.programs import Program
+from tiue_jax.temporary import temporary_folder
 
 MODES = ("quick", "full")
 # The files that the compiler writes when it has assigned memory, in this order. Afterwards it makes machine code, which
@@ -62,8 +63,7 @@ def compile_program(build: Callable[[], Program], mode: str) -> Compiled:
     """
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     answers, send = spawn.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="tiue_jax_plan_", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax-plan") as folder:
         process = spawn.Process(target=_compile, args=(send, build, folder, mode), daemon=True)
         process.start()
         send.close()  # now only the child holds this end: if the child is killed, recv raises EOFError

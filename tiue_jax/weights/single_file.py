@@ -162,7 +162,10 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
             f"{path}: holds {label}: config field addition_embed_type (SDXL) or class_embed_type, not supported"
             f"{is_this}"
         )
-    if (channels := tensors[first].shape[1]) != _LATENT_CHANNELS:
+    shape = tensors[first].shape
+    if len(shape) != 4:
+        raise ValueError(f"{path}: {first} has shape {list(shape)}, expected the four axes of a convolution{is_this}")
+    if (channels := shape[1]) != _LATENT_CHANNELS:
         raise ValueError(
             f"{path}: config field in_channels must be {_LATENT_CHANNELS}, got {channels}, as of {first}{is_this}"
         )
