@@ -101,7 +101,7 @@ def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe
     [
         ({"prompts": []}, r"at least one text, got \[\]"),
         ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
         ({"guidance_scale": 2.0}, "compiled without guidance, got 2.0"),
         (
             {"latents": np.zeros((1, 4, 8, 8), np.float32)},

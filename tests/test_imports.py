@@ -24,6 +24,7 @@ FLOORS = (
     ("tiue_jax.student",),
     ("tiue_jax.models",),
     ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.images", "tiue_jax.files", "tiue_jax.compile_cache"),
+    ("tiue_jax.checked_fields", "tiue_jax.memory"),
 )
 # What `python -m` finds: each file calls the command in tiue_jax.cli, and belongs to that floor.
 DOORS = (
@@ -33,7 +34,13 @@ DOORS = (
     "tiue_jax.data.prepare",
     "tiue_jax.data.embed",
 )
-ONLY_JAX_AND_NUMPY = ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.training.losses", "tiue_jax.plan.flops")
+ONLY_JAX_AND_NUMPY = (
+    "tiue_jax.checked_fields",
+    "tiue_jax.schedule",
+    "tiue_jax.sharding",
+    "tiue_jax.training.losses",
+    "tiue_jax.plan.flops",
+)
 WITH_TORCH = ("tests", "benchmarks", "tiue_jax.convert.verify", "tiue_jax.convert.torch_pipeline")
 
 

@@ -1,8 +1,10 @@
 """Parts that the subcommands share: exit statuses, flags with help, and errors as one line."""
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import flags
 
@@ -74,6 +76,22 @@ def require(values: flags.FlagValues, *names: str) -> None:
     for name in names:
         if not getattr(values, name):
             raise ValueError(f"--{name} is missing, see --help")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of argparse, with errors of one line like those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints a wrong argument in one line, and ends the program with BAD_INPUT."""
+        print_error(ValueError(f"{message}, see --help"))
+        self.exit(BAD_INPUT)
+
+
+def path(text: str) -> str:
+    """The type of an argument of argparse that is a path. An unset variable of a shell leaves an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return text
 
 
 def one_line(error: BaseException) -> str:

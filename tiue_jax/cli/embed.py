@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.models import platforms
@@ -20,16 +20,18 @@ from tiue_jax.weights import hub
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the teacher: a shipped model, a folder or a hub repository")
     parser.add_argument(
         "--prompts", required=True, help="a file, a folder made by `prepare`, or the name of a shipped model"
     )
     parser.add_argument("--field", help="path to the prompt in JSON lines, with dots: Task2.Caption")
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="a new folder, or one to continue, on this disk or gs://"
+        "--out",
+        type=path,
+        required=True,
+        metavar="FOLDER",
+        help="a new folder, or one to continue, on this disk or gs://",
     )
     help_text = "prompts at a time, over all local devices (default: %(default)s)"
     parser.add_argument("--batch_size", type=int, default=64, help=help_text)

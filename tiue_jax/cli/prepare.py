@@ -10,7 +10,7 @@ metadata.json. To train with the corpus, give --config.data.prompts=data/journey
 import argparse
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompts import describe
@@ -19,14 +19,12 @@ from tiue_jax.weights import hub
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = "text with a prompt a line, JSON lines, a folder of tensorflow-datasets, or the name of a shipped model"
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
     parser.add_argument("--field", help="path to the prompt, with dots, except for text: Task2.Caption")
     parser.add_argument("--split", default="train", help="split of a tensorflow-datasets folder (default: %(default)s)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
     return parser.parse_args(argv[1:])
 
 

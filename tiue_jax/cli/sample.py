@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from tiue_jax import compile_cache, images
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require
 from tiue_jax.files import read_text
 from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
@@ -82,13 +82,12 @@ def run(args: flags.FlagValues) -> None:
         ValueError, OSError: an argument or a file is wrong. Arguments are checked before the sampling.
         FloatingPointError: an image has values that are NaN or infinite.
     """
+    require(args, "out")
     prompts = read_prompts(args.prompt, args.prompt_file)
     out = Path(args.out)
     check_output(out)
-    for name in ("columns", "upscale"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    numbered = number_images(prompts, args.num_images_per_prompt)
+    check_size(args, out, len(numbered), (1, 1))  # again below, when the model says how large its images are
     vae_tiling = read_tiling(args)
 
     if args.no_compile_cache:
@@ -121,14 +120,12 @@ def run(args: flags.FlagValues) -> None:
         latents=None if args.latents is None else read_latents(args.latents, pipe.unet.cfg.in_channels),
     )
 
-    numbered = number_images(prompts, args.num_images_per_prompt)
+    height, width, _ = pipe.latents_shape(args.height, args.width)
+    check_size(args, out, len(numbered), (height * pipe.vae.cfg.factor, width * pipe.vae.cfg.factor))
     start = time.perf_counter()
     if out.suffix == ".png":
         made = np.stack(list(_enlarged(stream, args.upscale, len(numbered))))
-        columns = args.columns
-        if columns is None and args.num_images_per_prompt > 1:
-            columns = args.num_images_per_prompt
-        image = images.grid(made, columns) if len(made) > 1 else made[0]
+        image = images.grid(made, _columns(args)) if len(made) > 1 else made[0]
         out.parent.mkdir(parents=True, exist_ok=True)
         images.write_png(out, image, metadata(prompts, args, sampling))
     else:
@@ -160,6 +157,27 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if not prompts:
         raise ValueError("no prompt: expected --prompt or --prompt_file")
     return prompts
+
+
+def check_size(args: flags.FlagValues, out: Path, count: int, size: tuple[int, int]) -> None:
+    """Raises ValueError if what is written at once, a grid or one image, does not fit into memory.
+
+    Args:
+        args: the command's flags.
+        out: the file or folder to write.
+        count: the number of images.
+        size: height and width of an image in pixels.
+    """
+    images.grid_size((1, 1, 1), args.columns)  # a wrong number is an error even where there is no grid
+    is_grid = out.suffix == ".png" and count > 1
+    images.grid_size((count if is_grid else 1, *size), _columns(args) if is_grid else 1, upscale=args.upscale)
+
+
+def _columns(args: flags.FlagValues) -> int | None:
+    """The images in a row of the grid. None for a square grid."""
+    if args.columns is None and args.num_images_per_prompt > 1:
+        return args.num_images_per_prompt
+    return args.columns
 
 
 def read_tiling(args: flags.FlagValues) -> Tiling | None:

@@ -12,15 +12,16 @@ The command keeps the compiled program for the next run in JAX_COMPILATION_CACHE
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -48,15 +49,23 @@ class Sampler:
 
     def __init__(self, folder: str | Path | None = None):
         folder = Path(__file__).parent if folder is None else Path(folder)
-        self.manifest: dict[str, Any] = json.loads(_existing(folder / MANIFEST).read_text(encoding="utf-8"))
-        if (found := self.manifest["format"]) != FORMAT:
-            raise ValueError(f"{folder / MANIFEST}: format must be {FORMAT}, got {found}")
+        self.manifest = _read_manifest(folder / MANIFEST)
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
         if platform not in self.manifest["platforms"]:
             raise ValueError(f"{folder}: compiled for {', '.join(self.manifest['platforms'])}, got {platform}")
-        self._tokenizer = Tokenizer.from_file(str(_existing(folder / TOKENIZER)))
-        self._weights = jax.device_put(load_file(_existing(folder / WEIGHTS)))
-        program = export.deserialize(bytearray(_existing(folder / PROGRAM.format(platform)).read_bytes()))
+        with _reading(folder / TOKENIZER) as path:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.encode("a photo")  # some damage shows only then
+        with _reading(folder / WEIGHTS) as path:
+            weights = load_file(path)
+        with _reading(folder / PROGRAM.format(platform)) as path:
+            program = export.deserialize(bytearray(path.read_bytes()))
+            (expected, ids, _, _, _, _, _, latents, _), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+        _check_same(folder / WEIGHTS, _kinds(expected), _kinds(weights))
+        of_program = {"context": ids.shape[1], "latents": list(latents.shape[1:])}
+        _check_same(folder / MANIFEST, of_program, {name: self.manifest[name] for name in of_program})
+        self._check_tokens(folder / TOKENIZER, weights)
+        self._weights = jax.device_put(weights)
         self._sample = jax.jit(program.call)
 
     def __call__(
@@ -84,13 +93,19 @@ class Sampler:
         manifest = self.manifest
         if isinstance(prompts, str) or len(prompts) == 0:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-        if not 0 <= seed < 2**32:
+        if not _is_whole(seed) or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and {2**32 - 1}, got {seed}")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
+        if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be an integer >= 1, got {num_images_per_prompt}")
         if guidance_scale is not None and not manifest["guided"]:
             raise ValueError(f"guidance_scale is not for this sampler, compiled without guidance, got {guidance_scale}")
+        if guidance_scale is not None and not _is_finite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
         total = len(prompts) * num_images_per_prompt
+        needed = total * manifest["height"] * manifest["width"] * 3
+        if needed > (available := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            gigabytes = f"{needed / 1e9:.0f} GB, this machine has {available / 1e9:.0f} GB"
+            raise ValueError(f"num_images_per_prompt = {num_images_per_prompt}: {total} images need {gigabytes}")
         shape = (total, *manifest["latents"])
         if latents is not None and (latents.shape != shape or latents.dtype != np.float32):
             raise ValueError(f"latents must be float32 {list(shape)}, got {latents.dtype} {list(latents.shape)}")
@@ -139,6 +154,86 @@ class Sampler:
             ids = ids[: length - 1] + ids[-1:]
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
 
+    def _check_tokens(self, path: Path, weights: dict[str, np.ndarray]) -> None:
+        """Raises ValueError if the tokenizer has tokens that the text encoder does not know."""
+        size = next(x.shape[0] for name, x in weights.items() if "token_embedding" in name)
+        largest = max([self.manifest["pad_token_id"], *self._tokenizer.get_vocab().values()])
+        if largest >= size:
+            raise ValueError(f"{path}: the text encoder knows {size} tokens: expected ids below it, got {largest}")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Reads compiled.json. ValueError, naming the file and the field, if it is damaged."""
+    with _reading(path):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(manifest).__name__}")
+    if (found := manifest.get("format")) != FORMAT:
+        raise ValueError(f"{path}: format must be {FORMAT}, got {_shown(found)}")
+    get = manifest.get
+    platforms, latents = get("platforms"), get("latents")
+    checks = {
+        "platforms": ("a list of texts", isinstance(platforms, list) and all(isinstance(p, str) for p in platforms)),
+        "guided": ("true or false", type(get("guided")) is bool),
+        "guidance_scale": ("a finite number", _is_finite(get("guidance_scale"))),
+        "batch_size": ("null or an integer >= 1", "batch_size" in manifest and _is_size(get("batch_size") or 1)),
+        "height": ("an integer >= 1", _is_size(get("height"))),
+        "width": ("an integer >= 1", _is_size(get("width"))),
+        "latents": ("three integers >= 1", isinstance(latents, list) and [*map(_is_size, latents)] == [True] * 3),
+        "context": ("an integer >= 1", _is_size(get("context"))),
+        "pad_token_id": ("an integer >= 0", _is_whole(get("pad_token_id")) and get("pad_token_id") >= 0),
+    }
+    for name, (expected, holds) in checks.items():
+        if not holds:
+            raise ValueError(f"{path}: {name} must be {expected}, got {_shown(get(name))}")
+    return manifest
+
+
+def _check_same(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises ValueError for the first entry that is missing, additional or another."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted, got = _shown(expected.get(name)), _shown(found.get(name))
+            raise ValueError(f"{path}: {name} must be {wanted}, as in the program, got {got}")
+
+
+def _kinds(arrays: dict[str, Any]) -> dict[str, str]:
+    """The dtype and shape of each array."""
+    return {name: f"{x.dtype} {list(x.shape)}" for name, x in arrays.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and 1 <= value < 2**31
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _shown(value: Any) -> str:
+    """The repr of a value for an error, at most 100 characters."""
+    try:
+        return repr(value)[:100]
+    except ValueError:  # Python refuses to print an integer of more than 4,300 digits
+        return "a number of too many digits"
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    """Turns all that the readers of damaged files raise into a ValueError that names the file."""
+    try:
+        yield _existing(path)
+    except OSError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a reader in Rust
+            raise
+        raise ValueError(f"{path}: cannot be read: {str(error)[:300] or type(error).__name__}") from error
+
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
     """`count` rows from `start` on. Copies of the last row follow the end of the array."""
@@ -185,9 +280,16 @@ def _check_output(out: Path) -> None:
         raise PermissionError(f"{out}: cannot write: no permission")
 
 
+class _Parser(argparse.ArgumentParser):
+    """The parser of argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}, see --help\n")
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, or 2 after an error, which is one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="text of an image; may be repeated")
     out_help = "a .png file; several images become NAME-0.png, NAME-1.png ... (default: %(default)s)"
@@ -213,7 +315,7 @@ def main(argv: Sequence[str]) -> int:
             Image.fromarray(image).save(out)
             print(out)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
         return 2
     return 0
 

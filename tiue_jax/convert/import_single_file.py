@@ -83,7 +83,8 @@ def import_single_file(
     notes += [*note, *([leftovers.summary(left)] if left else [])]
     configs, tokenizer = _configurations(kind, base)
     prediction_type = prediction_type or configs.schedule.prediction_type
-    Tokenizer(tokenizer, configs.text_encoder.max_position_embeddings)  # raises if there is no tokenizer
+    text = configs.text_encoder
+    Tokenizer(tokenizer, text.max_position_embeddings, text.vocab_size)  # raises if there is none that fits
 
     def reader(
         cls: type, cfg: Any, translate: Callable[..., Mapping[str, StoredTensor]]

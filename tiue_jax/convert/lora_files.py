@@ -6,16 +6,16 @@ scripts (`lora_unet_….lora_down`).
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from tiue_jax.files import read_json
+from tiue_jax.checked_fields import Range, check
+from tiue_jax.files import parse_json, read_json
 from tiue_jax.models.lora import METADATA_KEY
 from tiue_jax.weights import diagnosis, lora_source
 from tiue_jax.weights.names import LeafPath, Params, leaves, torch_shape
@@ -37,6 +37,14 @@ _SIDES = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 _TEXT_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 _TEXT_ROOT = "text_model."  # transformers 5 omits it
 _DEFAULT_ALPHA = 8  # of peft's LoraConfig
+_Rank = Annotated[int, Range(1, 2**31 - 1)]
+_FIELDS: dict[str, Any] = {  # of peft's LoraConfig, which a factor depends on
+    "r": _Rank | None,
+    "lora_alpha": float | None,
+    "rank_pattern": dict[str, _Rank] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+}
 _NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of an alpha tensor
 
 
@@ -252,13 +260,7 @@ def _read_adapters(path: Path, names: Collection[str], layers: Sequence[Layer]) 
 
 def _parse(path: Path, written: str) -> dict[str, Any]:
     """The object in the metadata field of a file. ValueError if there is none."""
-    try:
-        fields = json.loads(written)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is {written[:100]}, expected a JSON object")
-    return fields
+    return parse_json(written, f"{path}: metadata field {METADATA_KEY}")
 
 
 def _fields_of(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,18 +275,15 @@ def _read_adapter(source: str, fields: Mapping[str, Any]) -> _Adapter:
     for variant in ("use_dora", "lora_bias"):
         if fields.get(variant):
             raise ValueError(f"{source}.{variant} is true: only plain LoRA and rsLoRA are supported")
-    patterns = {}
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns[name] = fields.get(name) or {}
-        if not isinstance(patterns[name], dict):
-            raise ValueError(f"{source}.{name} must be an object, got {str(patterns[name])[:100]!r}")
-    return _Adapter(
-        source,
-        r=fields.get("r"),
-        lora_alpha=fields.get("lora_alpha", _DEFAULT_ALPHA if fields else None),
-        use_rslora=bool(fields.get("use_rslora")),
-        **patterns,
-    )
+    defaults: dict[str, Any] = {
+        "r": None,
+        "lora_alpha": _DEFAULT_ALPHA if fields else None,
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "use_rslora": False,
+    }
+    found = {name: check(f"{source}.{name}", _FIELDS[name], fields.get(name, x)) for name, x in defaults.items()}
+    return _Adapter(source, **{name: x for name, x in found.items() if x is not None})
 
 
 def _check_patterns(adapter: _Adapter, layers: Sequence[Layer]) -> None:

@@ -5,14 +5,16 @@ prompts in the order of the files that it was made from. `SequentialWriter` keep
 builder class of tensorflow-datasets would hold the whole corpus in memory.
 """
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tiue_jax import files
-from tiue_jax.data.dataset_folder import DATASET_INFO, open_builder
+from tiue_jax.checked_fields import Range, read
+from tiue_jax.data.dataset_folder import DATASET_INFO, METADATA, open_builder
 from tiue_jax.data.progress import PromptProgress
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
 from tiue_jax.weights import hub
@@ -20,6 +22,19 @@ from tiue_jax.weights import hub
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
 PROMPTS_PER_SHARD = 2**17
 WRITTEN_AT_ONCE = 2**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Fields of metadata.json.
+
+    Attributes:
+        fingerprint: a hash of all prompts in their order.
+        dropped: the number of texts that were dropped, by reason.
+    """
+
+    fingerprint: str
+    dropped: dict[str, Annotated[int, Range(0)]]
 
 
 def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
@@ -34,7 +49,15 @@ def open_prompts(path: PathLike, field: str | None = None) -> PromptSource:
     """
     if str(path) in hub.SHIPPED_PROMPTS:
         path = hub.SHIPPED_PROMPTS[str(path)]
+    _check_readable([path])
     return Corpus(path) if files.at(path).is_dir() else load_prompts(path, field)
+
+
+def _check_readable(paths: Sequence[PathLike]) -> None:
+    """Raises ValueError for a pipe or a device, whose reading may never end. A missing file is the reader's error."""
+    for path in map(files.at, paths):
+        if path.exists():
+            files.check_readable(path)
 
 
 def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, split: str = "train") -> "Corpus":
@@ -51,6 +74,7 @@ def write(paths: Sequence[PathLike], out: PathLike, field: str | None = None, sp
     """
     import tensorflow_datasets as tfds  # takes a second
 
+    _check_readable(paths)
     reader = PromptReader(paths, field, split)
     with files.writing_folder_aside(out, DATASET_INFO) as folder:
         info = tfds.core.DatasetInfo(
@@ -98,12 +122,16 @@ class Corpus:
             builder = open_builder(files.at(self._copy.name))
         else:
             builder = open_builder(self._folder)
-        metadata: dict[str, Any] = builder.info.metadata or {}
-        if builder.info.name != NAME or "fingerprint" not in metadata:
+        found: dict[str, Any] = builder.info.metadata or {}
+        if builder.info.name != NAME or "fingerprint" not in found:
             raise ValueError(f"{folder}: holds the dataset {builder.info.name!r}, run data.prepare on it first")
+        try:
+            metadata = read(Metadata, found)
+        except ValueError as error:
+            raise ValueError(f"{self._folder / METADATA}: {error}") from error
         self._check(builder)
-        self.fingerprint: str = metadata["fingerprint"]
-        self.dropped: dict[str, int] = metadata["dropped"]
+        self.fingerprint = metadata.fingerprint
+        self.dropped = metadata.dropped
         self._records = builder.as_data_source(split=SPLIT)
 
     def __len__(self) -> int:
@@ -117,6 +145,8 @@ class Corpus:
         """Checks that every file is present and complete, so that training does not fail hours later."""
         from array_record.python.array_record_module import ArrayRecordReader
 
+        if SPLIT not in builder.info.splits or list(builder.info.features) != [FEATURE]:
+            raise ValueError(f"{self._folder}: expected the split {SPLIT!r} with the feature {FEATURE!r}")
         split = builder.info.splits[SPLIT]
         for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
             if not path.is_file():

@@ -11,6 +11,7 @@ from etils import epath
 from tiue_jax import files
 
 DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
+METADATA = "metadata.json"  # what the program that made the folder wrote about it
 FEATURES = "features.json"  # names the Python class of every feature
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # the last one in files of old versions
 
@@ -37,7 +38,9 @@ def open_builder(folder: epath.Path) -> Any:
                 f"{path}: names the class {name[:200]!r}: only the features of tensorflow_datasets are read, "
                 "since another class would run code"
             )
-    files.read_json(folder / DATASET_INFO)  # for its errors, which have one line
+    for path in (folder / DATASET_INFO, folder / METADATA):
+        if path.exists():
+            files.read_json(path)  # for its errors, which have one line
     try:
         return tfds.builder_from_directory(os.fspath(folder))
     except Exception as error:  # KeyError, TypeError, ParseError and others, by the field that is wrong

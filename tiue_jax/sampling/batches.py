@@ -3,9 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+
+from tiue_jax import memory
+from tiue_jax.checked_fields import Range, check
+
+_LISTED = 96  # bytes of a NumberedPrompt and its number, without the prompt
 
 
 class NumberedPrompt(NamedTuple):
@@ -16,7 +21,14 @@ class NumberedPrompt(NamedTuple):
 
 
 def number_images(prompts: Sequence[str], images_each: int) -> list[NumberedPrompt]:
-    """The images of all prompts in order, `images_each` for each prompt. A prompt given twice continues its numbers."""
+    """The images of all prompts in order, `images_each` for each prompt. A prompt given twice continues its numbers.
+
+    Raises:
+        ValueError: `images_each` is below 1, or the list does not fit into memory.
+    """
+    images_each = check("num_images_per_prompt", Annotated[int, Range(1)], images_each)
+    total = images_each * len(prompts)
+    memory.check_fits(f"num_images_per_prompt = {images_each}: a list of {total} images", _LISTED * total)
     seen: Counter[str] = Counter()
     numbered = []
     for prompt in prompts:

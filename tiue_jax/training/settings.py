@@ -15,13 +15,13 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
+from tiue_jax.checked_fields import Range, check_fields, one_of, shown, without_none
 from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import REMAT_POLICIES, UNetConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import SPACINGS
 from tiue_jax.sharding import REPLICATE_BELOW
 from tiue_jax.training import losses, optim
-from tiue_jax.training.checked_fields import Range, check_fields, one_of, shown, without_none
 
 # Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
 EVAL_METRICS = {"eval/teacher_distance": "min"}

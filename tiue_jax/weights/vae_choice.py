@@ -1,10 +1,11 @@
 """Finds an autoencoder that decodes in place of a pipeline's: the tiny one, or one that was trained further."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from flax import nnx
 
+from tiue_jax.checked_fields import check, one_of
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.weights import hub, model_folder
@@ -47,8 +48,7 @@ def find_vae(name: str | Path, replaced: VAEConfig) -> Autoencoder:
     if (folder / MODEL_INDEX).is_file():
         folder = folder / "vae"
     kind = model_folder.read_config_dict(folder).get("_class_name")
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"{folder / 'config.json'}: _class_name must be among {list(AUTOENCODERS)}, got {kind!r}")
+    check(f"{folder / 'config.json'}: _class_name", Annotated[str, one_of(list(AUTOENCODERS))], kind)
     cls, config_class = AUTOENCODERS[kind]
     cfg = read_config(folder, config_class)
     scaling_factor = cfg.scaling_factor if cls is AutoencoderKL else SD_SCALING_FACTOR
