@@ -156,10 +156,9 @@ def check_others(cls: type, given: Any, section: str, fixed: Mapping[str, Any], 
         if name in known or name in ignored:
             continue
         if name not in fixed:
-            raise ValueError(f"{_named(section, shown_name(name))} = {shown(value)}: this field is not supported")
+            raise ValueError(f"{_named(section, shown_name(name))} is not a supported field, got {shown(value)}")
         if (tuple(value) if isinstance(value, list) else value) != fixed[name]:
-            only = f"must be {fixed[name]!r}, no other value is supported"
-            raise ValueError(f"{_named(section, name)} {only}, got {shown(value)}")
+            raise ValueError(f"{_named(section, name)} must be {fixed[name]!r}, got {shown(value)}")
 
 
 def check(name: str, annotation: Any, value: Any) -> Any:

@@ -1,15 +1,17 @@
 """A command line with `--config RECIPE` and `--config.section.name=value`, read into Settings."""
 
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from tiue_jax import recipes
-from tiue_jax.cli.command_line import describe_flags, require
-from tiue_jax.training.settings import Settings, optional_settings
+from tiue_jax.checked_fields import check, shown
+from tiue_jax.cli.command_line import describe_flags, one_line, require
+from tiue_jax.training.settings import Settings, optional_settings, setting_annotations
 
 RECIPES = Path(recipes.__file__).parent
 
@@ -50,24 +52,54 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
     config_flags.DEFINE_config_file("config", None, described, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)[1:]
-    except (SyntaxError, ImportError) as error:
-        raise ValueError(f"config file: {error}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the config file is Python code: it may raise anything, also SystemExit
+        _raise_of_config_file(error)
+        _raise_of_setting(error)
+        if not isinstance(error, flags.Error | AttributeError | KeyError | TypeError | ValueError):
+            raise
         unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # ml_collections says only its name
         if unknown and isinstance(error, AttributeError | KeyError):
             raise ValueError(f"command line: no setting {unknown[1]!r} in the config") from error
         raise ValueError(f"command line: {error}") from error
     if rest:
         raise ValueError(f"command line: expected only flags, got {rest}")
+    file = config_flags.get_config_filename(values["config"]) if values["config"].present else None
+    if file is not None and Path(file).is_file() and values.config is None:
+        raise ValueError(f"config file {file}: get_config() must return the config, got None")
     require(values, *required)
-    file = config_flags.get_config_filename(values["config"])
+    assert file is not None
     if not Path(file).is_file():
         raise FileNotFoundError(f"no recipe and no file {file!r}; recipes: {', '.join(recipe_names())}")
+    if not isinstance(values.config, ConfigDict):
+        raise ValueError(f"config file {file}: get_config() must return a ConfigDict, got {shown(values.config)}")
     config = values.config.to_dict()
     for section, name in empty:
         if section in config:
             config[section][name] = None
     return Settings.from_config(config)
+
+
+def _raise_of_config_file(error: BaseException) -> None:
+    """Raises ValueError with the file and the line if an error comes from the code of a config file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "get_config"]
+        if isinstance(cause, SyntaxError):
+            raise ValueError(f"config file {cause.filename}, line {cause.lineno}: {cause.msg}") from error
+        modules = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.name == "<module>"]
+        if found := [frame for frame in (*modules, *frames) if frame.filename.endswith(".py") and frame.lineno]:
+            place = f"config file {found[-1].filename}, line {found[-1].lineno}"
+            raise ValueError(f"{place}: {type(cause).__name__}: {one_line(cause)}") from error
+        cause = cause.__cause__ or cause.__context__
+
+
+def _raise_of_setting(error: BaseException) -> None:
+    """Raises ValueError with the expected values if the text of a setting has another type."""
+    match = re.match(r"flag --config\.(\w+)\.(\w+)=(.*?): ", str(error), re.DOTALL)
+    if match and f"{match[1]}.{match[2]}" in (annotations := setting_annotations()):
+        check(f"{match[1]}.{match[2]}", annotations[f"{match[1]}.{match[2]}"], match[3])
 
 
 def _without_none(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

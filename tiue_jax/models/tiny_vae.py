@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tiue_jax.checked_fields import Items, check_fields
+from tiue_jax.checked_fields import Items, Range, check_fields
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import conv2d
 from tiue_jax.models.upsampling import upsample_convolve
-from tiue_jax.models.vae import Depth, Positive, Size, dump_config, parse_config
+from tiue_jax.models.vae import Positive, Size, dump_config, parse_config
 
 _Widths = Annotated[tuple[Size, ...], Items(1, 16)]
-_Depths = Annotated[tuple[Depth, ...], Items(1, 16)]
+_Depths = Annotated[tuple[Annotated[int, Range(0, 64)], ...], Items(1, 16)]
 
 LATENT_CLAMP = 3.0  # limit of the decoder's input, by tanh; a constant of diffusers, not `latent_magnitude`
 

@@ -321,14 +321,19 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def setting_annotations() -> dict[str, Any]:
+    """The declared type and range of every setting, by its name with a dot, such as "train.batch_size"."""
+    return {
+        f"{section.name}.{name}": annotation
+        for section in dataclasses.fields(Settings)
+        for name, annotation in typing.get_type_hints(section.type, include_extras=True).items()
+        if (section.name, name) != _DERIVED
+    }
+
+
 def optional_settings() -> list[str]:
     """The settings that may be None, with dots: "train.checkpoints_total_limit" and others."""
-    return [
-        f"{section.name}.{name}"
-        for section in dataclasses.fields(Settings)
-        for name, kind in typing.get_type_hints(section.type).items()
-        if without_none(kind) is not None and (section.name, name) != _DERIVED
-    ]
+    return [name for name, annotation in setting_annotations().items() if without_none(annotation) is not None]
 
 
 def student_sampling(settings: Settings) -> Sampling:
