@@ -208,7 +208,7 @@ def write_broken_latents():
         (["--latents", "nan.npy"], "latents must be finite, got nan at [0, 0, 0, 0]"),
         (["--dtype", "int8"], "dtype"),
         (["--mesh_step", "2"], "must multiply to the number of devices, 1, got data=-1, fsdp=1, step=2"),
-        (["--columns", "0"], "columns must be an integer >= 1, got 0"),
+        (["--columns", "0"], "columns must be an integer >= 1 or None, got 0"),
         (["--upscale", "0"], "upscale must be an integer >= 1, got 0"),
         (["--stpes", "4"], "stpes"),
         (["apple"], "unexpected argument 'apple'"),

@@ -13,13 +13,14 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from tiue_jax import compile_cache, images
+from tiue_jax.checked_fields import Range, check
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require
 from tiue_jax.files import read_text
 from tiue_jax.models import platforms
@@ -168,7 +169,7 @@ def check_size(args: flags.FlagValues, out: Path, count: int, size: tuple[int, i
         count: the number of images.
         size: height and width of an image in pixels.
     """
-    images.grid_size((1, 1, 1), args.columns)  # a wrong number is an error even where there is no grid
+    check("columns", Annotated[int, Range(1)] | None, args.columns)  # also where there is no grid
     is_grid = out.suffix == ".png" and count > 1
     images.grid_size((count if is_grid else 1, *size), _columns(args) if is_grid else 1, upscale=args.upscale)
 
