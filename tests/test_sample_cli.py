@@ -187,7 +187,7 @@ def write_broken_latents():
         (["--num_images_per_prompt", "0"], "num_images_per_prompt must be an integer >= 1, got 0"),
         (["--height", "15"], "height must be a positive multiple of the VAE's factor 2, got 15"),
         (["--width", "-2"], "width must be an integer between 1 and 65536, got -2"),
-        (["--seed", "-1"], "seed must be between 0 and 4294967295, got -1"),
+        (["--seed", "-1"], "seed must be an integer between 0 and 4294967295, got -1"),
         (["--sampler", "euler"], "sampler"),
         (["--guidance_scale", "3"], "guidance_scale is a setting of samplers"),
         (["--sampler", "lcm", "--timestep_spacing", "leading"], "timestep_spacing is a setting of samplers"),
