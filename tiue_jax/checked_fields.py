@@ -101,7 +101,8 @@ def check_fields(instance: Any, section: str = "") -> None:
     Raises:
         ValueError: naming the field, its value and what was expected.
     """
-    for name, annotation in _annotations(type(instance)).items():
+    cls: Any = type(instance)
+    for name, annotation in _annotations(cls).items():
         value = getattr(instance, name)
         try:
             _fit(annotation, value, lenient=False)
@@ -126,12 +127,14 @@ def read(cls: type[T], given: Any, section: str = "") -> T:
     """
     if not isinstance(given, Mapping):
         raise ValueError(f"{section or 'the value'} must be an object with fields, got {shown(given)}")
+    kind: Any = cls
+    annotations = _annotations(kind)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # typing has no name for dataclasses
         if field.name in given:
-            fields[field.name] = check(_named(section, field.name), _annotations(cls)[field.name], given[field.name])
+            fields[field.name] = check(_named(section, field.name), annotations[field.name], given[field.name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            expected, _ = _describe(_annotations(cls)[field.name], lenient=True)
+            expected, _ = _describe(annotations[field.name], lenient=True)
             raise ValueError(f"{_named(section, field.name)} is missing, expected {expected}")
     return cls(**fields)
 
@@ -203,7 +206,7 @@ class _UnfitError(Exception):
 
 
 @functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
+def _annotations(cls: Any) -> dict[str, Any]:
     """The annotation of each field of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -283,7 +286,7 @@ def _fit_tuple(arguments: tuple[Any, ...], value: Any, lenient: bool) -> tuple[A
 
 
 def _fit_number(kind: type, value: Any, lenient: bool) -> Any:
-    if lenient and isinstance(value, numbers.Real) and not isinstance(value, bool | int | float):
+    if lenient and type(value) not in (bool, int, float) and isinstance(value, numbers.Real):
         value = int(value) if isinstance(value, numbers.Integral) else float(value)  # such as numpy's
     if type(value) is int and kind is int:
         return value

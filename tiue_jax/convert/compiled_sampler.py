@@ -171,7 +171,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if (found := manifest.get("format")) != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}, got {_shown(found)}")
     get = manifest.get
-    platforms, latents = get("platforms"), get("latents")
+    platforms, latents, pad = get("platforms"), get("latents"), get("pad_token_id")
     checks = {
         "platforms": ("a list of texts", isinstance(platforms, list) and all(isinstance(p, str) for p in platforms)),
         "guided": ("true or false", type(get("guided")) is bool),
@@ -181,7 +181,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         "width": ("an integer >= 1", _is_size(get("width"))),
         "latents": ("three integers >= 1", isinstance(latents, list) and [*map(_is_size, latents)] == [True] * 3),
         "context": ("an integer >= 1", _is_size(get("context"))),
-        "pad_token_id": ("an integer >= 0", _is_whole(get("pad_token_id")) and get("pad_token_id") >= 0),
+        "pad_token_id": ("an integer >= 0", _is_whole(pad) and int(pad or 0) >= 0),
     }
     for name, (expected, holds) in checks.items():
         if not holds:
@@ -211,7 +211,8 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and abs(value) < 1e30
+    number: Any = value  # mypy knows no size of numpy's numbers
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(abs(number) < 1e30)
 
 
 def _shown(value: Any) -> str:

@@ -146,7 +146,7 @@ def write(
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
     null = _encode(encode, [""], batch_size)
     if not begun:
-        manifest = Manifest(dict(key), len(prompts), null.shape[1:], per_shard)
+        manifest = Manifest(dict(key), len(prompts), (null.shape[1], null.shape[2]), per_shard)
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)
         files.write_json(target / MANIFEST, dataclasses.asdict(manifest))
