@@ -191,7 +191,7 @@ class Embeddings:
                 f"{folder}: expected {manifest.count + 1} embeddings, the empty prompt's included, "
                 f"got {len(self._records)}"
             )
-        self._folder, self._shape = folder, manifest.shape
+        self._manifest, self._shape = files.at(folder) / MANIFEST, manifest.shape
         self.null = self.read([manifest.count])[0]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
@@ -205,7 +205,7 @@ class Embeddings:
         for index, record in zip(indices, records, strict=True):
             if len(record) != expected:
                 found = f"embeddings of {expected} bytes, got {len(record)} for prompt {index}"
-                raise ValueError(f"{self._folder / MANIFEST}: shape is {list(self._shape)}, so expected {found}")
+                raise ValueError(f"{self._manifest}: shape is {list(self._shape)}, so expected {found}")
         return np.stack([np.frombuffer(record, DTYPE).reshape(self._shape) for record in records])
 
 

@@ -47,8 +47,8 @@ def find_vae(name: str | Path, replaced: VAEConfig) -> Autoencoder:
     folder = hub.resolve(alias)
     if (folder / MODEL_INDEX).is_file():
         folder = folder / "vae"
-    kind = model_folder.read_config_dict(folder).get("_class_name")
-    check(f"{folder / 'config.json'}: _class_name", Annotated[str, one_of(list(AUTOENCODERS))], kind)
+    kind: Any = model_folder.read_config_dict(folder).get("_class_name")
+    kind = check(f"{folder / 'config.json'}: _class_name", Annotated[str, one_of(list(AUTOENCODERS))], kind)
     cls, config_class = AUTOENCODERS[kind]
     cfg = read_config(folder, config_class)
     scaling_factor = cfg.scaling_factor if cls is AutoencoderKL else SD_SCALING_FACTOR
