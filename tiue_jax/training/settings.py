@@ -200,7 +200,10 @@ class DistillConfig:
             raise ValueError(
                 f"distill.clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither"
             )
-        self.learning_rates()  # raises ValueError on a wrong rate or schedule
+        try:
+            self.learning_rates()
+        except ValueError as error:
+            raise ValueError(f"distill.warmup_steps or train.max_train_steps: {error}") from error
         LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank or target
 
     @classmethod
