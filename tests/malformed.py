@@ -321,10 +321,13 @@ def in_turn(every: list[Case], rng: random.Random) -> Iterator[Case]:
 def answers(inputs: Inputs, every: list[Case], count: int, seed: int) -> Iterator[tuple[Case, Answer]]:
     """Chooses `count` of the cases by a seed, and yields each with its answer."""
     chosen = itertools.islice(in_turn(every, random.Random(seed)), count)
-    with mock.patch.object(Pipeline, "program", _no_images), mock.patch.object(compile_cache, "enable"):
+    here = inputs.root / "here"  # relative outputs, such as --out 8, are written there
+    here.mkdir()
+    replaced = mock.patch.object(Pipeline, "program", _no_images), mock.patch.object(compile_cache, "enable")
+    with contextlib.chdir(here), replaced[0], replaced[1]:
         for case in chosen:
             yield case, answer(case, inputs.root)
-            for made in (inputs.root / "made.png", inputs.root / "made"):
+            for made in (inputs.root / "made.png", inputs.root / "made", *here.iterdir()):
                 if made.exists():
                     shutil.rmtree(made) if made.is_dir() else made.unlink()
 
