@@ -32,6 +32,7 @@ FLOORS = (
         "tiue_jax.temporary",
         "tiue_jax.compile_cache",
     ),
+    ("tiue_jax.checked_fields", "tiue_jax.memory"),
 )
 # What `python -m` finds: each file calls the command in tiue_jax.cli, and belongs to that floor.
 DOORS = (
@@ -41,7 +42,13 @@ DOORS = (
     "tiue_jax.data.prepare",
     "tiue_jax.data.embed",
 )
-ONLY_JAX_AND_NUMPY = ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.training.losses", "tiue_jax.plan.flops")
+ONLY_JAX_AND_NUMPY = (
+    "tiue_jax.checked_fields",
+    "tiue_jax.schedule",
+    "tiue_jax.sharding",
+    "tiue_jax.training.losses",
+    "tiue_jax.plan.flops",
+)
 WITH_TORCH = (
     "tests",
     "benchmarks",

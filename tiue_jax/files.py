@@ -18,6 +18,7 @@ from etils import epath
 
 from tiue_jax.temporary import replace_folder, temporary_folder
 
+MAX_JSON = 2**28  # bytes of a JSON file; the largest ones of known models are some MB
 _COPIED_AT_ONCE = 2**24  # bytes
 
 
@@ -25,9 +26,11 @@ def at(path: str | os.PathLike[str]) -> epath.Path:
     """Returns a path on this disk or in a bucket, with ~ as the home folder.
 
     Raises:
-        ValueError: the path is in a bucket of an unknown kind, or the package that reads such buckets is not installed.
+        ValueError: the path is empty; or it is in a bucket of an unknown kind, or the package that reads such buckets
+            is not installed.
         OSError: the path goes through a link to itself.
     """
+    _check_not_empty(path)
     try:
         found = epath.Path(path).expanduser()
     except KeyError as error:
@@ -223,13 +226,33 @@ def copy(source: os.PathLike[str], target: os.PathLike[str]) -> None:
         raise
 
 
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Checks that a path is a regular file or a folder, so that reading it ends.
+
+    A pipe gives nothing until another program writes to it, and a device such as /dev/zero never ends.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is a pipe, a device, or a socket.
+        OSError: the path cannot be looked at.
+    """
+    if is_remote(path):
+        return
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = {"a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR, "a block device": stat.S_ISBLK}
+        kind = next((name for name, is_kind in kinds.items() if is_kind(mode)), "a special file")
+        raise ValueError(f"{path}: expected a regular file, got {kind}: write its content to a file first")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Reads a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        ValueError: the file is not UTF-8. The error names the byte and its offset.
+        ValueError: the file is not UTF-8, or is no regular file. The error names the byte and its offset.
         OSError: as open().
     """
+    check_readable(path)
     try:
         return epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -241,16 +264,34 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
     Raises:
-        ValueError: the file is not UTF-8, is not valid JSON, or holds something other than an object.
+        ValueError: the file is not UTF-8, is larger than MAX_JSON, is not valid JSON, or holds something other than an
+            object.
         OSError: as open().
     """
-    text = read_text(path)
+    check_readable(path)
+    if (size := epath.Path(path).stat().length) > MAX_JSON:
+        raise ValueError(f"{path}: expected JSON of at most {MAX_JSON >> 20} MB, got {size >> 20} MB")
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, source: str) -> dict[str, Any]:
+    """Reads the object in a JSON text.
+
+    Args:
+        text: the JSON.
+        source: begins the error, such as the name of the file.
+
+    Raises:
+        ValueError: the text is not valid JSON, or holds something other than an object.
+    """
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # an integer of too many digits is a plain ValueError
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: not valid JSON: too many levels of brackets") from error
+    except ValueError as error:  # an integer of too many digits is a plain ValueError
+        raise ValueError(f"{source}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -275,9 +316,17 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """Returns a path on this disk with ~ as the home folder.
 
     Raises:
+        ValueError: the path is empty, as from a variable of a shell that is not set.
         FileNotFoundError: the user has no home folder, as in some containers.
     """
+    _check_not_empty(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(errno.ENOENT, "no home folder for ~", os.fspath(path)) from error
+
+
+def _check_not_empty(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for "", which would stand for the current folder."""
+    if not os.fspath(path):
+        raise ValueError("expected the path of a file or folder, got '' (. is the current folder)")

@@ -112,6 +112,13 @@ def require(values: flags.FlagValues, *names: str) -> None:
             raise ValueError(f"--{name} is missing, see --help")
 
 
+def path(text: str) -> str:
+    """The type of an argument of argparse that is a path. An unset variable of a shell leaves an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return text
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error, without line breaks, of at most MAX_MESSAGE characters."""
     text = " ".join(str(error).split())

@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tiue_jax import recipes
+from tiue_jax.checked_fields import check
 from tiue_jax.cli.command_line import describe_flags, plain, require
-from tiue_jax.training.settings import Settings, optional_settings
+from tiue_jax.training.settings import Settings, optional_settings, setting_annotations
 
 RECIPES = Path(recipes.__file__).parent
 
@@ -56,8 +57,10 @@ def parse(argv: Sequence[str], values: flags.FlagValues, required: Sequence[str]
         config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
     except flags.Error as error:
+        _raise_of_setting(error)
         raise ValueError(f"command line: {plain(error)}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _raise_of_setting(error)
         unknown = re.fullmatch(r"\W*(\w+)\W*", str(error))  # ml_collections says only its name
         if unknown and isinstance(error, AttributeError | KeyError):
             raise ValueError(f"command line: no setting {unknown[1]!r} in the config") from error
@@ -122,6 +125,13 @@ def _where(path: Path, error: BaseException, line: int) -> str:
     if not line:  # the file was not run, or the error is ours
         return text if text.startswith(str(path)) else f"{path}: {kind}: {text}"
     return f"{path}, line {line}: {kind}: {text or code}"
+
+
+def _raise_of_setting(error: BaseException) -> None:
+    """Raises ValueError with the expected values if the text of a setting has another type."""
+    match = re.match(r"flag --config\.(\w+)\.(\w+)=(.*?): ", str(error), re.DOTALL)
+    if match and f"{match[1]}.{match[2]}" in (annotations := setting_annotations()):
+        check(f"{match[1]}.{match[2]}", annotations[f"{match[1]}.{match[2]}"], match[3])
 
 
 def _without_none(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

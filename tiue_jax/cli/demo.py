@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
 from tiue_jax import files, images
-from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, print_error
+from tiue_jax.checked_fields import Range, check
+from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, path, print_error
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
 
@@ -78,6 +80,7 @@ def run(minutes: float, outdir: Path) -> None:
         ValueError, OSError: a folder cannot be written.
         subprocess.CalledProcessError: the training run failed.
     """
+    minutes = check("minutes", Annotated[float, Range(0, above_low=True)], minutes)
     workdir = outdir / "distillation"
 
     print(f"1. The shipped models, float32 on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
@@ -109,9 +112,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
     )
-    parser.add_argument(
-        "--outdir", type=Path, default=Path("runs/demo"), help="of images and the run (default: %(default)s)"
-    )
+    parser.add_argument("--outdir", type=path, default="runs/demo", help="of images and the run (default: %(default)s)")
     try:
         args = parser.parse_args(argv[1:])
         run(args.minutes, files.resolve(args.outdir))

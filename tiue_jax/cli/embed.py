@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.cli.prepare import add_reading_arguments
 from tiue_jax.data import corpus, embeddings
@@ -26,7 +26,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", required=True, help="a folder made by `prepare`, or what `prepare` takes")
     add_reading_arguments(parser)
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="a new folder, or one to continue, on this disk or gs://"
+        "--out",
+        type=path,
+        required=True,
+        metavar="FOLDER",
+        help="a new folder, or one to continue, on this disk or gs://",
     )
     help_text = "a textual inversion embedding of the teacher: FILE or TOKEN=FILE; one for each in model.embeddings"
     parser.add_argument("--embedding", action="append", default=[], help=help_text)

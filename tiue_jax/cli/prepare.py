@@ -12,7 +12,7 @@ To train with the corpus, give --config.data.prompts=data/journeydb.
 import argparse
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompt_files import MAX_BAD_SHARE
@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
     add_reading_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
     return parser.parse_args(argv[1:])
 
 

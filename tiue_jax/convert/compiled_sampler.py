@@ -59,11 +59,13 @@ class Sampler:
             raise ValueError(f"{folder}: compiled for {', '.join(self.manifest['platforms'])}, got {platform}")
         with _reading(folder / TOKENIZER, self.manifest) as path:
             self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.encode("a photo")  # some damage shows only then
         with _reading(folder / PROGRAM.format(platform), self.manifest) as path:
             program = export.deserialize(bytearray(path.read_bytes()))
         with _reading(folder / WEIGHTS, self.manifest) as path:
             weights = load_file(path)
         _check_program(folder / MANIFEST, self.manifest, program.in_avals, weights)
+        self._check_tokens(folder / TOKENIZER, weights)
         self._weights = jax.device_put(weights)
         self._sample = jax.jit(program.call)
 
@@ -101,6 +103,10 @@ class Sampler:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         if guidance_scale is not None and not manifest["guided"]:
             raise ValueError(f"guidance_scale is not for this sampler, compiled without guidance, got {guidance_scale}")
+        if guidance_scale is not None and not (
+            isinstance(guidance_scale, int | float) and abs(guidance_scale) <= MAX_GUIDANCE
+        ):
+            raise ValueError(f"guidance_scale must be a number of at most {MAX_GUIDANCE:.0f}, got {guidance_scale!r}")
         negatives = self._negative_prompts(negative_prompt, len(prompts), guidance_scale)
         total = len(prompts) * num_images_per_prompt
         shape = (total, *manifest["latents"])
@@ -166,6 +172,13 @@ class Sampler:
             logger.warning("prompt %r is longer than %d tokens, the rest is ignored", prompt, length)
             ids = ids[: length - 1] + ids[-1:]
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
+
+    def _check_tokens(self, path: Path, weights: dict[str, np.ndarray]) -> None:
+        """Raises ValueError if the tokenizer has tokens that the text encoder does not know."""
+        size = next(x.shape[0] for name, x in weights.items() if "token_embedding" in name)
+        largest = max([self.manifest["pad_token_id"], *self._tokenizer.get_vocab().values()])
+        if largest >= size:
+            raise ValueError(f"{path}: the text encoder knows {size} tokens: expected ids below it, got {largest}")
 
 
 def _one_or_list(texts: list[str]) -> str | list[str]:

@@ -6,16 +6,18 @@ builder class of tensorflow-datasets would hold the whole corpus in memory.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from etils import epath
 
 from tiue_jax import files
-from tiue_jax.data.dataset_folder import DATASET_INFO, is_dataset_folder, open_builder
+from tiue_jax.checked_fields import Range, read
+from tiue_jax.data.dataset_folder import DATASET_INFO, METADATA, is_dataset_folder, open_builder
 from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompt_files import MAX_BAD_SHARE
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
@@ -26,6 +28,19 @@ from tiue_jax.weights import hub
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
 PROMPTS_PER_SHARD = 2**17
 WRITTEN_AT_ONCE = 2**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Fields of metadata.json.
+
+    Attributes:
+        fingerprint: a hash of all prompts in their order.
+        dropped: the number of texts that were dropped, by reason.
+    """
+
+    fingerprint: str
+    dropped: dict[str, Annotated[int, Range(0)]]
 
 
 def open_prompts(
@@ -118,14 +133,18 @@ class Corpus:
             builder = open_builder(files.at(copied))
         else:
             builder = open_builder(self._folder)
-        metadata: dict[str, Any] = builder.info.metadata or {}
-        if builder.info.name != NAME or not {"fingerprint", "dropped"} <= metadata.keys():
+        found: dict[str, Any] = builder.info.metadata or {}
+        if builder.info.name != NAME or not {"fingerprint", "dropped"} <= found.keys():
             raise ValueError(f"{folder}: holds the dataset {builder.info.name!r}, run data.prepare on it first")
-        if FEATURE not in builder.info.features:
+        if list(builder.info.features) != [FEATURE]:
             raise ValueError(f"{folder}: expected the feature {FEATURE!r}, got {', '.join(builder.info.features)}")
+        try:
+            metadata = read(Metadata, found)
+        except ValueError as error:
+            raise ValueError(f"{self._folder / METADATA}: {error}") from error
         self._check(builder)
-        self.fingerprint: str = metadata["fingerprint"]
-        self.dropped: dict[str, int] = metadata["dropped"]
+        self.fingerprint = metadata.fingerprint
+        self.dropped = metadata.dropped
         self._records = builder.as_data_source(split=SPLIT)
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from tiue_jax import files
 from tiue_jax.data.fields import Value, usual_field
 
 DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
-METADATA = "metadata.json"  # what the maker of the folder wants to keep
+METADATA = "metadata.json"  # what the program that made the folder wrote about it
 FEATURES = "features.json"  # names the Python class of every feature
 READ_AHEAD = 256  # rows
 _HUGGING_FACE = "state.json"

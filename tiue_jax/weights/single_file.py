@@ -93,7 +93,8 @@ def find_parts(
     notes += note
 
     configs, tokenizer = _configurations(kind, base)
-    Tokenizer(tokenizer, configs.text_encoder.max_position_embeddings)  # raises if there is no tokenizer
+    text = configs.text_encoder
+    Tokenizer(tokenizer, text.max_position_embeddings, text.vocab_size)  # raises if there is none that fits
     text_config = skip_layers(configs.text_encoder, clip_skip)
     text_layers = text_config.num_hidden_layers
     tensors, left = leftovers.split(tensors, text_layers)
