@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tests import devices
 from tiue_jax.models import attention, platforms
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
-from tiue_jax.plan import flops
+from tiue_jax.plan import chips, flops
 
 
 def qkv(n, m, width, heads=2, batch=1, dtype=jnp.float32):
@@ -274,3 +274,36 @@ def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypat
     # one matrix of float32 logits (the plain softmax keeps several) or, if heads are wide, 20 arrays like q
     limit = max(4 * n * n, 20 * n * width * jnp.dtype(dtype).itemsize)
     assert compiled.memory_analysis().temp_size_in_bytes < limit
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("topology", ["h100:8", "a100:8", "l4:1"])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "width", "is_causal"),
+    [
+        (4096, 4096, 8, 40, False),
+        (4096, 77, 8, 40, False),
+        (4096, 4096, 5, 64, False),
+        (4096, 77, 5, 64, False),
+        (1024, 77, 8, 80, False),
+        (256, 256, 8, 160, False),
+        (256, 77, 8, 160, False),
+        (81, 81, 5, 64, False),  # 72 pixels
+        (77, 77, 16, 64, True),
+    ],
+)
+def test_attention_compiles_for_gpus(topology, n, m, heads, width, is_causal):
+    """Forward and backward, on a batch that is sharded over the GPUs: two kernels of cuDNN, and nothing is sent."""
+    chip, count = chips.parse(topology)
+    mesh = Mesh(np.array(chips.devices(topology)).reshape(1, -1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((count, heads, i, width), jnp.bfloat16, sharding=rows) for i in (n, m))
+    gradients = with_gradients(functools.partial(attention.attend, is_causal=is_causal))
+    standard = jax.numpy_dtype_promotion("standard")  # JAX adds bfloat16 and float32
+    with standard, jax.set_mesh(mesh), platforms.target_capability(chip.card.capability):
+        compiled = gradients.trace(q, k, k).lower().compile()
+    text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+    print(f"{topology} {n} {m} {width}: {temporaries / 1e6:.1f} MB of temporaries")
+    assert text.count("__cudnn$fmha") == (2 if width <= 128 else 0)
+    assert "all-gather" not in text and "all-reduce" not in text
+    assert temporaries < (16 * heads * max(n, m) * width * 2 if width <= 128 else 8 * heads * n * m * 4)
