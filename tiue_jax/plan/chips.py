@@ -143,7 +143,7 @@ def memory_fraction() -> float:
     Raises:
         ValueError: the variable is not a number between 0 and 1.
     """
-    text = os.environ.get(MEMORY_FRACTION, "0.75")
+    text = os.environ.get(MEMORY_FRACTION) or "0.75"
     if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text) or float(text) == 0:
         raise ValueError(f"{MEMORY_FRACTION} must be a number above 0 and at most 1, got {text!r}")
     return float(text)
