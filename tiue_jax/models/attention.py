@@ -333,7 +333,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) 
     """`attend` by cuDNN's kernel for NVIDIA GPUs (flash attention): [b h n d], [b h m d] -> [b h n d].
 
     Every device of the ambient mesh computes the attention of its rows of the batch. An odd number of queries or keys
-    is padded by one, which cuDNN does not read: JAX 0.10 to 0.12 refuse the gradient of odd lengths.
+    is padded by one, which cuDNN does not read: JAX 0.10 refuses the gradient of odd lengths.
 
     Args:
         q, k, v: bfloat16 or float16, all of one dtype, which the result has too. The width is a multiple of 8.
