@@ -301,9 +301,13 @@ def test_attention_compiles_for_gpus(topology, n, m, heads, width, is_causal):
     gradients = with_gradients(functools.partial(attention.attend, is_causal=is_causal))
     standard = jax.numpy_dtype_promotion("standard")  # JAX adds bfloat16 and float32
     with standard, jax.set_mesh(mesh), platforms.target_capability(chip.card.capability):
-        compiled = gradients.trace(q, k, k).lower().compile()
+        traced = gradients.trace(q, k, k)
+        compiled = traced.lower().compile()
     text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
     print(f"{topology} {n} {m} {width}: {temporaries / 1e6:.1f} MB of temporaries")
     assert text.count("__cudnn$fmha") == (2 if width <= 128 else 0)
+    if width <= 128:  # two products forwards and five backwards, with the padding
+        product = 2 * count * heads * (n + n % 2) * (m + m % 2) * width
+        assert flops.count(traced.jaxpr) == 7 * product
     assert "all-gather" not in text and "all-reduce" not in text
     assert temporaries < (16 * heads * max(n, m) * width * 2 if width <= 128 else 8 * heads * n * m * 4)

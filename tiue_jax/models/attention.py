@@ -347,15 +347,20 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool) -> jax.
     rows, _, queries, width = q.shape
     keys = k.shape[2]
     n, m = queries + queries % 2, keys + keys % 2
-    lengths = {}
+    query_lengths = key_lengths = None  # all count
     if (n, m) != (queries, keys):
         q, k, v = _pad(q, n, width), _pad(k, m, width), _pad(v, m, width)
-        lengths = {
-            "query_seq_lengths": jnp.full(rows, queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full(rows, keys, jnp.int32),
-        }
+        query_lengths, key_lengths = (jnp.full(rows, length, jnp.int32) for length in (queries, keys))
     q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b n h d]
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn", **lengths)
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
     return out[:, :queries].swapaxes(1, 2)
 
 
