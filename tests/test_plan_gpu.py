@@ -12,8 +12,8 @@ from tests import tiny
 from tiue_jax.cli import plan as cli
 
 pytestmark = pytest.mark.cuda
-# One level; heads of 64 as in Stable Diffusion 2.1, and 77 tokens of text. The compiler finds no tiles for matrices of 8
-# columns, which the other tiny models have.
+# One level; heads of 64 as in Stable Diffusion 2.1, and 77 tokens of text. The compiler finds no tiles for matrices of
+# 8 columns, which the other tiny models have.
 UNET = dataclasses.replace(
     tiny.UNET,
     block_out_channels=(64,),
