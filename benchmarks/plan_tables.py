@@ -1,7 +1,11 @@
-"""The tables of docs/pods.md: memory and time of the recipes on TPU slices, compiled ahead of time. Needs libtpu.
+"""The tables of docs/pods.md and docs/planning.md: memory and time of the recipes, compiled ahead of time.
+
+TPU slices need libtpu, GPUs the wheels of the extra cuda-plan.
 
     python benchmarks/plan_tables.py --topology v5e:4x4,v6e:4x4 --batch_per_chip 8
     python benchmarks/plan_tables.py --topology v5e:4x4 --batch_per_chip max
+    python benchmarks/plan_tables.py --topology h100:8,a100:8 --sampler --batch_per_chip 8
+    python benchmarks/plan_tables.py --topology h100:8,a100:8 --config.train.mesh_data=8 --config.train.mesh_fsdp=1
 
 Prints each row as soon as it is known, which takes minutes. Results of earlier compilations are in the cache of `plan`.
 """

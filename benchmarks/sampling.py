@@ -69,7 +69,8 @@ class Shape(NamedTuple):
 
     @property
     def latent_size(self) -> int:
-        return self.unet.sample_size or 64
+        height, _ = self.unet.latent_size or (64, 64)
+        return height
 
 
 def shape(name: str) -> Shape:

@@ -19,6 +19,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+NO_CUDA = not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 NO_TORCH = importlib.util.find_spec("torch") is None
 collect_ignore = ["parity"] if NO_TORCH else []
 
@@ -44,10 +45,15 @@ def sighup_not_ignored():
 
 
 def pytest_collection_modifyitems(items):
+    reasons = {}
     if NO_LIBTPU:
-        for item in items:
-            if item.get_closest_marker("libtpu"):
-                item.add_marker(pytest.mark.skip(reason="compiling for a TPU needs libtpu: see .ci/tpu"))
+        reasons["libtpu"] = "compiling for a TPU needs libtpu: see .ci/tpu"
+    if NO_CUDA:
+        reasons["cuda"] = "compiling for a GPU needs four wheels: see .ci/gpu"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,9 +11,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import devices
-from tiue_jax.models import attention
+from tiue_jax.models import attention, platforms
 from tiue_jax.models.lora import LoRAConfig, LoRALinear
-from tiue_jax.plan import flops
+from tiue_jax.plan import chips, flops
 
 
 def qkv(n, m, width, heads=2, batch=1, dtype=jnp.float32):
@@ -133,7 +133,8 @@ def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
         ("tpu", 5184, 5184, 64, jnp.bfloat16, False, "splash"),  # no multiple of 128
         ("tpu", 1024, 1024, 64, jnp.bfloat16, True, "xla"),
         ("gpu", 4096, 4096, 40, jnp.bfloat16, False, "cudnn"),
-        ("gpu", 4096, 77, 160, jnp.float16, False, "xla"),  # wider than this GPU takes
+        ("gpu", 4096, 77, 64, jnp.bfloat16, False, "cudnn"),
+        ("gpu", 256, 77, 160, jnp.float16, False, "xla"),  # JAX refuses it without a GPU of capability 9.0
         ("gpu", 77, 77, 64, jnp.bfloat16, True, "cudnn"),
         ("gpu", 64, 64, 36, jnp.bfloat16, False, "xla"),
         ("gpu", 4096, 4096, 40, jnp.float32, False, "xla"),
@@ -145,10 +146,46 @@ def test_a_projection_is_the_layers_output_in_heads(use_bias, adapted):
         ("cpu", 67, 67, 64, jnp.float32, False, "chunked"),
     ],
 )
-def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected, monkeypatch):
-    monkeypatch.setattr(attention, "max_cudnn_width", lambda: 128)
+def test_the_implementation_by_platform_and_shape(platform, n, m, width, dtype, is_causal, expected):
     q, k = (jax.ShapeDtypeStruct((1, 2, length, width), dtype) for length in (n, m))
-    assert attention.choose(platform, q, k, is_causal) == expected
+    with platforms.target_capability((8, 0)):
+        assert attention.choose(platform, q, k, is_causal) == expected
+
+
+def test_an_old_gpu_falls_back_and_the_log_says_so_once(caplog):
+    q = jax.ShapeDtypeStruct((1, 2, 4096, 64), jnp.bfloat16)
+    for capability, expected in (((7, 5), "xla"), ((7, 5), "xla"), ((8, 9), "cudnn")):
+        with platforms.target_capability(capability):
+            assert attention.choose("gpu", q, q) == expected
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "compute capability 7.5 have no bfloat16" in record.getMessage()
+
+
+def test_a_program_for_other_gpus_does_not_ask_for_those_of_this_process(monkeypatch):
+    def ask():
+        raise AssertionError("asked for the attached backend")
+
+    monkeypatch.setattr(platforms, "get_backend", ask)
+    q = jax.ShapeDtypeStruct((1, 2, 64, 64), jnp.bfloat16)
+    with platforms.target_capability((9, 0)):
+        assert attention.choose("gpu", q, q) == "cudnn"
+    for platform, expected in (("tpu", "xla"), ("cpu", "chunked")):
+        assert attention.choose(platform, q, q) == expected
+
+
+@pytest.mark.parametrize(("n", "m", "is_causal"), [(64, 77, False), (63, 77, False), (63, 64, False), (77, 77, True)])
+def test_odd_lengths_are_padded_for_cudnn(n, m, is_causal, monkeypatch):
+    """cuDNN gets even lengths, and the number of queries and keys that count. XLA stands in for it on this machine."""
+    by_jax, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, **options):
+        seen.append((q.shape[1], k.shape[1], implementation))
+        return by_jax(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    cudnn, by_definition = (functools.partial(f, is_causal=is_causal) for f in (attention.cudnn, definition))
+    assert_same(cudnn, by_definition, *qkv(n, m, 16, batch=2))
+    assert set(seen) == {(n + n % 2, m + m % 2, "cudnn")}
 
 
 def test_a_machine_without_a_gpu_traces_no_cudnn():
@@ -237,3 +274,40 @@ def test_splash_attention_compiles_for_tpus(topology, n, width, dtype, monkeypat
     # one matrix of float32 logits (the plain softmax keeps several) or, if heads are wide, 20 arrays like q
     limit = max(4 * n * n, 20 * n * width * jnp.dtype(dtype).itemsize)
     assert compiled.memory_analysis().temp_size_in_bytes < limit
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("topology", ["h100:8", "a100:8", "l4:1"])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "width", "is_causal"),
+    [
+        (4096, 4096, 8, 40, False),
+        (4096, 77, 8, 40, False),
+        (4096, 4096, 5, 64, False),
+        (4096, 77, 5, 64, False),
+        (1024, 77, 8, 80, False),
+        (256, 256, 8, 160, False),
+        (256, 77, 8, 160, False),
+        (81, 81, 5, 64, False),  # 72 pixels
+        (77, 77, 16, 64, True),
+    ],
+)
+def test_attention_compiles_for_gpus(topology, n, m, heads, width, is_causal):
+    """Forward and backward, on a batch that is sharded over the GPUs: two kernels of cuDNN, and nothing is sent."""
+    chip, count = chips.parse(topology)
+    mesh = Mesh(np.array(chips.devices(topology)).reshape(1, -1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    q, k = (jax.ShapeDtypeStruct((count, heads, i, width), jnp.bfloat16, sharding=rows) for i in (n, m))
+    gradients = with_gradients(functools.partial(attention.attend, is_causal=is_causal))
+    standard = jax.numpy_dtype_promotion("standard")  # JAX adds bfloat16 and float32
+    with standard, jax.set_mesh(mesh), platforms.target_capability(chip.card.capability):
+        traced = gradients.trace(q, k, k)
+        compiled = traced.lower().compile()
+    text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+    print(f"{topology} {n} {m} {width}: {temporaries / 1e6:.1f} MB of temporaries")
+    assert text.count("__cudnn$fmha") == (2 if width <= 128 else 0)
+    if width <= 128:  # two products forwards and five backwards, with the padding
+        product = 2 * count * heads * (n + n % 2) * (m + m % 2) * width
+        assert flops.count(traced.jaxpr) == 7 * product
+    assert "all-gather" not in text and "all-reduce" not in text
+    assert temporaries < (16 * heads * max(n, m) * width * 2 if width <= 128 else 8 * heads * n * m * 4)

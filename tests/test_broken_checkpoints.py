@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.devices import ROOT
 from tests.test_checkpoint import CONFIG, assert_same, make, structs
 from tiue_jax.training.checkpoint import Checkpoints
 from tiue_jax.training.checkpoint_files import BrokenCheckpointError, read_weights
@@ -205,3 +208,12 @@ def test_damaged_metrics_are_named_or_where_nothing_depends_on_them_warned_of(th
 def test_metrics_of_another_name_are_no_damage(three):
     with Checkpoints(three, best=("eval/other", "max")) as checkpoints:
         assert checkpoints.resume(structs(make(0, width=64)), accept).step == 3
+
+
+def test_no_thread_of_a_library_prints_a_traceback(tmp_path):
+    program = [sys.executable, "-m", "tests.programs.read_damaged_checkpoints", str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout)
+    reads, errors, unclear = [int(word) for word in done.stdout.split() if word.isdigit()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert reads >= 80 and errors > 30 and unclear == 0

@@ -134,7 +134,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
     os.truncate(second, 50)
     refused("not a whole array_record file")
     manifest.write_text('{"key": []}')
-    refused("not a file that data.embed wrote: expected the fields key, count, shape, per_shard")
+    refused("not a file that data.embed wrote: (key|shape) ")
     manifest.write_text("{")
     refused("embeddings.json: not valid JSON")
     manifest.unlink()

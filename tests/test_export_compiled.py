@@ -4,14 +4,17 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
+import zlib
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
 from tests import devices, tiny
 from tests.programs.run_compiled_sampler import PROMPTS, SEED
@@ -108,7 +111,7 @@ def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe
     [
         ({"prompts": []}, r"at least one text, got \[\]"),
         ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
         ({"guidance_scale": 2.0}, "compiled without guidance, got 2.0"),
         ({"negative_prompt": "b"}, "negative_prompt has no effect without guidance, and this sampler has none"),
         ({"negative_prompt": ["", ""]}, "negative_prompt must be one text or a list of 1, got a list of 2"),
@@ -136,12 +139,80 @@ def test_broken_folders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="broken: compiled for tpu, got cpu"):
         Sampler(broken)
     (broken / "compiled.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(ValueError, match="compiled.json: format must be 3, got 2"):
+    with pytest.raises(ValueError, match="compiled.json: format must be 3, got 2; export the sampler again"):
         Sampler(broken)
     (broken / "compiled.json").write_text(json.dumps(manifest))
     (broken / "weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="weights.safetensors: no such file"):
         Sampler(broken)
+
+
+MISFITS = {
+    "format": [None, "3", 3.5, []],
+    "platforms": [None, "cpu", [], [3]],
+    "guided": [None, 1, "yes"],
+    "guidance_scale": [None, "7", float("nan"), float("inf"), True, 10**400],
+    "batch_size": [0, -1, 1.5, "8", 7],
+    "latents": [None, 8, [8, 8], [8, 8, 0], [8, "8", 4], [8, 8, 5], [10**9, 8, 4]],
+    "context": [None, 0, "8", 9, 10**9, 8.5],
+    "pad_token_id": [None, -1, 10**10, "0"],
+    "crc32": [None, [], {}, {"weights.safetensors": "x"}],
+}
+
+
+def test_every_damaged_file_is_one_line_and_no_image(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "compiled")
+    rng, outcomes = random.Random(0), Counter()
+    manifest = json.loads((copy / "compiled.json").read_text())
+    spec = importlib.util.spec_from_file_location("sampler", copy / "sampler.py")
+    sampler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sampler)
+    out = tmp_path / "a.png"
+
+    def run(name, kind):
+        status = sampler.main(["sampler.py", "--prompt", "red", "--no_compile_cache", "--out", str(out)])
+        lines = capsys.readouterr().err.splitlines()
+        assert status == 2 and len(lines) == 1, (name, kind, status, lines)
+        assert lines[0].startswith(f"error: {copy}") and len(lines[0]) <= 607 and not out.exists()
+        outcomes["named" if f"{copy / name}: " in lines[0] else "folder named"] += 1
+
+    for name in ("tokenizer.json", "weights.safetensors", "sampler.cpu.jax_export", "compiled.json"):
+        whole = (copy / name).read_bytes()
+        contents = {"missing": None, "empty": b"", "cut": whole[: len(whole) // 2], "zeros": bytes(len(whole))}
+        contents |= {"text": b"no", "nested": b'{"a":' * 99999, "digits": b'{"format":' + b"1" * 5000 + b"}"}
+        if name != "compiled.json":
+            for place in rng.sample(range(len(whole)), 20):
+                contents[place] = whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+        for kind, content in contents.items():
+            (copy / name).unlink()
+            if content is not None:
+                (copy / name).write_bytes(content)
+            else:
+                (copy / name).mkdir()
+            run(name, kind)
+            if content is None:
+                (copy / name).rmdir()
+            (copy / name).write_bytes(whole)
+    whole = (copy / "compiled.json").read_bytes()
+    for field, values in MISFITS.items():
+        for value in values:
+            (copy / "compiled.json").write_text(json.dumps(manifest | {field: value}))
+            run("compiled.json", (field, value))
+    crc = manifest["crc32"]
+    for name, content in (  # whole files of something else, whose checksums fit
+        ("tokenizer.json", b"{}"),
+        ("weights.safetensors", save({"x": np.zeros(3, np.float32)})),
+        ("sampler.cpu.jax_export", b"no program"),
+    ):
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(content)
+        changed = {"crc32": crc | {name: zlib.crc32(content)}}
+        (copy / "compiled.json").write_text(json.dumps(manifest | changed))
+        run(name, "another file")
+        (copy / name).write_bytes(before)
+    (copy / "compiled.json").write_bytes(whole)
+    print(dict(outcomes))
+    assert outcomes["named"] > 100 and Sampler(copy).manifest == manifest
 
 
 def test_bad_arguments_of_the_export_write_nothing(pipe, folder, tmp_path):
@@ -184,6 +255,8 @@ def test_command_line(pipe, tmp_path, capsys):
         (("--seed", "-1"), "seed must be"),
         (("--out", "image"), "out must end in .png, got 'image'"),
         (("--out", "nowhere/a.png"), "nowhere/a.png: no folder nowhere"),
+        (("--seed", "x"), "argument --seed: invalid int value: 'x'"),
+        (("--what",), "unrecognized arguments: --what"),
     ],
 )
 def test_bad_command_lines_of_the_sampler(folder, capsys, wrong, message):

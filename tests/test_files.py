@@ -9,6 +9,7 @@ import pytest
 
 from tests.bucket import in_place_of_gcs
 from tiue_jax import files
+from tiue_jax.cli.main import main
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_temporary_names_differ(tmp_path):
     asides = set()
     for _ in range(3):
         with files.writing_aside(tmp_path / "a") as aside:
-            asides.add(aside.name)
+            asides.add(aside)
     assert len(asides) == 3
 
 
@@ -279,6 +280,30 @@ def test_a_user_without_a_home_folder(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(FileNotFoundError, match=r"no home folder for ~: '~/a'"):
         files.expand("~/a")
+
+
+def test_a_link_to_itself_and_an_unknown_kind_of_path_are_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "prompts.txt").write_text("a\n")
+    for path in ("loop", "loop/below"):
+        for check in (files.at, files.resolve):
+            with pytest.raises(OSError, match=f"Too many levels of symbolic links: '{tmp_path / path}'"):
+                check(tmp_path / path)
+    with pytest.raises(ValueError, match="^s3x://a/b: unknown kind of path 's3x://', expected a path on this disk"):
+        files.at("s3x://a/b")
+    prompts, settings = str(tmp_path / "prompts.txt"), "--config.model.pretrained_model_name_or_path=emoji"
+    for command in (
+        ["train", "--config=emoji_tiue", settings, "--workdir={}"],
+        ["convert", "export", "--checkpoint=emoji", "--out={}"],
+        ["data", "prepare", f"--prompts={prompts}", "--out={}"],
+        ["data", "embed", "--model=emoji", f"--prompts={prompts}", "--out={}"],
+        ["demo", "--outdir={}"],
+    ):
+        for out in (tmp_path / "loop", "s3x://a/b") if command[0] != "demo" else (tmp_path / "loop",):
+            assert main(["tiue", *(argument.format(out) for argument in command)]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1, error
+    assert names(tmp_path) == ["loop", "prompts.txt"]
 
 
 def test_buckets_need_their_package():

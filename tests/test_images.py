@@ -34,7 +34,7 @@ def test_grid_is_square_by_default_and_enlarges():
     [
         (lambda: images.grid(random_images(0)), "at least one image"),
         (lambda: images.grid(random_images(2).astype(np.float32)), "float32"),
-        (lambda: images.grid(random_images(2), columns=0), "columns must be >= 1, got 0"),
+        (lambda: images.grid(random_images(2), columns=0), "columns must be an integer >= 1, got 0"),
         (lambda: images.grid(random_images(2), gap=-1), "gap must be >= 0, got -1"),
         (lambda: images.grid(random_images(2), upscale=0), "upscale must be an integer >= 1, got 0"),
     ],

@@ -24,7 +24,15 @@ FLOORS = (
     ("tiue_jax.sampling",),
     ("tiue_jax.student",),
     ("tiue_jax.models",),
-    ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.images", "tiue_jax.files", "tiue_jax.compile_cache"),
+    (
+        "tiue_jax.schedule",
+        "tiue_jax.sharding",
+        "tiue_jax.images",
+        "tiue_jax.files",
+        "tiue_jax.temporary",
+        "tiue_jax.compile_cache",
+    ),
+    ("tiue_jax.checked_fields", "tiue_jax.memory"),
 )
 # What `python -m` finds: each file calls the command in tiue_jax.cli, and belongs to that floor.
 DOORS = (
@@ -34,7 +42,13 @@ DOORS = (
     "tiue_jax.data.prepare",
     "tiue_jax.data.embed",
 )
-ONLY_JAX_AND_NUMPY = ("tiue_jax.schedule", "tiue_jax.sharding", "tiue_jax.training.losses", "tiue_jax.plan.flops")
+ONLY_JAX_AND_NUMPY = (
+    "tiue_jax.checked_fields",
+    "tiue_jax.schedule",
+    "tiue_jax.sharding",
+    "tiue_jax.training.losses",
+    "tiue_jax.plan.flops",
+)
 WITH_TORCH = (
     "tests",
     "benchmarks",

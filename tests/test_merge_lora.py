@@ -191,7 +191,10 @@ def test_other_kinds_of_file_are_refused(tmp_path):
         ({"unet.rank_pattern": {"*": 2}}, r"unet.rank_pattern: '\*' is no pattern: "),
         ({"unet.rank_pattern": {"to_q": 3}}, rf"unet gives {ATTENTION}.to_q rank 3, its matrices have rank {RANK}"),
         ({"unet.r": 4}, rf"unet gives \S+ rank 4, its matrices have rank {RANK}"),
-        ({"unet.alpha_pattern": 4}, "unet.alpha_pattern must be an object, got '4'"),
+        (
+            {"unet.alpha_pattern": 4},
+            "unet.alpha_pattern must be an object whose values are finite numbers .*, got 4",
+        ),
     ):
         path = tmp_path / "fields.safetensors"
         lora_file(path, peft, ALL, metadata={"lora_adapter_metadata": json.dumps(fields)})
@@ -200,13 +203,14 @@ def test_other_kinds_of_file_are_refused(tmp_path):
     for field, value in (("lora_alpha", "x"), ("lora_alpha", float("nan")), ("lora_alpha", 10**400)):
         kept = {"lora_adapter_metadata": json.dumps({f"unet.{field}": value})}
         path = lora_file(tmp_path / "alpha.safetensors", peft, ALL, metadata=kept)
-        with pytest.raises(
-            ValueError, match=r"alpha.safetensors: metadata field unet: alpha of unet.\S+ must be a finite number"
-        ):
+        with pytest.raises(ValueError, match="metadata field unet.lora_alpha must be a finite number or None, got"):
             read_lora(path, SHAPES)
     for written in ("{", "[]"):
         path = lora_file(tmp_path / "x.safetensors", peft, ALL, metadata={"lora_adapter_metadata": written})
-        with pytest.raises(ValueError, match="x.safetensors: metadata field lora_adapter_metadata is "):
+        with pytest.raises(
+            ValueError,
+            match="metadata field lora_adapter_metadata: (not valid|expected a) JSON",
+        ):
             read_lora(path, SHAPES)
     path = lora_file(tmp_path / "alphas.safetensors", kohya, ALL, alpha=[1, 2])
     with pytest.raises(ValueError, match=r"alphas.safetensors: alpha of \S+ is F16 \[2\], not a number"):

@@ -260,7 +260,7 @@ def test_a_student_that_diffusers_saved_is_still_one(folder, tmp_path):
     own = json.loads(config.read_text())
     config.write_text(json.dumps(own | {"_tiue": {"num_inference_steps": 2, "timestep_spacing": "trailing"}}))
     assert Pipeline.from_pretrained(saved).settings() == Sampling("tiue", 2, None, "trailing")
-    for student, message in (([2], "_tiue must be an object"), ({"k": 2}, "_tiue: unknown sampling field 'k'")):
+    for student, message in (([2], "_tiue must be an object"), ({"k": 2}, "_tiue: k is not a supported field")):
         config.write_text(json.dumps(own | {"_tiue": student}))
         with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
             Pipeline.from_pretrained(saved)
@@ -292,14 +292,14 @@ def test_the_models_own_settings_and_what_overrides_them(pipe):
     [
         ({"prompts": []}, r"at least one text, got \[\]"),
         ({"prompts": "red"}, "list of at least one text, got 'red'"),
-        ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
+        ({"seed": -1}, "seed must be an integer between 0 and 4294967295, got -1"),
         ({"seed": 2**32}, "got 4294967296"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer between 1 and 2147483647 or None, got 0"),
         ({"height": 15}, "height must be a positive multiple of the VAE's factor 2, got 15"),
-        ({"width": 0}, "width must be a positive multiple of the VAE's factor 2, got 0"),
+        ({"width": 0}, "width must be an integer between 1 and 65536, got 0"),
         ({"sampler": "euler"}, r"sampler must be among \['tiue', 'ddim', .*\], got 'euler'"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer between 1 and .*, got 0"),
         ({"num_inference_steps": 1001}, "between 1 and 1000, got 1001"),
         ({"guidance_scale": 2.0}, "guidance_scale is a setting of samplers .* got 2.0 with 'tiue'"),
         ({"timestep_spacing": "even"}, "timestep_spacing must be among .* got 'even'"),
@@ -365,14 +365,14 @@ def edit(path, **change):
         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json: no such file"),
         (lambda f: (f / "unet" / WEIGHTS).unlink(), "unet: no safetensors weights"),
         (lambda f: (f / "unet" / WEIGHTS).write_bytes(b"12345678"), "not a complete safetensors file"),
-        (lambda f: edit(f / "unet" / "config.json", novelty=1), "unet/config.json: .*'novelty'"),
+        (lambda f: edit(f / "unet" / "config.json", novelty=1), "unet/config.json: unet.novelty is not"),
         (lambda f: edit(f / "vae" / "config.json", block_out_channels=[8, 16]), "vae/.*: weights do not fit the model"),
         (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=16), "unet cross_attention_dim must be"),
-        (lambda f: edit(f / "tiue_config.json", steps=4), "tiue_config.json: unknown sampling field 'steps' = 4"),
+        (lambda f: edit(f / "tiue_config.json", steps=4), "tiue_config.json: steps is not a supported field"),
         (lambda f: edit(f / "tiue_config.json", num_inference_steps="4"), "tiue_config.json: num_inference_steps"),
         (lambda f: edit(f / "scheduler" / "scheduler_config.json", prediction_type="x"), "prediction_type"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer: no tokenizer.json or vocab.json"),
-        (lambda f: (f / "tokenizer" / "vocab.json").write_text("{"), "tokenizer: transformers cannot read"),
+        (lambda f: (f / "tokenizer" / "vocab.json").write_text("{"), "tokenizer/vocab.json: not valid JSON"),
     ],
 )
 def test_broken_folders_are_named_in_one_line(broken, damage, message):

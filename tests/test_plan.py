@@ -1,4 +1,4 @@
-"""Planning without libtpu: chips, the search, tables, the cache, models, the command line."""
+"""Planning without a compiler: the search, tables, the cache, models, the command line."""
 
 import dataclasses
 import io
@@ -54,35 +54,6 @@ def measured(batch=8, peak=9e9, flops=100e12, sent=10e9, **other):
     return Measured(**values | other)
 
 
-# ---- chips -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("topology", "kind", "count"), [("v5e:4x4", "v5e", 16), ("v5e:16x16", "v5e", 256), ("v4:2x2x4", "v4", 16)]
-)
-def test_topologies(topology, kind, count):
-    chip, chips_count = chips.parse(topology)
-    assert (chip.kind, chips_count) == (kind, count)
-
-
-@pytest.mark.parametrize("topology", ["v5e", "v5e:3x5", "v9:2x2", "", "v4:4x4", "v5e:4x4x1"])
-def test_unknown_topology(topology):
-    with pytest.raises(ValueError, match=r"unknown topology .*expected kind:shape among v4: 2x2x1.*v6e: 1x1") as error:
-        chips.parse(topology)
-    assert repr(topology) in str(error.value)
-
-
-def test_only_tpus_are_planned():
-    with pytest.raises(ValueError, match="there is nothing to plan for a GPU"):
-        chips.parse("gpu:8")
-
-
-def test_clocks_are_plausible():
-    """The clock is computed from the peak and the matrix units. Another range would mean a wrong row in the table."""
-    clocks = {kind: chip.clock / 1e9 for kind, chip in chips.CHIPS.items()}
-    assert all(1.0 < clock < 1.8 for clock in clocks.values()), clocks
-
-
 # ---- search ----------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +103,20 @@ def test_the_best_is_the_fastest_that_fits():
     larger = measured(batch=16, flops=200e12, peak=15e9)  # no faster
     assert report.best([slow, fast, too_large, larger], V5E) is fast
     assert report.best([too_large, measured(peak=30e9)], V5E) is too_large
+
+
+def test_a_gpu_that_is_full(monkeypatch):
+    """The last lines say what JAX takes of the memory, and what the compiler does not count."""
+    monkeypatch.delenv(chips.MEMORY_FRACTION, raising=False)
+    chip, _ = chips.parse("h100:8")
+    too_large = measured(topology="h100:8", data=8, fsdp=1, peak=70e9, hbm_bytes=chip.hbm_bytes, fits=False)
+    assert report.notes(too_large, chip, settings()) == [
+        "does not fit: it needs 70.0 GB of the 63.7 GB that JAX takes of the 84.9 GB of a h100",
+        "memory: without the workspaces of cuDNN and cuBLAS, which are chosen on a card",
+    ]
+    fits = measured(topology="h100:8", data=8, fsdp=1, flops=989.4e12, sent=45e9, hbm_bytes=chip.hbm_bytes)
+    assert report.cost(fits, chip).step_seconds == pytest.approx(1.0)  # sent in the background, in a tenth of it
+    assert "at 989 TFLOP/s and 450 GB/s between chips" in report.notes(fits, chip, settings())[-2]
 
 
 def test_tables_say_what_was_measured():
@@ -273,6 +258,19 @@ def test_without_libtpu(capsys, monkeypatch):
     assert cli.main(["plan", *CONFIG, "--topology=v5e:4x4"]) == 2
     assert capsys.readouterr().err == (
         "error: compiling for a TPU needs libtpu, on a machine without one too: pip install 'tiue-jax[tpu]'\n"
+    )
+
+
+def test_without_the_cuda_wheels(capsys, monkeypatch):
+    def missing(name):
+        raise chips.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(chips.importlib.metadata, "version", missing)
+    assert cli.main(["plan", *CONFIG, "--topology=h100:8"]) == 2
+    assert capsys.readouterr().err == (
+        "error: compiling for a GPU needs jax-cuda12-pjrt, jax-cuda12-plugin, nvidia-cuda-nvcc-cu12, "
+        "nvidia-cudnn-cu12, on a machine without one too: pip install 'tiue-jax[cuda-plan]'\n"
     )
 
 

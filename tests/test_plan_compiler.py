@@ -69,6 +69,21 @@ def test_collectives_are_summed_with_their_loops():
     assert text.estimated_cycles == 100 + 5 * 7
 
 
+def test_collectives_of_gpus():
+    """Several arrays are sent at once. "is_sync" says that the GPU computes nothing between start and end."""
+    text = """ENTRY %main (p: f32[4]) -> f32[32] {
+  %ar = (f32[100]{0}, f32[28]{0}) all-reduce-start(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add, \
+backend_config={"collective_backend_config":{"is_sync":false}}
+  %ag = ((f32[4]{0}, f32[8]{0}), (f32[32]{0}, f32[64]{0})) all-gather-start(%p, %q), replica_groups=[1,8]<=[8], \
+backend_config={"collective_backend_config":{"is_sync":true}}
+  ROOT %done = (f32[32]{0}, f32[64]{0}) all-gather-done(%ag)
+}
+"""
+    read = hlo.read(text)
+    assert read.collectives == {"all-gather": (1, 96 * 4 * 7 // 8), "all-reduce": (1, 2 * 128 * 4 * 7 // 8)}
+    assert read.background_bytes == 2 * 128 * 4 * 7 // 8
+
+
 def test_a_fused_reduce_scatter_is_one():
     text = """%all-reduce-scatter.1 (p: f32[8,16]) -> f32[2,16] {
   %all-reduce.9 = f32[8,16]{1,0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add

@@ -44,11 +44,15 @@ DIT = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransforme
         ("model_index.json", DIT, r"model_index.json: field 'transformer' is \['diffusers', 'DiTTransformer2DModel'\]"),
         ("model_index.json", {"text_encoder": [None, None]}, r"field 'text_encoder' is \[None, None\], expected CLIP"),
         ("model_index.json", {"vae": ["mine", "MyVAE"]}, r"field 'vae' is \['mine', 'MyVAE'\], expected AutoencoderKL"),
-        ("unet/config.json", SDXL_UNET, "unet/config.json: unet config field 'addition_embed_type' is 'text_time'"),
+        (
+            "unet/config.json",
+            SDXL_UNET,
+            "unet/config.json: unet.addition_embed_type must be None, got 'text_time'",
+        ),
         (
             "unet/config.json",
             {"_class_name": "DiTTransformer2DModel"},
-            "field '_class_name' is 'DiTTransformer2DModel'",
+            "unet._class_name must be 'UNet2DConditionModel', got 'DiTTransformer2DModel'",
         ),
         ("unet/config.json", {"in_channels": 9}, "unet in_channels and out_channels must be .*, 4, got 9 and 4$"),
         (

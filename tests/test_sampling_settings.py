@@ -58,7 +58,7 @@ SPACED = r"\['tiue', 'ddim', 'faster_diffusion'\]"
     ("settings", "message"),
     [
         ({"sampler": "euler"}, r"sampler must be among \['tiue', .*\], got 'euler'"),
-        ({"guidance_scale": "3"}, "guidance_scale must be a finite number, got '3'"),
+        ({"guidance_scale": "3"}, "guidance_scale must be a finite number or None, got '3'"),
         (
             {"sampler": "turbo", "guidance_scale": 2},
             f"guidance_scale is a setting of samplers {GUIDED}, got 2 with 'tu",
@@ -70,7 +70,7 @@ SPACED = r"\['tiue', 'ddim', 'faster_diffusion'\]"
         ({"sampler": "lcm", "num_inference_steps": 51}, "between 1 and 50 for sampler 'lcm', got 51"),
         ({"sampler": "turbo", "num_inference_steps": 1001}, "between 1 and 1000, got 1001"),
         *(
-            ({"sampler": "faster_diffusion", "key_steps": keys}, "key_steps must be a number >= 1 or increasing")
+            ({"sampler": "faster_diffusion", "key_steps": keys}, "key_steps must be an? (integer|number) .*, got ")
             for keys in (0, -1, True, "2", (), (1, 2), (0, 2, 2), (0, 1.0), (0, True))
         ),
         ({"sampler": "faster_diffusion", "key_steps": (0, 50)}, r"below num_inference_steps 50, got \[0, 50\]"),

@@ -94,16 +94,16 @@ def test_configs_of_the_few_step_models():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"clip_sample": True}, "'clip_sample' is True"),
-        ({"_class_name": "DDIMScheduler"}, "'clip_sample' is True"),  # the default of this class
-        ({"steps_offset": -5}, "steps_offset must be an integer >= 0, got -5"),
-        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be an integer >= 1, got '1000'"),
-        ({"beta_start": None}, "beta_start must be a number between 0 and 1, got None"),
-        ({"beta_end": 1.5}, "beta_end must be a number between 0 and 1, got 1.5"),
-        ({"original_inference_steps": 25}, "'original_inference_steps' is 25: only 50"),
-        ({"timestep_scaling": 1.0}, "'timestep_scaling' is 1.0"),
-        ({"trained_betas": [0.1]}, "'trained_betas'"),
-        ({"rescale_betas_zero_snr": True}, "'rescale_betas_zero_snr'"),
+        ({"clip_sample": True}, "clip_sample must be False, got True"),
+        ({"_class_name": "DDIMScheduler"}, "clip_sample must be False, got True"),  # the default of this class
+        ({"steps_offset": -5}, "steps_offset must be an integer between 0 and 1000000, got -5"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps must be an integer between 1 and 1000000, got '1000'"),
+        ({"beta_start": None}, r"beta_start must be a finite number in \(0, 1\), got None"),
+        ({"beta_end": 1.5}, r"beta_end must be a finite number in \(0, 1\), got 1.5"),
+        ({"original_inference_steps": 25}, "original_inference_steps must be 50, got 25"),
+        ({"timestep_scaling": 1.0}, "timestep_scaling must be 10.0, got 1.0"),
+        ({"trained_betas": [0.1]}, "trained_betas must be None"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr must be False"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be .* got 'squaredcos_cap_v2'"),
         ({"prediction_type": "sample"}, "prediction_type must be .* got 'sample'"),
         ({"timestep_spacing": "dense"}, "timestep_spacing must be .* got 'dense'"),

@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
+from tiue_jax.checked_fields import without_none
 from tiue_jax.cli import config_flags, train
 from tiue_jax.training.changed_settings import FREE, FREE_TO_MOVE, LENGTH, check_changes, find_changes
-from tiue_jax.training.checked_fields import without_none
 from tiue_jax.training.settings import Settings, default_config, optional_settings
 
 ROOT = Path(__file__).parents[1]

@@ -65,6 +65,10 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
             rf"in_channels must be 4, got 9, as of {FIRST}, this is an inpainting model \(9 input chan",
         ),
         (
+            lambda x: x.update({FIRST: np.zeros(4, np.float32)}),
+            rf"{FIRST} has shape \[4\], expected the four axes of a convolution$",
+        ),
+        (
             lambda x: x.pop(FIRST),
             rf"no Stable Diffusion 1.x or 2.x in one file: no {FIRST}: \d+ tensors: .* more$",
         ),

@@ -86,8 +86,8 @@ def test_sizes_of_tiles(cfg, tiling, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Tiling(0), "tile_sample_min_size must be >= 1, got 0"),
-        (lambda: Tiling(None, 1.0), "tile_overlap_factor must be at least 0 and below 1, got 1.0"),
+        (lambda: Tiling(0), "tile_sample_min_size must be an integer between 1 and 65536 or None, got 0"),
+        (lambda: Tiling(None, 1.0), r"tile_overlap_factor must be a finite number in \[0, 1\), got 1.0"),
         (lambda: Tiling(None, 0.1).cut(SD), "tile_sample_min_size 512 and tile_overlap_factor 0.1: .* of 8 pixels"),
         (lambda: Tiling(250).cut(SD), "tile_sample_min_size 250 and tile_overlap_factor 0.25"),
         (lambda: Tiling(4).cut(SD), "tile_sample_min_size 4 and"),

@@ -84,7 +84,7 @@ def test_config_round_trip():
     ],
 )
 def test_unsupported_field_is_named_with_its_value(field, value):
-    with pytest.raises(ValueError, match=f"{field!r} is {value!r}"):
+    with pytest.raises(ValueError, match=rf"unet.{field}\b.*{value!r}"):
         UNetConfig.from_dict({field: value})
 
 
@@ -92,10 +92,13 @@ def test_unsupported_field_is_named_with_its_value(field, value):
     ("fields", "message"),
     [
         ({"down_block_types": ["DownBlock2D"]}, r"down_block_types must have one entry per block \(4\), got \['DownB"),
-        ({"up_block_types": ["AttnUpBlock2D"] * 4}, "up_block_types must be among .* got 'AttnUpBlock2D'"),
+        (
+            {"up_block_types": ["AttnUpBlock2D"] * 4},
+            "unet.up_block_types must be a list of texts .* got .'AttnUpBlock2D'",
+        ),
         ({"attention_head_dim": [5, 10]}, r"attention_head_dim must be a number or one per block \(4\), got \[5, 10\]"),
-        ({"norm_num_groups": None}, "norm_num_groups must be a number, got None"),
-        ({"downsample_padding": 2}, "downsample_padding must be 0 or 1, got 2"),
+        ({"norm_num_groups": None}, "unet.norm_num_groups must be an integer between 1 and 65536, got None"),
+        ({"downsample_padding": 2}, r"unet.downsample_padding must be among \[0, 1\], got 2"),
     ],
 )
 def test_inconsistent_config_is_named(fields, message):

@@ -48,7 +48,8 @@ def copied(monkeypatch):
 def test_in_a_bucket_new_and_changed_files_are_copied_the_index_last(bucket, copied):
     with Workdir("gs://bucket/runs/x") as workdir:
         (workdir.local / "student" / "unet").mkdir(parents=True)
-        for name in ("a.txt", "student/model_index.json", "student/unet/weights", ".a.txt.7.tmp"):
+        (workdir.local / (aside := ".a.txt.0123456789abcdef.tmp")).mkdir()
+        for name in ("a.txt", "student/model_index.json", "student/unet/weights", f"{aside}/a.txt"):
             (workdir.local / name).write_text(name)
         workdir.publish()
         assert sorted(copied) == ["a.txt", "model_index.json", "weights"] and copied[-1] == "model_index.json"

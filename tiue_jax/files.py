@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -17,6 +16,9 @@ from typing import Any
 
 from etils import epath
 
+from tiue_jax.temporary import replace_folder, temporary_folder
+
+MAX_JSON = 2**28  # bytes of a JSON file; the largest ones of known models are some MB
 _COPIED_AT_ONCE = 2**24  # bytes
 
 
@@ -24,14 +26,34 @@ def at(path: str | os.PathLike[str]) -> epath.Path:
     """Returns a path on this disk or in a bucket, with ~ as the home folder.
 
     Raises:
-        ValueError: the path is in a bucket and the package that reads such buckets is not installed.
+        ValueError: the path is empty; or it is in a bucket of an unknown kind, or the package that reads such buckets
+            is not installed.
+        OSError: the path goes through a link to itself.
     """
-    found = epath.Path(path).expanduser()
+    _check_not_empty(path)
     try:
+        found = epath.Path(path).expanduser()
+    except KeyError as error:
+        raise ValueError(f"{path}: unknown kind of path {error}, expected a path on this disk or gs://") from error
+    try:
+        if not is_remote(path):
+            resolve(found)
         found.exists()  # etils imports the bucket's package only when a path is used
     except (ImportError, NotImplementedError) as error:
         raise ValueError(f"{path}: cannot read such a path: {error} (pip install tiue-jax[gcs] for gs://)") from error
     return found
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Returns an absolute path on this disk with all links followed. It need not exist.
+
+    Raises:
+        OSError: a link leads to itself.
+    """
+    try:
+        return expand(path).resolve()
+    except RuntimeError as error:  # from Python 3.13 on an OSError
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path)) from error
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -43,8 +65,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary file on this disk. It becomes `path` when the block succeeds and is removed when it fails.
 
-    The temporary file lies beside `path`. Its name is random and it is created as a new file, so that nobody can lay a
-    link under that name beforehand.
+    The temporary file lies in a folder with a random name beside `path`. If the process is killed, that folder stays,
+    and the next process that writes there removes it (see temporary.py).
 
     Args:
         path: the file to write or to replace, on this disk or in a bucket. Its folder exists.
@@ -54,22 +76,22 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     if is_remote(path):
         target = at(path)
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder) / target.name
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / target.name
             yield aside
             copy(aside, target)
         return
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
-        yield aside
-        aside.chmod(mode)
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename in (None, str(aside)):
+        with temporary_folder(path.parent, path.name) as folder:
+            aside = folder / path.name
+            mode = _create(aside)  # follows the user's umask; safetensors replaces it by a private mode
+            yield aside
+            aside.chmod(mode)
+            os.replace(aside, path)
+    except OSError as error:
+        own = error.filename is None or str(error.filename).startswith(str(path.with_name(f".{path.name}.")))
+        if error.strerror and own:
             raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
         raise
 
@@ -110,8 +132,9 @@ def writing_folder_aside(
     """
     target = check_new_folder(path, marker, overwrite, inputs)
     if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-            aside = Path(folder)
+        with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
+            aside = folder / "new"
+            aside.mkdir()
             yield aside
             written = [file for file in aside.rglob("*") if file.is_file()]
             for file in sorted(written, key=lambda file: file.name == marker):
@@ -121,32 +144,26 @@ def writing_folder_aside(
         return
     path = Path(target)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        new, old = Path(folder) / "new", Path(folder) / "old"
+    with temporary_folder(path.parent, path.name) as folder:
+        new = folder / "new"
         new.mkdir()
         yield new
         if path.exists():
-            _replace_folder(path, new, old, own)
+            _copy_entries(path, new, own)
+            replace_folder(path, new, folder)
         else:
             new.rename(path)
 
 
-def _replace_folder(path: Path, new: Path, old: Path, own: Collection[str]) -> None:
-    """Moves the folder `path` to `old` and `new` to `path`. Entries of `path` that are not in `own` are kept."""
-    for entry in path.iterdir():
+def _copy_entries(source: Path, target: Path, own: Collection[str]) -> None:
+    """Copies the entries of a folder that are not in `own`."""
+    for entry in source.iterdir():
         if entry.name in own:
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
+            shutil.copytree(entry, target / entry.name, symlinks=True)
         else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-    try:
-        path.rename(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+            shutil.copy2(entry, target / entry.name, follow_symlinks=False)
 
 
 def check_new_folder(
@@ -163,7 +180,7 @@ def check_new_folder(
         FileExistsError: the folder must not be written: it is a file, or holds other files, or exists without
             `overwrite`, or holds one of `inputs`.
     """
-    target = at(path) if is_remote(path) else epath.Path(expand(path).resolve())
+    target = at(path) if is_remote(path) else epath.Path(resolve(path))
     if target.is_dir() and any(target.iterdir()):
         if not (target / marker).exists():
             raise FileExistsError(f"{target}: not empty and no {marker} in it, expected a new folder")
@@ -209,13 +226,33 @@ def copy(source: os.PathLike[str], target: os.PathLike[str]) -> None:
         raise
 
 
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Checks that a path is a regular file or a folder, so that reading it ends.
+
+    A pipe gives nothing until another program writes to it, and a device such as /dev/zero never ends.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is a pipe, a device, or a socket.
+        OSError: the path cannot be looked at.
+    """
+    if is_remote(path):
+        return
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kinds = {"a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR, "a block device": stat.S_ISBLK}
+        kind = next((name for name, is_kind in kinds.items() if is_kind(mode)), "a special file")
+        raise ValueError(f"{path}: expected a regular file, got {kind}: write its content to a file first")
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Reads a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        ValueError: the file is not UTF-8. The error names the byte and its offset.
+        ValueError: the file is not UTF-8, or is no regular file. The error names the byte and its offset.
         OSError: as open().
     """
+    check_readable(path)
     try:
         return epath.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -227,16 +264,34 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
     Raises:
-        ValueError: the file is not UTF-8, is not valid JSON, or holds something other than an object.
+        ValueError: the file is not UTF-8, is larger than MAX_JSON, is not valid JSON, or holds something other than an
+            object.
         OSError: as open().
     """
-    text = read_text(path)
+    check_readable(path)
+    if (size := epath.Path(path).stat().length) > MAX_JSON:
+        raise ValueError(f"{path}: expected JSON of at most {MAX_JSON >> 20} MB, got {size >> 20} MB")
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, source: str) -> dict[str, Any]:
+    """Reads the object in a JSON text.
+
+    Args:
+        text: the JSON.
+        source: begins the error, such as the name of the file.
+
+    Raises:
+        ValueError: the text is not valid JSON, or holds something other than an object.
+    """
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # an integer of too many digits is a plain ValueError
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: not valid JSON: too many levels of brackets") from error
+    except ValueError as error:  # an integer of too many digits is a plain ValueError
+        raise ValueError(f"{source}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -261,9 +316,17 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """Returns a path on this disk with ~ as the home folder.
 
     Raises:
+        ValueError: the path is empty, as from a variable of a shell that is not set.
         FileNotFoundError: the user has no home folder, as in some containers.
     """
+    _check_not_empty(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(errno.ENOENT, "no home folder for ~", os.fspath(path)) from error
+
+
+def _check_not_empty(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for "", which would stand for the current folder."""
+    if not os.fspath(path):
+        raise ValueError("expected the path of a file or folder, got '' (. is the current folder)")

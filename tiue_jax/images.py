@@ -1,13 +1,18 @@
 """Images as arrays: rounding, grids, enlarging, and PNG files with metadata."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from tiue_jax import memory
+from tiue_jax.checked_fields import Range, check
 from tiue_jax.files import writing_aside
+
+_AtLeast1 = Annotated[int, Range(1)]
 
 
 def to_uint8(images: Any) -> Any:
@@ -38,19 +43,41 @@ def grid(images: np.ndarray, columns: int | None = None, *, gap: int = 2, upscal
         raise ValueError(f"a grid is made of uint8 images [n h w 3], got {images.dtype} {list(images.shape)}")
     if len(images) == 0:
         raise ValueError("a grid needs at least one image, got none")
-    columns = int(np.ceil(np.sqrt(len(images)))) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"columns must be >= 1, got {columns}")
+    columns = _square(len(images)) if columns is None else columns
     if gap < 0:
         raise ValueError(f"gap must be >= 0, got {gap}")
+    canvas = np.full((*grid_size(images.shape[:3], columns, gap=gap, upscale=upscale), 3), 255, np.uint8)
     images = enlarge(images, upscale)
-    n, h, w, _ = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    _, h, w, _ = images.shape
     for i, image in enumerate(images):
         top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
         canvas[top : top + h, left : left + w] = image
     return canvas
+
+
+def grid_size(shape: Sequence[int], columns: int | None = None, *, gap: int = 2, upscale: int = 1) -> tuple[int, int]:
+    """The height and width in pixels of a `grid` of n images of h x w pixels.
+
+    Args:
+        shape: n, h and w.
+        columns, gap, upscale: as for `grid`.
+
+    Raises:
+        ValueError: an argument is out of range, or the grid does not fit into memory. It names the arguments.
+    """
+    n, h, w = shape
+    columns = check("columns", _AtLeast1, _square(n) if columns is None else columns)
+    upscale = check("upscale", _AtLeast1, upscale)
+    height = -(-n // columns) * (h * upscale + gap) - gap
+    width = columns * (w * upscale + gap) - gap
+    what = f"columns = {columns} and upscale = {upscale}: a grid of {n} images, {height} x {width} pixels,"
+    memory.check_fits(what, 3 * (height * width + n * h * w * upscale**2))
+    return height, width
+
+
+def _square(n: int) -> int:
+    """The side of the smallest square that holds n images."""
+    return math.isqrt(n - 1) + 1
 
 
 def enlarge(images: np.ndarray, factor: int) -> np.ndarray:

@@ -11,13 +11,14 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from tiue_jax import sharding, student
+from tiue_jax import memory, sharding, student
+from tiue_jax.checked_fields import Range, check
 from tiue_jax.models.functional import Component
 from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.tiling import Tiling
@@ -31,6 +32,9 @@ from tiue_jax.weights.pipeline_folder import DTYPES, save_pipeline
 
 BATCH_SIZE = 8
 MAX_SEED = 2**32 - 1
+_Seed = Annotated[int, Range(0, MAX_SEED)]
+_Count = Annotated[int, Range(1, 2**31 - 1)]
+_Side = Annotated[int, Range(1, 65_536)]  # pixels
 
 # parameters by the names in text_to_image.PARTS, and a batch -> images uint8 [b h w 3], and which are finite, bool [b]
 Program = Callable[[Mapping[str, Any], text_to_image.Batch], tuple[jax.Array, jax.Array]]
@@ -72,7 +76,8 @@ class Pipeline:
         pipeline_folder.check_widths(self.name, self.unet.cfg, self.vae.cfg, self.text_encoder.cfg)
         if self.vae_tiling is not None:
             self.vae_tiling.cut(self.vae.cfg)
-        self.tokenizer = Tokenizer(self.tokenizer_dir, self.text_encoder.cfg.max_position_embeddings)
+        text = self.text_encoder.cfg
+        self.tokenizer = Tokenizer(self.tokenizer_dir, text.max_position_embeddings, text.vocab_size)
         self._mesh = sharding.make_mesh(step=self.mesh_step, devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
         self.text_encoder = _placed(self.text_encoder, everywhere)
@@ -209,10 +214,8 @@ class Pipeline:
             ValueError: an argument is wrong. It is raised at the call, before any work is done.
         """
         numbered = batches.number_images(prompts, num_images_per_prompt, negative_prompt)
-        if not 0 <= seed <= MAX_SEED:
-            raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {seed}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        seed = check("seed", _Seed, seed)
+        batch_size = check("batch_size", _Count | None, batch_size)
         shape = self.latents_shape(height, width)
         settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
         check_mesh_step(settings, self._mesh)
@@ -222,21 +225,32 @@ class Pipeline:
             batches.check_latents(latents, (len(numbered), *shape))
         parts = sharding.batch_parts(self._mesh)
         batch_size = batches.bucket(len(numbered), BATCH_SIZE if batch_size is None else batch_size, parts)
+        self._check_memory(batch_size, shape, settings)
         return self._stream(numbered, seed, settings, batch_size, shape, latents)
 
     def latents_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """The shape [h w c] of the latents of an image of this size in pixels, by default the UNet's training size.
 
         Raises:
-            ValueError: height or width is not a positive multiple of the VAE's factor.
+            ValueError: height or width is not a multiple of the VAE's factor, or not in 1 ... 65,536.
         """
-        height = self.size[0] if height is None else height
-        width = self.size[1] if width is None else width
+        height = check("height", _Side, self.size[0] if height is None else height)
+        width = check("width", _Side, self.size[1] if width is None else width)
         factor = self.vae.cfg.factor
         for side, pixels in (("height", height), ("width", width)):
-            if pixels < 1 or pixels % factor:
+            if pixels % factor:
                 raise ValueError(f"{side} must be a positive multiple of the VAE's factor {factor}, got {pixels}")
         return height // factor, width // factor, self.unet.cfg.in_channels
+
+    def _check_memory(self, batch_size: int, shape: tuple[int, int, int], settings: Sampling) -> None:
+        """Raises ValueError if a batch does not fit into memory, by the few largest arrays that surely exist."""
+        height, width, _ = shape
+        factor = self.vae.cfg.factor
+        passes = (settings.num_inference_steps or 1) if settings.sampler == "tiue" else 1
+        image = 4 * 3 * factor**2
+        unet = self.unet.params["conv_in"]["kernel"].dtype.itemsize * self.unet.cfg.block_out_channels[0] * passes
+        what = f"height {height * factor}, width {width * factor} and batch_size {batch_size}: a batch"
+        memory.check_fits(what, batch_size * height * width * (image + unet))
 
     def settings(
         self,

@@ -5,11 +5,14 @@ depend only on the schedule are computed once, on the host, in float64.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from tiue_jax.checked_fields import Range, check, check_fields, check_others, one_of, read
 
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -30,6 +33,9 @@ _FIXED: dict[str, Any] = {
     "original_inference_steps": LCM_STEPS,
     "timestep_scaling": LCM_TIMESTEP_SCALING,
 }
+
+
+_Beta = Annotated[float, Range(0, 1, above_low=True, below_high=True)]
 
 
 class ClosedForm(NamedTuple):
@@ -59,52 +65,38 @@ class Schedule:
     The defaults are those of Stable Diffusion. Raises ValueError for a field with a value that is not supported.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 1
+    num_train_timesteps: Annotated[int, Range(1, 1_000_000)] = 1000
+    beta_start: _Beta = 0.00085
+    beta_end: _Beta = 0.012
+    beta_schedule: Annotated[str, one_of(("scaled_linear", "linear"))] = "scaled_linear"
+    prediction_type: Annotated[str, one_of(PREDICTION_TYPES)] = "epsilon"
+    timestep_spacing: Annotated[str, one_of(SPACINGS)] = "leading"
+    steps_offset: Annotated[int, Range(0, 1_000_000)] = 1
     set_alpha_to_one: bool = False
 
     def __post_init__(self):
-        for name, least in (("num_train_timesteps", 1), ("steps_offset", 0)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        for name in ("beta_start", "beta_end"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < 1:
-                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
-        if self.beta_schedule not in ("scaled_linear", "linear"):
-            raise ValueError(f"beta_schedule must be 'scaled_linear' or 'linear', got {self.beta_schedule!r}")
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type must be among {list(PREDICTION_TYPES)}, got {self.prediction_type!r}")
-        if self.timestep_spacing not in SPACINGS:
-            raise ValueError(f"timestep_spacing must be among {list(SPACINGS)}, got {self.timestep_spacing!r}")
+        check_fields(self)
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads the noise schedule from the scheduler config of any diffusers solver (DDIM, PNDM, Euler, ...).
 
         Raises:
             ValueError: a field has a value that is not supported.
         """
-        if config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler"):
-            config = {"clip_sample": True} | config  # the default of these classes in diffusers
-        for name, wanted in _FIXED.items():
-            if config.get(name, wanted) != wanted:
-                raise ValueError(f"scheduler field {name!r} is {config[name]!r}: only {wanted!r} is supported")
-        known = {field.name for field in dataclasses.fields(cls)}
+        kind = check("_class_name", str | None, config.get("_class_name"))
+        if kind in ("DDIMScheduler", "DDPMScheduler"):
+            config = {"clip_sample": True, **config}  # the default of these classes in diffusers
+        check_others(cls, config, "", _FIXED, ignored=[name for name in config if name not in _FIXED])
         # the defaults of diffusers' classes for fields that a file leaves out
         missing: dict[str, Any] = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
             "beta_schedule": "linear",
             "steps_offset": 0,
-            "set_alpha_to_one": config.get("_class_name") == "DDIMScheduler",
+            "set_alpha_to_one": kind == "DDIMScheduler",
         }
-        return cls(**missing | {name: value for name, value in config.items() if name in known})
+        return read(cls, missing | dict(config))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a scheduler_config.json for diffusers' DDIMScheduler."""
@@ -181,8 +173,11 @@ class Schedule:
         """The timesteps of a latent consistency model, as in diffusers' LCMScheduler, int32 [k], descending.
 
         Raises:
-            ValueError: num_inference_steps is not in 1 ... LCM_STEPS.
+            ValueError: num_inference_steps is not in 1 ... LCM_STEPS, or the schedule has fewer timesteps.
         """
+        if self.num_train_timesteps < LCM_STEPS:
+            fewest = f"at least {LCM_STEPS} for sampler 'lcm'"
+            raise ValueError(f"num_train_timesteps must be {fewest}, got {self.num_train_timesteps}")
         if not 1 <= num_inference_steps <= LCM_STEPS:
             limits = f"between 1 and {LCM_STEPS} for sampler 'lcm'"
             raise ValueError(f"num_inference_steps must be {limits}, got {num_inference_steps}")

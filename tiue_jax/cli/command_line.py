@@ -1,14 +1,23 @@
 """Parts that the subcommands share: exit statuses, flags with help, and errors as one line."""
 
+import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import flags
 
 MAX_MESSAGE = 600  # characters of an error
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is a shell's status of a program that Ctrl-C stopped
 
+_EXPECTED = {  # what a flag expects, by absl's text about another value
+    r"invalid literal for int\(\)": "a whole number",
+    r"could not convert string to float": "a number",
+    r"Non-boolean argument": "true or false",
+    r"value should be one of <(.+)>": r"one of \1",
+}
 _HELP_WIDTH = 100
 _VALUES = {  # by absl's flag_type()
     "int": "INTEGER",
@@ -27,14 +36,16 @@ def parse(argv: Sequence[str], define: Callable[[flags.FlagValues], None], descr
         description: what `--help` prints above the flags.
 
     Raises:
-        ValueError: an argument that is no flag.
-        flags.Error: an unknown flag or a value of the wrong type.
+        ValueError: an argument that is no flag, an unknown flag, or a value of the wrong type.
     """
     values = flags.FlagValues()
     define(values)
     described = describe_flags(values)
     flags.DEFINE_bool("help", False, "show this", short_name="h", flag_values=values)
-    rest = values(list(argv))[1:]
+    try:
+        rest = values(list(argv))[1:]
+    except flags.Error as error:
+        raise ValueError(plain(error)) from error
     if values.help:
         print(f"{description.rstrip()}\n\n{described}")
         return None
@@ -84,11 +95,43 @@ def _describe(flag: flags.Flag) -> str:
     return f"  {name}\n{text}"
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are those of all commands: a ValueError, and no lines on the usage."""
+
+    def __init__(self, argv: Sequence[str], description: str | None):
+        """Names the command as `argv[0]`, and prints the description in `--help` as it is written."""
+        super().__init__(prog=argv[0], description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}, see --help")
+
+
+def plain(error: Exception) -> str:
+    """The message of an error of absl about a command line, without Python's internals."""
+    text = str(error).removeprefix("flag ")
+    if unknown := re.match(r"Unknown command line flag '(.+?)'\.?(?: Did you mean: (.+?)\s*\??$)?", text, re.DOTALL):
+        return f"unknown flag --{unknown[1]}, " + (f"did you mean --{unknown[2]}?" if unknown[2] else "see --help")
+    if missing := re.match(r"Missing value for flag (\S+)", text):
+        return f"{missing[1]} needs a value, see --help"
+    for pattern, expected in _EXPECTED.items():
+        if found := re.search(pattern, text):
+            flag = re.match(r"(--.+?): ", text, re.DOTALL)
+            return f"{flag[1] if flag else text}: expected {found.expand(expected).replace('|', ', ')}"
+    return text
+
+
 def require(values: flags.FlagValues, *names: str) -> None:
     """Raises ValueError for a flag that is missing or empty. An unset variable of a shell leaves an empty flag."""
     for name in names:
         if not getattr(values, name):
             raise ValueError(f"--{name} is missing, see --help")
+
+
+def path(text: str) -> str:
+    """The type of an argument of argparse that is a path. An unset variable of a shell leaves an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return text
 
 
 def one_line(error: BaseException) -> str:

@@ -7,21 +7,23 @@
     tiue convert import --file owner/unet --base sd15 --vae vae.safetensors --out teacher
     tiue convert merge-lora --model sd15 --lora style.safetensors --scale 0.8 --out teacher
     tiue convert merge-lora --model sd15 --lora a.safetensors --scale 1 --lora owner/name --scale 0.5 --out teacher
+    tiue convert average --model runs/a --model runs/b --weight 0.5 --weight 0.5 --out student
 
 `tiue convert COMMAND --help` describes a command. Exit status: 0 done; 1 written, but --verify found a difference from
 PyTorch; 2 a wrong argument, file or folder.
 """
 
 import inspect
-import json
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, named_argument, parse, print_error, require, subcommand
-from tiue_jax.cli.inspect_table import print_report
-from tiue_jax.convert import export, export_compiled, inspect_model
+from tiue_jax.cli.inspect_report import define_inspect, run_inspect
+from tiue_jax.convert import export, export_compiled
+from tiue_jax.convert.average import average
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
 from tiue_jax.models import platforms
@@ -247,27 +249,36 @@ def run_merge_lora(args: flags.FlagValues) -> int:
     return 0
 
 
-def define_inspect(values: flags.FlagValues) -> None:
-    """Defines the flags of `tiue convert inspect`."""
+def define_average(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue convert average`."""
     add: dict[str, Any] = {"flag_values": values}
-    model = "a file, a folder, a shipped model or alias, or a hub repository; the name of the flag may be left out"
-    flags.DEFINE_string("model", None, f"{model} (required)", **add)
-    flags.DEFINE_bool("json", False, "print the report as JSON", **add)
-    values_help = "look for values that are not finite, which reads all weights"
-    flags.DEFINE_bool("values", True, values_help, **add)
+    model = "a student: a folder, a shipped model, a hub repository, or the folder of a training run; give several"
+    flags.DEFINE_multi_string("model", None, f"{model} (required)", **add)
+    step = "of a training run: the checkpoint, best, last, or a step; one for all, or one for each --model"
+    flags.DEFINE_multi_string("step", ["last"], step, **add)
+    flags.DEFINE_multi_float("weight", [], "one for each --model (default: all the same)", **add)
+    flags.DEFINE_string("out", None, _PIPELINE_OUT, **add)
+    flags.DEFINE_enum("dtype", "float32", list(STORED_DTYPES), "dtype of the weights on disk", **add)
+    flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
 
 
-def run_inspect(args: flags.FlagValues) -> int:
-    """Says what a file, a folder or a hub repository is, and which commands read it.
-
-    tiue convert inspect FILE|FOLDER|HUB_ID [--json] [--novalues]
-    """
-    require(args, "model")
-    report = inspect_model.inspect(args.model, read_values=args.values)
-    if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print_report(report)
+def run_average(args: flags.FlagValues) -> int:
+    """Writes a pipeline whose UNet is the weighted mean of several students: of two runs, or of checkpoints of one."""
+    require(args, "model", "out")
+    steps = args.step * len(args.model) if len(args.step) == 1 else args.step
+    if len(steps) != len(args.model):
+        raise ValueError(f"expected one --step, or one for each of {len(args.model)} models, got {len(steps)}")
+    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+        models = []
+        for number, (name, step) in enumerate(zip(args.model, steps, strict=True)):
+            if export.is_run(name):
+                student = f"{aside}/{number}"
+                export.export_run(name, student, step=int(step) if step.isdecimal() else step)
+                models.append(student)
+            else:
+                models.append(name)
+        average(models, args.out, weights=args.weight, dtype=args.dtype, overwrite=args.overwrite)
+    print(f"{args.out}: the mean of {len(models)} students, in {args.dtype}")
     return 0
 
 
@@ -302,6 +313,7 @@ def _verifier() -> Callable[..., Any]:
 
 
 COMMANDS = {
+    "average": Command("write the weighted mean of several students", define_average, run_average),
     "export": Command("write a student or a pipeline as a folder for diffusers", define_export, run_export),
     "export-compiled": Command(
         "write a sampler as a program that runs without tiue_jax", define_export_compiled, run_export_compiled

@@ -6,7 +6,6 @@ Models and prompts are part of the package: nothing is downloaded. The distillat
 student, emoji_tiue, and stops after a few minutes.
 """
 
-import argparse
 import dataclasses
 import shutil
 import subprocess
@@ -14,12 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
-from tiue_jax import images
-from tiue_jax.cli.command_line import BAD_INPUT, print_error
+from tiue_jax import files, images
+from tiue_jax.checked_fields import Range, check
+from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, path, print_error
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
 
@@ -79,6 +80,7 @@ def run(minutes: float, outdir: Path) -> None:
         ValueError, OSError: a folder cannot be written.
         subprocess.CalledProcessError: the training run failed.
     """
+    minutes = check("minutes", Annotated[float, Range(0, above_low=True)], minutes)
     workdir = outdir / "distillation"
 
     print(f"1. The shipped models, float32 on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
@@ -106,18 +108,14 @@ def run(minutes: float, outdir: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0, that of a failed training run, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(argv, __doc__)
     parser.add_argument(
         "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
     )
-    parser.add_argument(
-        "--outdir", type=Path, default=Path("runs/demo"), help="of images and the run (default: %(default)s)"
-    )
-    args = parser.parse_args(argv[1:])
+    parser.add_argument("--outdir", type=path, default="runs/demo", help="of images and the run (default: %(default)s)")
     try:
-        run(args.minutes, args.outdir.resolve())
+        args = parser.parse_args(argv[1:])
+        run(args.minutes, files.resolve(args.outdir))
     except subprocess.CalledProcessError as error:  # the training run has printed its error
         return error.returncode
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.cli.prepare import add_reading_arguments
 from tiue_jax.data import corpus, embeddings
@@ -20,15 +20,17 @@ from tiue_jax.weights import vocabulary
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parses the command line. Raises SystemExit after --help, and ValueError for a wrong argument."""
+    parser = ArgumentParser(argv, __doc__)
     parser.add_argument("--model", required=True, help="the teacher: a shipped model, a folder or a hub repository")
     parser.add_argument("--prompts", required=True, help="a folder made by `prepare`, or what `prepare` takes")
     add_reading_arguments(parser)
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="a new folder, or one to continue, on this disk or gs://"
+        "--out",
+        type=path,
+        required=True,
+        metavar="FOLDER",
+        help="a new folder, or one to continue, on this disk or gs://",
     )
     help_text = "a textual inversion embedding of the teacher: FILE or TOKEN=FILE; one for each in model.embeddings"
     parser.add_argument("--embedding", action="append", default=[], help=help_text)
@@ -56,8 +58,8 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
     platforms.leave_out_missing_tpu()
-    args = parse(argv)
     try:
+        args = parse(argv)
         print(run(args))
     except KeyboardInterrupt:
         print("interrupted: run the same command to continue", file=sys.stderr)

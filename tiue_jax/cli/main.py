@@ -13,7 +13,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT
+from tiue_jax.cli.command_line import BAD_INPUT, print_error
 
 COMMANDS = {
     "train": "distil a teacher into a loop-free student",
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tiue-jax {_version()}")
         return 0
     if name not in COMMANDS:
-        print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}; see --help", file=sys.stderr)
+        print_error(ValueError(f"expected a command, one of {', '.join(COMMANDS)}, got {name!r}; see --help"))
         return BAD_INPUT
     from tiue_jax.models import platforms  # here, since jax takes a second
 

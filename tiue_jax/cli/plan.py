@@ -1,13 +1,14 @@
-"""Plans a training run on TPUs before they are rented: the memory that it needs, and a bound on its speed.
+"""Plans a training run on TPUs or GPUs before they are rented: the memory that it needs, and a bound on its speed.
 
     tiue plan --config sd21_tiue --topology v5e:4x4
     tiue plan --config sd21_tiue --topology v5e:4x4 --batch_per_chip max
     tiue plan --config sd21_tiue --topology v5e:4x4 --search --json
     tiue plan --config sd21_tiue --topology v5e:2x2 --sampler --batch_per_chip 8
+    tiue plan --config sd21_tiue --topology h100:8 --config.train.mesh_data=8 --config.train.mesh_fsdp=1
 
-It runs on any Linux machine and needs neither a TPU nor weights. The TPU's compiler is in libtpu: pip install
-'tiue-jax[tpu]'. It compiles the same step as `tiue train`. Other settings are given as to `tiue train`
-(--config.distill.remat=...).
+It runs on any Linux machine and needs neither a TPU, nor a GPU, nor weights. The compilers are in wheels: pip install
+'tiue-jax[tpu]' for TPUs, and 'tiue-jax[cuda-plan]' for NVIDIA GPUs. It compiles the same step as `tiue train`. Other
+settings are given as to `tiue train` (--config.distill.remat=...).
 
 By default, one program is compiled, with batch size, mesh and remat policy of the config. These flags try more:
 
@@ -21,10 +22,10 @@ that the same plan takes seconds the next time. --json prints one object instead
 
 --mode quick (the default) stops the compiler when it knows the program's schedule and memory, before it makes machine
 code. The time is then the shortest possible one, computed from the chip's published peaks. --mode full waits for the
-compiler to end and adds its estimate of the time. This takes tens of times as long.
+compiler to end and adds its estimate of the time, which there is for TPUs. This takes tens of times as long.
 
-Exit status: 0; 1 if no program that was tried fits; 2 for a wrong setting, without libtpu, or if the compiler failed;
-130 after Ctrl-C.
+Exit status: 0; 1 if no program that was tried fits; 2 for a wrong setting, without the wheels, or if the compiler
+failed; 130 after Ctrl-C.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ FSDP = (4, 8, 16)  # sizes of the mesh axis that a search tries besides the numb
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of this command, except `config`."""
-    flags.DEFINE_string("topology", None, "kind:shape of the TPU slice, such as v5e:4x4", flag_values=values)
+    flags.DEFINE_string("topology", None, "TPU slice or GPUs, such as v5e:4x4 or h100:8", flag_values=values)
     flags.DEFINE_bool("sampler", False, "plan the student's sampler, not the training step", flag_values=values)
     flags.DEFINE_string("batch_per_chip", None, "batch sizes to try, with commas, or max", flag_values=values)
     flags.DEFINE_string("fsdp", None, "sizes of the mesh axis fsdp to try, with commas, or all", flag_values=values)
@@ -155,11 +156,11 @@ def run(argv: Sequence[str], values: flags.FlagValues) -> int:
         values: the flags that `define_flags` defined.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: a wrong setting or file, or libtpu is missing.
+        ValueError, OSError, ModuleNotFoundError: a wrong setting or file, or a wheel is missing.
         RuntimeError: the compiler failed.
     """
     settings = config_flags.parse(argv, values, required=("config", "topology"))
-    jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU of this machine
+    jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU or GPU of this machine
     chip, chip_count = chips.parse(values.topology)
     to_try = choices(values, settings, chip_count)
     planner = Planner(settings, values.topology, values.mode, values.sampler)

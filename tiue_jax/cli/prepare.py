@@ -12,7 +12,7 @@ To train with the corpus, give --config.data.prompts=data/journeydb.
 import argparse
 from collections.abc import Sequence
 
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.cli.output import protected
 from tiue_jax.data import corpus
 from tiue_jax.data.prompt_files import MAX_BAD_SHARE
@@ -21,10 +21,8 @@ from tiue_jax.weights import hub
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line. Raises SystemExit after --help (status 0) and for a wrong argument (2)."""
-    parser = argparse.ArgumentParser(
-        prog=argv[0], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parses the command line. Raises SystemExit after --help, and ValueError for a wrong argument."""
+    parser = ArgumentParser(argv, __doc__)
     kinds = (
         "files, folders or patterns in quotes: text with a prompt a line, CSV, TSV, JSON, JSON Lines, parquet, "
         "webdataset shards, each also as .gz or .zst; a folder of tensorflow-datasets; the name of a data set on the "
@@ -32,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help=kinds)
     add_reading_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
+    parser.add_argument("--out", type=path, required=True, metavar="FOLDER", help="a new folder, on this disk or gs://")
     return parser.parse_args(argv[1:])
 
 
@@ -49,8 +47,8 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
 @protected()
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C."""
-    args = parse(argv)
     try:
+        args = parse(argv)
         prompts = [hub.SHIPPED_PROMPTS.get(name, name) for name in args.prompts]
         made = corpus.write(prompts, args.out, args.field, args.split, args.max_bad_share)
     except KeyboardInterrupt:

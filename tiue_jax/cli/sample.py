@@ -13,14 +13,15 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from tiue_jax import compile_cache, images
-from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error
+from tiue_jax.checked_fields import Range, check
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require
 from tiue_jax.data.prompt_files import read_texts
 from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
@@ -93,14 +94,12 @@ def run(args: flags.FlagValues) -> None:
         ValueError, OSError: an argument or a file is wrong. Arguments are checked before the sampling.
         FloatingPointError: an image has values that are NaN or infinite.
     """
+    require(args, "out")
     prompts = read_prompts(args.prompt, args.prompt_file, args.field)
     numbered = number_images(prompts, args.num_images_per_prompt, read_negative_prompt(args.negative_prompt))
     out = Path(args.out)
     check_output(out)
-    for name in ("columns", "upscale"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    check_size(args, out, len(numbered), (1, 1))  # again below, when the model says how large its images are
     vae_tiling = read_tiling(args)
 
     if args.no_compile_cache:
@@ -137,13 +136,12 @@ def run(args: flags.FlagValues) -> None:
         negative_prompt=read_negative_prompt(args.negative_prompt),
     )
 
+    height, width, _ = pipe.latents_shape(args.height, args.width)
+    check_size(args, out, len(numbered), (height * pipe.vae.cfg.factor, width * pipe.vae.cfg.factor))
     start = time.perf_counter()
     if out.suffix == ".png":
         made = np.stack(list(_enlarged(stream, args.upscale, len(numbered))))
-        columns = args.columns
-        if columns is None and args.num_images_per_prompt > 1:
-            columns = args.num_images_per_prompt
-        image = images.grid(made, columns) if len(made) > 1 else made[0]
+        image = images.grid(made, _columns(args)) if len(made) > 1 else made[0]
         out.parent.mkdir(parents=True, exist_ok=True)
         images.write_png(out, image, metadata(prompts, args, sampling, args.negative_prompt))
     else:
@@ -186,6 +184,27 @@ def _check_utf8(name: str, texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:  # Python could not decode the command line
             raise ValueError(f"{name} must be UTF-8 text, got {os.fsencode(text)!r}") from error
+
+
+def check_size(args: flags.FlagValues, out: Path, count: int, size: tuple[int, int]) -> None:
+    """Raises ValueError if what is written at once, a grid or one image, does not fit into memory.
+
+    Args:
+        args: the command's flags.
+        out: the file or folder to write.
+        count: the number of images.
+        size: height and width of an image in pixels.
+    """
+    check("columns", Annotated[int, Range(1)] | None, args.columns)  # also where there is no grid
+    is_grid = out.suffix == ".png" and count > 1
+    images.grid_size((count if is_grid else 1, *size), _columns(args) if is_grid else 1, upscale=args.upscale)
+
+
+def _columns(args: flags.FlagValues) -> int | None:
+    """The images in a row of the grid. None for a square grid."""
+    if args.columns is None and args.num_images_per_prompt > 1:
+        return args.num_images_per_prompt
+    return args.columns
 
 
 def read_tiling(args: flags.FlagValues) -> Tiling | None:

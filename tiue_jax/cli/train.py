@@ -129,6 +129,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     distributed.check_same(resumption.facts())
 
     # ---- step -----------------------------------------------------------------------------------------------------
+    memory_table.check_batch(settings, teacher.models.unet.cfg)
     program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, null)
     arrays = memory_table.arrays(program.state, program.frozen)
     say(memory_table.table(arrays))

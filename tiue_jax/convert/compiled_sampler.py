@@ -12,15 +12,16 @@ The command keeps the compiled program for the next run in JAX_COMPILATION_CACHE
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 MANIFEST, WEIGHTS, TOKENIZER = "compiled.json", "weights.safetensors", "tokenizer.json"
 PROGRAM = "sampler.{}.jax_export"  # one for each platform
 FORMAT = 3
+FIELDS = 8  # arguments of the program after the weights
+MAX_GUIDANCE = 1e6
+MAX_MESSAGE = 600  # characters of an error
 BATCH_SIZE = 8  # the largest batch of a program that takes any batch
 
 
@@ -43,20 +47,26 @@ class Sampler:
         manifest: the content of `compiled.json`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder lacks a file, has another format or is for other platforms.
+        OSError, ValueError: a file is missing or damaged, the folder has another format or is for other platforms. The
+            error is one line that names the file.
     """
 
     def __init__(self, folder: str | Path | None = None):
         folder = Path(__file__).parent if folder is None else Path(folder)
-        self.manifest: dict[str, Any] = json.loads(_existing(folder / MANIFEST).read_text(encoding="utf-8"))
-        if (found := self.manifest["format"]) != FORMAT:
-            raise ValueError(f"{folder / MANIFEST}: format must be {FORMAT}, got {found}")
+        self.manifest = read_manifest(folder / MANIFEST)
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
         if platform not in self.manifest["platforms"]:
             raise ValueError(f"{folder}: compiled for {', '.join(self.manifest['platforms'])}, got {platform}")
-        self._tokenizer = Tokenizer.from_file(str(_existing(folder / TOKENIZER)))
-        self._weights = jax.device_put(load_file(_existing(folder / WEIGHTS)))
-        program = export.deserialize(bytearray(_existing(folder / PROGRAM.format(platform)).read_bytes()))
+        with _reading(folder / TOKENIZER, self.manifest) as path:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.encode("a photo")  # some damage shows only then
+        with _reading(folder / PROGRAM.format(platform), self.manifest) as path:
+            program = export.deserialize(bytearray(path.read_bytes()))
+        with _reading(folder / WEIGHTS, self.manifest) as path:
+            weights = load_file(path)
+        _check_program(folder / MANIFEST, self.manifest, program.in_avals, weights)
+        self._check_tokens(folder / TOKENIZER, weights)
+        self._weights = jax.device_put(weights)
         self._sample = jax.jit(program.call)
 
     def __call__(
@@ -93,6 +103,10 @@ class Sampler:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         if guidance_scale is not None and not manifest["guided"]:
             raise ValueError(f"guidance_scale is not for this sampler, compiled without guidance, got {guidance_scale}")
+        if guidance_scale is not None and not (
+            isinstance(guidance_scale, int | float) and abs(guidance_scale) <= MAX_GUIDANCE
+        ):
+            raise ValueError(f"guidance_scale must be a number of at most {MAX_GUIDANCE:.0f}, got {guidance_scale!r}")
         negatives = self._negative_prompts(negative_prompt, len(prompts), guidance_scale)
         total = len(prompts) * num_images_per_prompt
         shape = (total, *manifest["latents"])
@@ -159,10 +173,106 @@ class Sampler:
             ids = ids[: length - 1] + ids[-1:]
         return np.array(ids + [self.manifest["pad_token_id"]] * (length - len(ids)), np.int32)
 
+    def _check_tokens(self, path: Path, weights: dict[str, np.ndarray]) -> None:
+        """Raises ValueError if the tokenizer has tokens that the text encoder does not know."""
+        size = next(x.shape[0] for name, x in weights.items() if "token_embedding" in name)
+        largest = max([self.manifest["pad_token_id"], *self._tokenizer.get_vocab().values()])
+        if largest >= size:
+            raise ValueError(f"{path}: the text encoder knows {size} tokens: expected ids below it, got {largest}")
+
 
 def _one_or_list(texts: list[str]) -> str | list[str]:
     """The text if there is only one, which then is for all prompts."""
     return texts[0] if len(texts) == 1 else texts
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads `compiled.json`. OSError or ValueError with one line on what is missing or wrong."""
+    try:
+        manifest = json.loads(_existing(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(manifest).__name__}")
+    if (found := manifest.get("format")) != FORMAT:
+        raise ValueError(f"{path}: format must be {FORMAT}, got {found!r}; export the sampler again")
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and value > 0
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_GUIDANCE
+
+    def is_list(value: object, member: Callable[[object], bool]) -> bool:
+        return isinstance(value, list) and len(value) > 0 and all(map(member, value))
+
+    def is_map_of_ids(value: object) -> bool:
+        return isinstance(value, dict) and all(
+            key.isdecimal() and is_list(ids, lambda one: type(one) is int and one >= 0) for key, ids in value.items()
+        )
+
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "platforms": ("a list of texts", lambda value: is_list(value, lambda name: isinstance(name, str))),
+        "guided": ("true or false", lambda value: isinstance(value, bool)),
+        "guidance_scale": (f"a number of at most {MAX_GUIDANCE:.0f}", is_number),
+        "batch_size": ("a whole number > 0 or null", lambda value: value is None or is_count(value)),
+        "latents": ("three whole numbers > 0", lambda value: is_list(value, is_count) and len(value) == 3),
+        "context": ("a whole number > 0", is_count),
+        "pad_token_id": ("a whole number >= 0", lambda value: type(value) is int and 0 <= value < 2**31),
+        "tokens_of_several_vectors": ("lists of ids by id", is_map_of_ids),
+        "crc32": ("a checksum of each file", lambda value: isinstance(value, dict)),
+    }
+    for name, (what, fits) in expected.items():
+        if not fits(manifest.get(name)):
+            raise ValueError(f"{path}: {name} must be {what}, got {str(manifest.get(name))[:100]!r}")
+    return manifest
+
+
+@contextlib.contextmanager
+def _reading(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yields the path of a file whose checksum is that of the manifest. All errors of reading it name the file.
+
+    Raises:
+        OSError, ValueError: the file is missing or damaged. One line that names it.
+    """
+    expected = manifest["crc32"].get(path.name)
+    if (found := checksum(_existing(path))) != expected:
+        raise ValueError(f"{path}: damaged or not of this folder: expected the checksum {expected}, got {found}")
+    try:
+        yield path
+    except OSError:
+        raise
+    except Exception as error:  # the parsers, in Rust and C++, raise many types, also plain Exception
+        raise ValueError(f"{path}: cannot be read with jax {jax.__version__}: {error}") from error
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file. OSError if it cannot be read."""
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def _check_program(path: Path, manifest: dict[str, Any], avals: Sequence[Any], weights: dict[str, np.ndarray]) -> None:
+    """Checks that the program takes the weights and the shapes of the manifest. ValueError names what does not fit."""
+    of_weights, fields = list(avals[:-FIELDS]), avals[-FIELDS:]
+    given = [(name, x.shape, x.dtype) for name, x in sorted(weights.items())]
+    if len(given) != len(of_weights):
+        raise ValueError(f"{path}: the program takes {len(of_weights)} weights, got {len(given)} in {WEIGHTS}")
+    for (name, shape, dtype), wanted in zip(given, of_weights, strict=True):
+        if (shape, dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{path}: weight {name} must be {wanted.str_short()}, got {dtype.name} {list(shape)}")
+    batch, context = fields[0].shape
+    takes = {
+        "batch_size": batch if isinstance(batch, int) else None,
+        "context": context,
+        "latents": list(fields[-2].shape[1:]),
+    }
+    for name, value in takes.items():
+        if manifest[name] != value:
+            raise ValueError(f"{path}: {name} must be {value}, as in the program, got {manifest[name]}")
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -210,9 +320,16 @@ def _check_output(out: Path) -> None:
         raise PermissionError(f"{out}: cannot write: no permission")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, or 2 after an error, which is one line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="text of an image; may be repeated")
     out_help = "a .png file; several images become NAME-0.png, NAME-1.png ... (default: %(default)s)"
@@ -223,8 +340,8 @@ def main(argv: Sequence[str]) -> int:
     negative = "what guidance leads away from, for samplers with guidance: one for all prompts, or one for each"
     add("--negative_prompt", action="append", help=negative)
     add("--no_compile_cache", action="store_true", help="compile again, and keep nothing for the next run")
-    args = parser.parse_args(argv[1:])
     try:
+        args = parser.parse_args(argv[1:])
         from PIL import Image  # only the command needs Pillow
 
         _check_output(args.out)
@@ -241,7 +358,10 @@ def main(argv: Sequence[str]) -> int:
             Image.fromarray(image).save(out)
             print(out)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[: MAX_MESSAGE - 4]} ..."
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

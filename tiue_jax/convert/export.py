@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def export_pipeline(
     *,
     embeddings: Sequence[str | Path] = (),
     clip_skip: int = 0,
+    unet: Callable[[], functional.Params] | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> None:
@@ -184,6 +185,7 @@ def export_pipeline(
         out: the folder to write, see pipeline_folder.save_pipeline.
         embeddings: textual inversion embeddings that the copy's vocabulary has: names for embedding_files.read.
         clip_skip: the number of the last layers of the text encoder that are left out.
+        unet: reads the weights of another UNet of the same configuration. None is the pipeline's.
         dtype: of the weights on disk, one of STORED_DTYPES.
         overwrite: replace an older pipeline in `out`.
 
@@ -201,7 +203,7 @@ def export_pipeline(
     sampling = Sampling.from_file(config) if config.is_file() else None
     source = vocabulary.extend(source, embeddings)
     configs, base = read_configs(source, clip_skip), card.find_base(str(name))
-    _write(out, source, configs, base, sampling, dtype, overwrite, clip_skip=clip_skip)
+    _write(out, source, configs, base, sampling, dtype, overwrite, clip_skip=clip_skip, unet=unet)
 
 
 def _write_student(
@@ -241,7 +243,7 @@ def _write(
     overwrite: bool,
     *,
     clip_skip: int = 0,
-    unet: functional.Params | None = None,
+    unet: functional.Params | Callable[[], functional.Params] | None = None,
     training: card.Training | None = None,
     lora_teacher: LoRATeacher | None = None,
 ) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import export
 from safetensors.numpy import save_file
 
-from tiue_jax.convert.compiled_sampler import FORMAT, MANIFEST, PROGRAM, TOKENIZER, WEIGHTS
+from tiue_jax.convert.compiled_sampler import FORMAT, MANIFEST, PROGRAM, TOKENIZER, WEIGHTS, checksum
 from tiue_jax.files import check_new_folder, write_json, writing_aside, writing_folder_aside
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import text_to_image
@@ -94,7 +94,8 @@ def export_compiled(
             save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, aside)
         pipe.tokenizer.backend.save(str(new / TOKENIZER))
         shutil.copyfile(_LOADER, new / "sampler.py")
-        write_json(new / MANIFEST, manifest)
+        read = (TOKENIZER, WEIGHTS, *map(PROGRAM.format, platforms))
+        write_json(new / MANIFEST, manifest | {"crc32": {name: checksum(new / name) for name in read}})
 
 
 def _export(

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from tiue_jax.files import read_json
+from tiue_jax.checked_fields import Range, check
+from tiue_jax.files import parse_json, read_json
 from tiue_jax.models.lora import METADATA_KEY
 from tiue_jax.weights import lora_source
 from tiue_jax.weights.tensor_files import read_metadata
@@ -21,6 +21,14 @@ _PEFT_ROOT = "base_model.model."  # begins the names in the file of a single mod
 _ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # peft's field of the alpha, by peft_type
 _DEFAULT = 8  # of rank and alpha in peft
 _LARGEST = 1e30  # alpha; larger ones are no numbers of a training
+_Rank = Annotated[int, Range(1, 2**31 - 1)]
+_FIELDS: dict[str, Any] = {  # of peft's configurations, which a factor depends on, beside the alpha
+    "r": _Rank | None,
+    "rank_pattern": dict[str, _Rank] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+}
 # fields of peft's LoraConfig for adapters that are more than a change of the weight that their matrices give
 _REFUSED = (
     "alora_invocation_tokens",
@@ -98,7 +106,7 @@ class Adapter:
         """
         told = next((x for key, x in self.rank_pattern.items() if matches(key, layer)), self.r)
         if told is not None and (rank is None or told != rank):
-            if rank is not None or not isinstance(told, int) or not 1 <= told <= _LARGEST:
+            if rank is not None:
                 said = f"gives {layer.module} rank {str(told)[:50]}"
                 raise ValueError(f"{self.source} {said}, its matrices have rank {rank}")
             rank = told
@@ -132,7 +140,7 @@ def read_adapters(path: Path, names: Collection[str], layers: Sequence[Layer]) -
     config = path.with_name(lora_source.PEFT_CONFIG)
     source, fields = f"{path}: metadata field", {}
     if written is not None:
-        fields = _parse(path, written)
+        fields = parse_json(written, f"{path}: metadata field {METADATA_KEY}")
     elif any(name.startswith(_PEFT_ROOT) for name in names):
         if not config.is_file():
             raise FileNotFoundError(f"{config}: no such file, expected the alpha of {path} there, as peft saves it")
@@ -144,17 +152,6 @@ def read_adapters(path: Path, names: Collection[str], layers: Sequence[Layer]) -
         for field in ("rank_pattern", "alpha_pattern"):
             _check_patterns(f"{adapters[part].source}.{field}", getattr(adapters[part], field), of_part)
     return adapters
-
-
-def _parse(path: Path, written: str) -> dict[str, Any]:
-    """The object in the metadata field of a file. ValueError if there is none."""
-    try:
-        fields = json.loads(written)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: metadata field {METADATA_KEY} is {written[:100]}, expected a JSON object")
-    return fields
 
 
 def _fields_of(part: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,18 +177,19 @@ def _read_adapter(source: str, fields: Mapping[str, Any]) -> Adapter:
             f"{source}.init_lora_weights is {start[:50]!r}: this LoRA belongs to a changed model; "
             "save it with path_initial_model_for_weight_conversion of peft, which makes a plain LoRA of it"
         )
-    patterns = {}
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns[name] = fields.get(name) or {}
-        if not isinstance(patterns[name], dict):
-            raise ValueError(f"{source}.{name} must be an object, got {str(patterns[name])[:100]!r}")
+    alpha_field = _ALPHAS[kind]
+    values = {
+        name: check(f"{source}.{name}", annotation, fields.get(name))
+        for name, annotation in (_FIELDS | {alpha_field: float | None}).items()
+    }
     return Adapter(
         source,
-        r=fields.get("r"),
-        alpha=fields.get(_ALPHAS[kind], _DEFAULT if fields else None),
-        use_rslora=bool(fields.get("use_rslora")),
-        use_dora=bool(fields.get("use_dora")),
-        **patterns,
+        r=values["r"],
+        alpha=values[alpha_field] if alpha_field in fields else (_DEFAULT if fields else None),
+        rank_pattern=values["rank_pattern"] or {},
+        alpha_pattern=values["alpha_pattern"] or {},
+        use_rslora=bool(values["use_rslora"]),
+        use_dora=bool(values["use_dora"]),
     )
 
 

@@ -287,7 +287,9 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
             if pixels is not None and (pixels < 1 or pixels % factor):
                 raise ValueError(f"{name} must be a positive multiple of the VAE's factor {factor}, got {pixels}")
         side = self.unet.config.sample_size or self.vae.config.sample_size // factor
-        default = (side, side) if latents is None else tuple(latents.shape[-2:])
+        default = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+        if latents is not None:
+            default = tuple(latents.shape[-2:])
         h = height // factor if height else default[0]
         w = width // factor if width else default[1]
         shape = (batch, channels, h, w)

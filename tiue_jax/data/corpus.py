@@ -5,22 +5,42 @@ prompts in the order of the files that it was made from. `SequentialWriter` keep
 builder class of tensorflow-datasets would hold the whole corpus in memory.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import tempfile
+import weakref
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from etils import epath
 
 from tiue_jax import files
-from tiue_jax.data.dataset_folder import DATASET_INFO, is_dataset_folder, open_builder
+from tiue_jax.checked_fields import Range, read
+from tiue_jax.data.dataset_folder import DATASET_INFO, METADATA, is_dataset_folder, open_builder
 from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompt_files import MAX_BAD_SHARE
 from tiue_jax.data.prompts import PathLike, PromptReader, PromptSource, load_prompts
+from tiue_jax.data.shards import naming_damaged_file
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights import hub
 
 NAME, SPLIT, FEATURE = "prompts", "train", "prompt"
 PROMPTS_PER_SHARD = 2**17
 WRITTEN_AT_ONCE = 2**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Fields of metadata.json.
+
+    Attributes:
+        fingerprint: a hash of all prompts in their order.
+        dropped: the number of texts that were dropped, by reason.
+    """
+
+    fingerprint: str
+    dropped: dict[str, Annotated[int, Range(0)]]
 
 
 def open_prompts(
@@ -104,33 +124,48 @@ class Corpus:
         if not (self._folder / DATASET_INFO).is_file():
             raise FileNotFoundError(f"{folder}: no {DATASET_INFO} in it, expected a folder that data.prepare made")
         if files.is_remote(self._folder):
-            self._copy = tempfile.TemporaryDirectory(prefix="tiue-jax-")
+            stack = contextlib.ExitStack()
+            copied = stack.enter_context(temporary_folder(tempfile.gettempdir(), "tiue-jax")) / "corpus"
+            weakref.finalize(self, stack.close)
+            copied.mkdir()
             for file in self._folder.iterdir():
-                files.copy(file, Path(self._copy.name) / file.name)
-            builder = open_builder(files.at(self._copy.name))
+                files.copy(file, copied / file.name)
+            builder = open_builder(files.at(copied))
         else:
             builder = open_builder(self._folder)
-        metadata: dict[str, Any] = builder.info.metadata or {}
-        if builder.info.name != NAME or "fingerprint" not in metadata:
+        found: dict[str, Any] = builder.info.metadata or {}
+        if builder.info.name != NAME or not {"fingerprint", "dropped"} <= found.keys():
             raise ValueError(f"{folder}: holds the dataset {builder.info.name!r}, run data.prepare on it first")
+        if list(builder.info.features) != [FEATURE]:
+            raise ValueError(f"{folder}: expected the feature {FEATURE!r}, got {', '.join(builder.info.features)}")
+        try:
+            metadata = read(Metadata, found)
+        except ValueError as error:
+            raise ValueError(f"{self._folder / METADATA}: {error}") from error
         self._check(builder)
-        self.fingerprint: str = metadata["fingerprint"]
-        self.dropped: dict[str, int] = metadata["dropped"]
+        self.fingerprint = metadata.fingerprint
+        self.dropped = metadata.dropped
         self._records = builder.as_data_source(split=SPLIT)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def read(self, indices: Sequence[int]) -> list[str]:
-        """Returns the prompts of these numbers, in this order."""
-        return [row[FEATURE].decode("utf-8") for row in self._records.__getitems__(indices)]
+        """Returns the prompts of these numbers, in this order. ValueError if a file is damaged, which is named."""
+        with naming_damaged_file(self._shards, indices, self._folder, "run data.prepare again, to a new folder"):
+            return [row[FEATURE].decode("utf-8") for row in self._records.__getitems__(indices)]
 
     def _check(self, builder: Any) -> None:
         """Checks that every file is present and complete, so that training does not fail hours later."""
         from array_record.python.array_record_module import ArrayRecordReader
 
-        split = builder.info.splits[SPLIT]
-        for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+        try:
+            split = builder.info.splits[SPLIT]
+            lengths = dict(zip(split.filepaths, split.shard_lengths, strict=True))
+        except (KeyError, ValueError) as error:  # from a name of files that makes no sense
+            raise ValueError(f"{self._folder / DATASET_INFO}: damaged, it names no prompt files: {error}") from error
+        self._shards: dict[epath.Path, range] = {}
+        for path, expected in lengths.items():
             if not path.is_file():
                 raise FileNotFoundError(f"{self._folder}: no {path.name} in it")
             try:
@@ -139,5 +174,7 @@ class Corpus:
                 reader.close()
             except RuntimeError as error:
                 raise ValueError(f"{self._folder / path.name}: not a whole array_record file: {error}") from error
+            start = max((numbers.stop for numbers in self._shards.values()), default=0)
+            self._shards[epath.Path(path)] = range(start, start + expected)
             if count != expected:
                 raise ValueError(f"{self._folder / path.name}: expected {expected} prompts, got {count}")

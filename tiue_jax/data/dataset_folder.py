@@ -13,6 +13,7 @@ from tiue_jax import files
 from tiue_jax.data.fields import Value, usual_field
 
 DATASET_INFO = "dataset_info.json"  # the file that identifies a folder of tensorflow-datasets
+METADATA = "metadata.json"  # what the program that made the folder wrote about it
 FEATURES = "features.json"  # names the Python class of every feature
 READ_AHEAD = 256  # rows
 _HUGGING_FACE = "state.json"
@@ -41,7 +42,9 @@ def open_builder(folder: epath.Path) -> Any:
                 f"{path}: names the class {name[:200]!r}: only the features of tensorflow_datasets are read, "
                 "since another class would run code"
             )
-    files.read_json(folder / DATASET_INFO)  # for its errors, which have one line
+    for name in (DATASET_INFO, METADATA):
+        if (folder / name).is_file():
+            files.read_json(folder / name)  # for its errors, which have one line
     try:
         return tfds.builder_from_directory(os.fspath(folder))
     except Exception as error:  # KeyError, TypeError, ParseError and others, by the field that is wrong

@@ -9,12 +9,14 @@ It is a folder, on this disk or in a bucket, with these files:
 The record after that of the last prompt is the embedding of the null prompt: the negative prompt, by default empty.
 """
 
+import dataclasses
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import jax
@@ -22,15 +24,45 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from tiue_jax import files, sharding
+from tiue_jax import files, memory, sharding
+from tiue_jax.checked_fields import Range, check_fields, check_others, read
 from tiue_jax.data.progress import Progress
 from tiue_jax.data.prompts import PathLike, PromptSource
+from tiue_jax.data.shards import naming_damaged_file
+from tiue_jax.models.clip import CLIPTextConfig
 from tiue_jax.models.tokenizer import Tokenizer
+from tiue_jax.temporary import is_temporary
 from tiue_jax.weights import pipeline_folder
 
 MANIFEST = "embeddings.json"
 DTYPE = ml_dtypes.bfloat16
 EMBEDDINGS_PER_SHARD = 4096
+
+_MOST_SHARDS = 99_999  # their names have five digits
+_Size = Annotated[int, Range(1, 65_536)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of embeddings.json.
+
+    Attributes:
+        key: the result of `make_key`.
+        count: the number of prompts.
+        shape: (l, d) of an embedding.
+        per_shard: embeddings in a file.
+    """
+
+    key: dict[str, str]
+    count: Annotated[int, Range(1, 2**40)]
+    shape: tuple[_Size, _Size]
+    per_shard: Annotated[int, Range(1, 2**31 - 1)]
+
+    def __post_init__(self):
+        check_fields(self)
+        if (shards := -(-(self.count + 1) // self.per_shard)) > _MOST_SHARDS:
+            raise ValueError(f"count / per_shard must be at most {_MOST_SHARDS} files, got {shards}")
+
 
 Encode = Callable[[list[str]], Any]  # prompts [b] -> text embeddings [b l d] of any floating dtype
 
@@ -41,13 +73,17 @@ def load_encode(folder: Path, batch_size: int, clip_skip: int = 0) -> Encode:
     The batch is split over the local devices. The last `clip_skip` layers of the text encoder are left out.
 
     Raises:
-        ValueError: `batch_size` is not a positive multiple of the number of devices.
+        ValueError: `batch_size` is not a positive multiple of the number of devices, or a batch does not fit into
+            memory.
         FileNotFoundError, ValueError: as `pipeline_folder.load_text_encoder`.
     """
     mesh = sharding.make_mesh(devices=jax.local_devices())
     sharding.check_batch_size(batch_size, mesh)
+    cfg = pipeline_folder.read_config(folder / "text_encoder", CLIPTextConfig)
+    activations = 4 * batch_size * cfg.max_position_embeddings * (2 * cfg.hidden_size + cfg.intermediate_size)
+    memory.check_fits(f"batch_size {batch_size}: a batch in the text encoder", activations)
     encoder = pipeline_folder.load_text_encoder(folder, clip_skip=clip_skip)
-    tokenize = Tokenizer(folder / "tokenizer", encoder.cfg.max_position_embeddings)
+    tokenize = Tokenizer(folder / "tokenizer", cfg.max_position_embeddings, cfg.vocab_size)
     params = jax.device_put(encoder.params, sharding.replicated(mesh))
 
     @jax.jit
@@ -95,7 +131,8 @@ def write(
     written again.
 
     Args:
-        folder: a new folder, or one that an interrupted call with the same key left.
+        folder: a new folder, or one that an interrupted call with the same key left. A call that was killed before it
+            had written the manifest leaves at most temporary folders, which count as nothing.
         prompts: the prompts to encode.
         encode: computes embeddings. It is always called with `batch_size` prompts, so that it compiles once.
         key: the result of `make_key`.
@@ -114,15 +151,15 @@ def write(
     begun = (target / MANIFEST).exists()
     if begun:
         manifest = _read_manifest(target)
-        _check_key(target, manifest["key"], key)
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        _check_key(target, manifest.key, key)
+    elif target.exists() and (not target.is_dir() or not all(is_temporary(path.name) for path in target.iterdir())):
         raise FileExistsError(f"{target}: exists and has no {MANIFEST} in it, expected a new folder")
     null = _encode(encode, [negative_prompt], batch_size)
     if not begun:
-        manifest = {"key": dict(key), "count": len(prompts), "shape": list(null.shape[1:]), "per_shard": per_shard}
+        manifest = Manifest(dict(key), len(prompts), (null.shape[1], null.shape[2]), per_shard)
         _check_room(target, (len(prompts) + 1) * null[0].nbytes)
         target.mkdir(parents=True, exist_ok=True)
-        files.write_json(target / MANIFEST, manifest)
+        files.write_json(target / MANIFEST, dataclasses.asdict(manifest))
     shards = _shards(target, manifest)
     with Progress(len(prompts)) as progress:
         for path, wanted in shards.items():
@@ -148,8 +185,9 @@ class Embeddings:
     def __init__(self, folder: PathLike, key: Mapping[str, str]):
         folder = files.at(folder)
         manifest = _read_manifest(folder)
-        _check_key(folder, manifest["key"], key)
+        _check_key(folder, manifest.key, key)
         shards = _shards(folder, manifest)
+        self._folder, self._shards = files.at(folder), shards
         if missing := [path.name for path in shards if not path.exists()]:
             made = len(shards) - len(missing)
             raise FileNotFoundError(
@@ -159,17 +197,30 @@ class Embeddings:
             self._records = grain.sources.ArrayRecordDataSource([str(path) for path in shards])
         except RuntimeError as error:
             raise ValueError(f"{folder}: a shard is not a whole array_record file: {error}") from error
-        if len(self._records) != manifest["count"] + 1:
+        if len(self._records) != manifest.count + 1:
             raise ValueError(
-                f"{folder}: expected {manifest['count'] + 1} embeddings, the null prompt's included, "
+                f"{folder}: expected {manifest.count + 1} embeddings, the null prompt's included, "
                 f"got {len(self._records)}"
             )
-        self._shape = tuple(manifest["shape"])
-        self.null = self.read([manifest["count"]])[0]
+        self._shape = manifest.shape
+        self.null = self.read([manifest.count])[0]
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Returns the embeddings of the prompts with these numbers, bfloat16 [b l d]."""
-        records = self._records.__getitems__(indices)
+        """Returns the embeddings of the prompts with these numbers, bfloat16 [b l d].
+
+        Raises:
+            ValueError: a file is damaged. It is named.
+        """
+        remedy = "delete this file and run data.embed again"
+        with naming_damaged_file(self._shards, indices, self._folder, remedy):
+            records = self._records.__getitems__(indices)
+        expected = math.prod(self._shape) * np.dtype(DTYPE).itemsize
+        if wrong := [len(record) for record in records if len(record) != expected]:
+            shape = list(self._shape)
+            raise ValueError(
+                f"{self._folder / MANIFEST}: damaged, it says the shape {shape}, {expected} bytes an embedding, "
+                f"got {wrong[0]}; delete this folder and run data.embed again"
+            )
         return np.stack([np.frombuffer(record, DTYPE).reshape(self._shape) for record in records])
 
 
@@ -225,9 +276,9 @@ def _encode(encode: Encode, prompts: list[str], batch_size: int) -> np.ndarray:
     return embeddings
 
 
-def _shards(folder: epath.Path, manifest: Mapping[str, Any]) -> dict[epath.Path, range]:
+def _shards(folder: epath.Path, manifest: Manifest) -> dict[epath.Path, range]:
     """Returns the numbers of the records in each file. The last record is that of the null prompt."""
-    total, size = manifest["count"] + 1, manifest["per_shard"]
+    total, size = manifest.count + 1, manifest.per_shard
     count = -(-total // size)
     return {
         folder / f"text-{i:05d}-of-{count:05d}.array_record": range(i * size, min((i + 1) * size, total))
@@ -235,15 +286,16 @@ def _shards(folder: epath.Path, manifest: Mapping[str, Any]) -> dict[epath.Path,
     }
 
 
-def _read_manifest(folder: epath.Path) -> dict[str, Any]:
+def _read_manifest(folder: epath.Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {MANIFEST} in it, expected a folder that data.embed made")
-    manifest = files.read_json(path)
-    expected = {"key": dict, "count": int, "shape": list, "per_shard": int}
-    if {name: type(manifest.get(name)) for name in expected} != expected:
-        raise ValueError(f"{path}: not a file that data.embed wrote: expected the fields {', '.join(expected)}")
-    return manifest
+    content = files.read_json(path)
+    try:
+        check_others(Manifest, content, "", fixed={})
+        return read(Manifest, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file that data.embed wrote: {error}") from error
 
 
 def _check_key(folder: epath.Path, made_from: Mapping[str, str], now: Mapping[str, str]) -> None:

@@ -94,7 +94,8 @@ def _facts(results: dict[str, Any]) -> str:
     for name, extractor in results["extractors"].items():
         rows[f"extractor {name}"] = f"{extractor['preprocessing']}; SHA-256 {extractor['sha256']}"
     for point in results["points"]:
-        rows[point["label"]] = f"{point['model']}, {point['sampling']}, UNet SHA-256 {point['unet_sha256']}"
+        sampling = ", ".join(f"{name} {value}" for name, value in point["sampling"].items())
+        rows[point["label"]] = f"{point['model']}; {sampling}; UNet SHA-256 {point['unet_sha256']}"
     lines = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows.items())
     return f"<table>{lines}</table>"
 

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | TPU | 1,024 queries and keys or more | `splash` | plain softmax writes all logits to memory |
 | TPU | the 256- and 64-token levels, 77 keys of text, causal | `xla` | few logits; the kernel's tiles are larger |
-| CUDA | bfloat16 or float16, a width that is a multiple of 8 and that the GPU supports | `cudnn` | one fused kernel |
+| CUDA, compute capability 8.0 or later | bfloat16 or float16, a width of 8, 16, ... 128 | `cudnn` | one fused kernel |
 | CPU | not causal | `chunked` | 2^18 logits of a head or more do not fit the cache; no transposes |
 | all others | | `xla` | |
 
@@ -12,9 +12,16 @@ None of this was timed on a TPU or a GPU. The choice of the kernel follows the T
 (batch 8, 4,096 tokens in 5 heads of 64, forward and backward with the projections of `project`): 305 MB of temporaries
 with splash attention and its fused backward kernel, 714 MB with Pallas' older flash attention, whose backward pass also
 computes the logits twice.
+
+cuDNN's kernel also computes the attention to the 77 keys of text, which are padded to 78 (`cudnn`). By the compiler's
+report for an H100 (8 rows, forward and backward), 4,096 queries and 77 keys in 5 heads of 64 need 65 MB of temporaries
+with it and 127 MB with the plain softmax, and 1,024 queries in 8 heads of 80 need 35 and 40 MB. Self-attention of the
+4,096 tokens needs 106 MB and 6.7 GB. The heads of 160 of Stable Diffusion 1.5 use the plain softmax: they have 256
+tokens or fewer, and JAX takes heads wider than 128 only if a GPU of compute capability 9.0 is attached to this process.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -25,13 +32,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.extend.backend import get_backend
 from jax.sharding import PartitionSpec
 
 from tiue_jax import sharding
 from tiue_jax.models import chunks
 from tiue_jax.models.lora import LoRALinear
-from tiue_jax.models.platforms import run_for_platform
+from tiue_jax.models.platforms import cuda_capability, run_for_platform
+
+logger = logging.getLogger(__name__)
 
 Implementation = Literal["xla", "chunked", "cudnn", "splash", "splash_interpreted"]
 IMPLEMENTATIONS = get_args(Implementation)
@@ -41,6 +49,8 @@ CHUNKED_FROM = 2**18  # logits of a head; with fewer, all are computed at once
 CHUNK = 2**22  # logits of a chunk, at most
 LANES = 128  # lanes of a TPU register; splash attention takes lengths that are multiples of it
 PADDED = 2 * LANES  # other lengths are padded to a multiple of this, so that they divide into larger tiles
+CUDNN_CAPABILITY = (8, 0)  # the first GPUs with bfloat16, and for which cuDNN has fused attention
+CUDNN_WIDTH = 128  # of a head, at most
 
 # `with implementation("xla"):` around tracing asks for one of IMPLEMENTATIONS at all shapes and on all platforms.
 implementation = jax.make_user_context(None)
@@ -77,9 +87,24 @@ def choose(platform: str, q: jax.Array, k: jax.Array, is_causal: bool = False) -
         return "splash"
     if platform == "cpu" and not is_causal:
         return "chunked"
-    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= max_cudnn_width():
-        return "cudnn"
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= CUDNN_WIDTH:
+        capability = cuda_capability()
+        if capability is not None and capability >= CUDNN_CAPABILITY:
+            return "cudnn"
+        if capability is not None:
+            _warn_of_old_gpu(*capability)
     return "xla"
+
+
+@functools.cache
+def _warn_of_old_gpu(major: int, minor: int) -> None:
+    """Logs once that attention falls back to the plain softmax on a GPU of this compute capability."""
+    logger.warning(
+        "GPUs of compute capability %d.%d have no bfloat16 and no cuDNN attention, which 8.0 has: bfloat16 is "
+        "computed in float32, and attention keeps its logits in memory",
+        major,
+        minor,
+    )
 
 
 def project(layer: nnx.Linear, x: jax.Array, heads: int) -> jax.Array:
@@ -284,20 +309,59 @@ def queries_in_chunk(queries: int, keys: int) -> int:
 
 
 def _on_own_rows(run: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Calls `run(q, k, v)` on each device of the ambient mesh with its rows of the batch."""
+    """Calls `run(q, k, v)` on each device of the ambient mesh with its rows of the batch.
+
+    If the rows do not divide among the devices, such as the single row of the empty prompt, each computes all of them.
+    """
     axes = sharding.ambient_axes()
     if not axes:  # one device, or inside another shard_map
         return run(q, k, v)
     sizes = jax.sharding.get_abstract_mesh().shape
     # The backward pass sums over axes that are not named here, even over an axis of one device: name those too.
-    rows = PartitionSpec(tuple(name for name in axes if name in sharding.BATCH_AXES or sizes[name] == 1))
+    named = tuple(name for name in axes if name in sharding.BATCH_AXES or sizes[name] == 1)
+    rows = PartitionSpec() if q.shape[0] % math.prod(sizes[name] for name in named) else PartitionSpec(named)
     return jax.shard_map(run, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False)(q, k, v)
 
 
-def _by_tokens(kind: Literal["xla", "cudnn"], q: jax.Array, k: jax.Array, v: jax.Array, is_causal: bool) -> jax.Array:
-    """`attend` by JAX: [b h n d], [b h m d] -> [b h n d]."""
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
+    """`attend` by XLA, which keeps the logits in memory: [b h n d], [b h m d] -> [b h n d]."""
     q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b n h d]
-    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kind).swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="xla").swapaxes(1, 2)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool = False) -> jax.Array:
+    """`attend` by cuDNN's kernel for NVIDIA GPUs (flash attention): [b h n d], [b h m d] -> [b h n d].
+
+    Every device of the ambient mesh computes the attention of its rows of the batch. An odd number of queries or keys
+    is padded by one, which cuDNN does not read: JAX 0.10 refuses the gradient of odd lengths.
+
+    Args:
+        q, k, v: bfloat16 or float16, all of one dtype, which the result has too. The width is a multiple of 8.
+        is_causal: whether a query sees no keys after it.
+    """
+    return _on_own_rows(functools.partial(_cudnn, is_causal=is_causal), q, k, v)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool) -> jax.Array:
+    """`cudnn` on one device."""
+    rows, _, queries, width = q.shape
+    keys = k.shape[2]
+    n, m = queries + queries % 2, keys + keys % 2
+    query_lengths = key_lengths = None  # all count
+    if (n, m) != (queries, keys):
+        q, k, v = _pad(q, n, width), _pad(k, m, width), _pad(v, m, width)
+        query_lengths, key_lengths = (jnp.full(rows, length, jnp.int32) for length in (queries, keys))
+    q, k, v = q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2)  # [b n h d]
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
+    return out[:, :queries].swapaxes(1, 2)
 
 
 def _run(kind: Implementation, is_causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -305,20 +369,10 @@ def _run(kind: Implementation, is_causal: bool, q: jax.Array, k: jax.Array, v: j
     if kind not in IMPLEMENTATIONS:
         raise ValueError(f"attention must be computed by one of {IMPLEMENTATIONS}, got {kind!r}")
     if kind == "xla" or kind == "cudnn":
-        return checkpoint_name(_by_tokens(kind, q, k, v, is_causal), OUTPUT)
+        by_jax = plain if kind == "xla" else cudnn
+        return checkpoint_name(by_jax(q, k, v, is_causal=is_causal), OUTPUT)
     if is_causal:
         raise ValueError(f"{kind} attention is not causal: ask for 'xla' or 'cudnn'")
     if kind == "chunked":
         return chunked(q, k, v)
     return splash(q, k, v, interpret=kind == "splash_interpreted")
-
-
-@functools.cache
-def max_cudnn_width() -> int:
-    """The widest head that cuDNN supports on the GPUs of this process. 0 without a GPU: JAX then cannot trace cuDNN."""
-    if "cuda" not in get_backend().platform_version:
-        return 0
-    generation = int(jax.local_devices()[0].compute_capability.split(".")[0])
-    if generation >= 9:
-        return 256
-    return 128 if generation >= 8 else 0

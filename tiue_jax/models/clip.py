@@ -8,16 +8,19 @@ the dtype of their parameters.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.checked_fields import Range, check_fields, check_others, one_of, read
 from tiue_jax.models import attention
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import layer_norm
+
+T = TypeVar("T")
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -61,37 +64,26 @@ _FIXED: dict[str, Any] = {
 _TOKEN_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
-def _read(cls: type, d: dict, model_type: str) -> dict[str, Any]:
-    """The fields of the dataclass `cls` in the JSON config `d`. ValueError if a field or value is not supported."""
-    fixed = {"model_type": model_type, **_FIXED}
-    for name, value in fixed.items():
-        if name in d and d[name] != value:
-            raise ValueError(f"{cls.__name__}: {name} must be {value!r}, got {d[name]!r}")
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in sorted(d.keys() - known - fixed.keys() - _IGNORED - _TOKEN_IDS):
-        raise ValueError(f"{cls.__name__}: unsupported field {name} = {d[name]!r}")
-    return {name: value for name, value in d.items() if name in known}
+_Size = Annotated[int, Range(1, 65_536)]
+_Depth = Annotated[int, Range(1, 128)]  # each layer takes time to build, before any weight is read
+_Epsilon = Annotated[float, Range(0, 1, above_low=True)]
+_Activation = Annotated[str, one_of(sorted(ACTIVATIONS))]
+_TokenId = Annotated[int, Range(-1, 2**31 - 1)]
 
 
-def _check_sizes(cfg: Any, *sizes: str) -> None:
-    """Raises ValueError unless the named fields are positive integers."""
-    for name in sizes:
-        value = getattr(cfg, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{type(cfg).__name__}: {name} must be an integer >= 1, got {value!r}")
+def _read(cls: type[T], d: Any, section: str, model_type: str) -> T:
+    """Reads the JSON config `d`. ValueError if a field or value is not supported."""
+    check_others(cls, d, section, {"model_type": model_type, **_FIXED}, ignored=_IGNORED | _TOKEN_IDS)
+    return read(cls, d, section)
 
 
-def _check_encoder(cfg: "CLIPTextConfig | CLIPVisionConfig") -> None:
-    """Raises ValueError unless the fields that both encoders have are valid."""
-    kind = type(cfg).__name__
-    _check_sizes(cfg, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+def _check_heads(cfg: "CLIPTextConfig | CLIPVisionConfig", section: str) -> None:
+    """Raises ValueError unless the heads divide the width."""
     if cfg.hidden_size % cfg.num_attention_heads:
         raise ValueError(
-            f"{kind}: hidden_size must be a multiple of num_attention_heads, "
+            f"{section}.hidden_size must be a multiple of num_attention_heads, "
             f"got {cfg.hidden_size} and {cfg.num_attention_heads}"
         )
-    if cfg.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{kind}: hidden_act must be one of {sorted(ACTIVATIONS)}, got {cfg.hidden_act!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,29 +93,31 @@ class CLIPTextConfig:
     The encoder does not read `bos_token_id`, `pad_token_id` and `projection_dim`. They are kept for the export.
     """
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
-    bos_token_id: int | None = 49406
-    eos_token_id: int = 49407
-    pad_token_id: int | None = 1
+    vocab_size: Annotated[int, Range(1, 10_000_000)] = 49408
+    hidden_size: _Size = 512
+    intermediate_size: _Size = 2048
+    num_hidden_layers: _Depth = 12
+    num_attention_heads: _Size = 8
+    max_position_embeddings: _Size = 77
+    hidden_act: _Activation = "quick_gelu"
+    layer_norm_eps: _Epsilon = 1e-5
+    projection_dim: _Size = 512
+    bos_token_id: _TokenId | None = 49406
+    eos_token_id: Annotated[int, Range(0, 10_000_000)] = 49407
+    pad_token_id: _TokenId | None = 1
 
     def __post_init__(self):
-        _check_encoder(self)
-        _check_sizes(self, "vocab_size", "max_position_embeddings")
-        if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"CLIPTextConfig: eos_token_id must be an integer, got {self.eos_token_id!r}")
+        check_fields(self, "text_encoder")
+        _check_heads(self, "text_encoder")
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(
+                f"text_encoder.eos_token_id must be below vocab_size = {self.vocab_size}, got {self.eos_token_id}"
+            )
 
     @classmethod
-    def from_dict(cls, d: dict) -> Self:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Reads transformers' `config.json`. Raises ValueError if a field or value is not supported."""
-        return cls(**_read(cls, d, "clip_text_model"))
+        return _read(cls, d, "text_encoder", "clip_text_model")
 
     def to_dict(self) -> dict:
         """The contents of transformers' `config.json`."""
@@ -136,27 +130,27 @@ class CLIPTextConfig:
 class CLIPVisionConfig:
     """The configuration of an image encoder (ViT), with transformers' field names and defaults (those of ViT-B/32)."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    projection_dim: int = 512
+    hidden_size: _Size = 768
+    intermediate_size: _Size = 3072
+    num_hidden_layers: _Depth = 12
+    num_attention_heads: _Size = 12
+    num_channels: _Size = 3
+    image_size: _Size = 224
+    patch_size: _Size = 32
+    hidden_act: _Activation = "quick_gelu"
+    layer_norm_eps: _Epsilon = 1e-5
+    projection_dim: _Size = 512
 
     def __post_init__(self):
-        _check_encoder(self)
-        _check_sizes(self, "num_channels", "image_size", "patch_size")
+        check_fields(self, "image_encoder")
+        _check_heads(self, "image_encoder")
         if self.patch_size > self.image_size:
-            raise ValueError(f"CLIPVisionConfig: patch_size must be <= {self.image_size}, got {self.patch_size}")
+            raise ValueError(f"image_encoder.patch_size must be <= {self.image_size}, got {self.patch_size}")
 
     @classmethod
-    def from_dict(cls, d: dict) -> Self:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Reads transformers' `config.json`. Raises ValueError if a field or value is not supported."""
-        return cls(**_read(cls, d, "clip_vision_model"))
+        return _read(cls, d, "image_encoder", "clip_vision_model")
 
     def to_dict(self) -> dict:
         """The contents of transformers' `config.json`."""
@@ -169,14 +163,14 @@ class CLIPConfig:
 
     text_config: CLIPTextConfig = dataclasses.field(default_factory=CLIPTextConfig)
     vision_config: CLIPVisionConfig = dataclasses.field(default_factory=CLIPVisionConfig)
-    projection_dim: int = 512
+    projection_dim: _Size = 512
     logit_scale_init_value: float = 2.6592
 
     def __post_init__(self):
-        _check_sizes(self, "projection_dim")
+        check_fields(self, "clip")
 
     @classmethod
-    def from_dict(cls, d: dict) -> Self:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Reads transformers' nested `config.json`. Raises ValueError if a field or value is not supported.
 
         Older files have `text_config_dict` or `vision_config_dict`, too. They take precedence, as in transformers.
@@ -185,7 +179,7 @@ class CLIPConfig:
         for name, part in (("text_config", CLIPTextConfig), ("vision_config", CLIPVisionConfig)):
             plain, older = d.pop(name, None), d.pop(f"{name}_dict", None)
             d[name] = part.from_dict((plain or {}) if older is None else older)
-        return cls(**_read(cls, d, "clip"))
+        return _read(cls, d, "clip", "clip")
 
     def to_dict(self) -> dict:
         """The contents of transformers' nested `config.json`."""

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tiue_jax.checked_fields import Range, check_fields
 from tiue_jax.files import writing_aside
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import Params
@@ -38,14 +39,13 @@ class LoRAConfig:
             layers have an adapter whose dotted name is a target, or ends in a dot and a target.
     """
 
-    rank: int = 64
-    alpha: float = 108.0
+    rank: Annotated[int, Range(1, 65_536)] = 64
+    alpha: Annotated[float, Range(0, above_low=True)] = 108.0
     targets: tuple[str, ...] = ("to_q", "to_v")
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank must be >= 1, got {self.rank}")
-        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+        check_fields(self, "LoRA")
+        if not all(self.targets or [""]):
             raise ValueError(f"LoRA targets must be at least one name of a layer, got {list(self.targets)}")
 
     def match(self, name: str) -> str | None:

@@ -1,5 +1,6 @@
 """Choices by platform: the implementation of a function, and the compiler options of a network."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -8,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.extend.backend import get_backend
+
+# `with target_capability((9, 0)):` around tracing says that a program is for NVIDIA GPUs of this compute capability,
+# whichever GPUs this process has.
+target_capability = jax.make_user_context(None)
 
 _OPTIONS = {
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
@@ -60,6 +66,25 @@ def run_for_platform(
     if not special:
         return run("xla")(*args)
     return jax.lax.platform_dependent(*args, **special, default=run("xla"))
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPUs that the traced program is for, such as (9, 0) of an H100.
+
+    It is that of `target_capability`, and otherwise the least of this process' GPUs. None without an NVIDIA GPU.
+    """
+    if target_capability.value is not None:
+        return target_capability.value
+    return _attached_capability()
+
+
+@functools.cache
+def _attached_capability() -> tuple[int, int] | None:
+    """The least compute capability of the NVIDIA GPUs of this process; None without one."""
+    if "cuda" not in get_backend().platform_version:
+        return None
+    major, minor = min(tuple(map(int, gpu.compute_capability.split("."))) for gpu in jax.local_devices())
+    return major, minor
 
 
 def compiler_options(platform: str) -> dict[str, str]:

@@ -6,10 +6,12 @@ decoded in one piece, since norms and attention see one tile at a time.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from tiue_jax.checked_fields import Range, check_fields
 
 
 class Autoencoder(Protocol):
@@ -31,15 +33,11 @@ class Tiling:
         tile_overlap_factor: the fraction of a tile that overlaps the next tile; at least 0 and below 1.
     """
 
-    tile_sample_min_size: int | None = None
-    tile_overlap_factor: float = 0.25
+    tile_sample_min_size: Annotated[int, Range(1, 65_536)] | None = None
+    tile_overlap_factor: Annotated[float, Range(0, 1, below_high=True)] = 0.25
 
     def __post_init__(self) -> None:
-        size, overlap = self.tile_sample_min_size, self.tile_overlap_factor
-        if size is not None and size < 1:
-            raise ValueError(f"tile_sample_min_size must be >= 1, got {size}")
-        if not 0 <= overlap < 1:
-            raise ValueError(f"tile_overlap_factor must be at least 0 and below 1, got {overlap}")
+        check_fields(self)
 
     def cut(self, cfg: Autoencoder) -> tuple[int, int, int]:
         """The side of a tile and the distance to the next tile, both in latents, and the width of a seam in pixels.

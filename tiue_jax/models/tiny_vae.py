@@ -5,17 +5,22 @@ Names and numerics are those of diffusers' AutoencoderTiny. Its latents have the
 """
 
 import dataclasses
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.checked_fields import Items, Range, check_fields
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import conv2d
 from tiue_jax.models.upsampling import upsample_convolve
-from tiue_jax.models.vae import dump_config, parse_config
+from tiue_jax.models.vae import Positive, Size, dump_config, parse_config
+
+_Widths = Annotated[tuple[Size, ...], Items(1, 16)]
+_Depths = Annotated[tuple[Annotated[int, Range(0, 64)], ...], Items(1, 16)]
 
 LATENT_CLAMP = 3.0  # limit of the decoder's input, by tanh; a constant of diffusers, not `latent_magnitude`
 
@@ -27,32 +32,33 @@ class TinyVAEConfig:
     `latent_magnitude` and `latent_shift` say how to store latents as bytes. Encoding and decoding do not read them.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    latent_channels: int = 4
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    in_channels: Size = 3
+    out_channels: Size = 3
+    encoder_block_out_channels: _Widths = (64, 64, 64, 64)
+    decoder_block_out_channels: _Widths = (64, 64, 64, 64)
+    latent_channels: Size = 4
+    num_encoder_blocks: _Depths = (1, 3, 3, 3)
+    num_decoder_blocks: _Depths = (3, 3, 3, 1)
     latent_magnitude: float = 3
     latent_shift: float = 0.5
-    scaling_factor: float = 1.0
+    scaling_factor: Positive = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "tiny_vae")
         for name in ("encoder", "decoder"):
             widths = getattr(self, f"{name}_block_out_channels")
             blocks = getattr(self, f"num_{name}_blocks")
             if len(widths) != len(blocks):
-                raise ValueError(f"num_{name}_blocks must have {len(widths)} entries, one a width, got {blocks}")
+                raise ValueError(
+                    f"tiny_vae.num_{name}_blocks must have {len(widths)} entries, one a width, got {blocks}"
+                )
             if len(set(widths)) != 1:
-                raise ValueError(f"{name}_block_out_channels must be one width throughout, got {widths}")
+                raise ValueError(f"tiny_vae.{name}_block_out_channels must be one width throughout, got {widths}")
         if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
             raise ValueError(
-                f"num_decoder_blocks must have as many entries as num_encoder_blocks={self.num_encoder_blocks}, "
-                f"got {self.num_decoder_blocks}"
+                "tiny_vae.num_decoder_blocks must have as many entries as "
+                f"num_encoder_blocks={self.num_encoder_blocks}, got {self.num_decoder_blocks}"
             )
-        if self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor must be > 0, got {self.scaling_factor}")
 
     @property
     def factor(self) -> int:
@@ -77,9 +83,9 @@ class TinyVAEConfig:
         }
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Self:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Reads diffusers' config.json. Raises ValueError with the name of a field that is not supported."""
-        return parse_config(cls, d, "AutoencoderTiny")
+        return parse_config(cls, d, "tiny_vae", "AutoencoderTiny")
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of diffusers' config.json."""

@@ -1,5 +1,6 @@
 """CLIP's tokenizer as one function from prompts to token ids. Several threads may call it at the same time."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -7,9 +8,15 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+
+from tiue_jax.checked_fields import Range, check, read, shown
+from tiue_jax.files import read_json
+from tiue_jax.temporary import temporary_folder
+
+TokenId = Annotated[int, Range(0, 2**31 - 1)]
 
 # All files that a tokenizer is read from. Other files of its folder are not opened, so the same list is downloaded.
 TOKENIZER_FILES = (
@@ -42,17 +49,21 @@ class Tokenizer:
     Args:
         folder: contains tokenizer.json, or vocab.json and merges.txt.
         length: number of tokens in the text encoder's context. If the tokenizer has a lower limit, that is used.
+        vocab_size: number of tokens that the text encoder knows. None if no text encoder reads the token ids.
 
     Raises:
         FileNotFoundError: the folder has none of these files.
-        ValueError: transformers cannot read the tokenizer.
+        ValueError: a file is damaged, transformers cannot read the tokenizer, or it has tokens that the text encoder
+            does not know.
     """
 
-    def __init__(self, folder: str | Path, length: int):
-        tokenizer = load(Path(folder))
+    def __init__(self, folder: str | Path, length: int, vocab_size: int | None = None):
+        folder = Path(folder)
+        tokenizer = load(folder)
         self.length = min(tokenizer.model_max_length, length)
-        self.pad = tokenizer.pad_token_id
+        self.pad = check(f"{folder}: the id of the pad_token", TokenId, tokenizer.pad_token_id)
         self.backend = tokenizer.backend_tokenizer
+        _check_known(folder, self.backend, vocab_size)
         self.backend.no_truncation()  # tokenizer.json may have set both
         self.backend.no_padding()
         self.several = tokens_of_several_vectors(tokenizer.added_tokens_encoder)
@@ -109,19 +120,78 @@ def _shortened(text: str) -> str:
     return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}..."
 
 
+def _check_known(folder: Path, backend: Any, vocab_size: int | None) -> None:
+    """Raises ValueError if a tokenizer has tokens that a text encoder with `vocab_size` tokens does not know."""
+    if vocab_size is None:
+        return
+    tokens = backend.get_vocab(with_added_tokens=True)
+    if unknown := sorted((number, token) for token, number in tokens.items() if number >= vocab_size):
+        number, token = unknown[0]
+        raise ValueError(
+            f"{folder}: the tokenizer does not fit the text encoder, whose vocab_size is {vocab_size}: expected token "
+            f"ids below it, got {number} for {shown(token)} and {len(unknown) - 1} more"
+        )
+
+
+_Token = str | dict | None  # a text, or the text and how it is matched
+
+
+@dataclasses.dataclass(frozen=True)
+class _TokenizerConfig:
+    """Fields of tokenizer_config.json and special_tokens_map.json that a tokenizer's work depends on."""
+
+    model_max_length: Annotated[int, Range(2)] | None = None  # the first and last token are always there
+    bos_token: _Token = None
+    eos_token: _Token = None
+    unk_token: _Token = None
+    pad_token: _Token = None
+    additional_special_tokens: tuple[_Token, ...] | dict | None = None
+    added_tokens_decoder: dict[str, dict] | None = None
+    add_prefix_space: bool | None = None
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError, naming the file, for a JSON file of a tokenizer that is damaged."""
+    found = {name: read_json(folder / name) for name in TOKENIZER_FILES if _is_json(folder / name)}
+    for name, content in found.items():
+        try:
+            if name in ("vocab.json", "added_tokens.json"):
+                _check_ids(content)
+            elif name in ("tokenizer_config.json", "special_tokens_map.json"):
+                read(_TokenizerConfig, content)
+        except ValueError as error:
+            raise ValueError(f"{folder / name}: {error}") from error
+
+
+def _check_ids(ids: dict[str, Any]) -> None:
+    """Raises ValueError for a token whose id is no number. There may be 50,000, so only a wrong one is described."""
+    for token, number in ids.items():
+        if type(number) is not int or number < 0:
+            check(f"the id of token {shown(token)}", TokenId, number)
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json" and path.is_file()
+
+
 def load(folder: Path) -> Any:
     """The CLIPTokenizer of transformers. Errors as Tokenizer."""
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
         raise FileNotFoundError(f"{folder}: no tokenizer.json or vocab.json, expected the files of a CLIPTokenizer")
+    _check_files(folder)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that PyTorch is not installed
     from transformers import CLIPTokenizer  # here, since the import takes seconds
 
-    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax") as aside:
         for name in TOKENIZER_FILES:  # transformers sees no other file
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(aside) / name)
+                shutil.copyfile(folder / name, aside / name)
         try:
-            return CLIPTokenizer.from_pretrained(aside)
-        except Exception as error:  # on broken files its parsers, in Rust and Python, raise plain Exceptions
-            reason = " ".join(str(error).replace(aside, str(folder)).split())
-            raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason}") from error
+            tokenizer = CLIPTokenizer.from_pretrained(aside)
+            tokenizer.backend_tokenizer.encode("a photo")  # some parts of a tokenizer fail only when they are used
+            return tokenizer
+        except BaseException as error:  # on broken files its parsers, in Rust and Python, raise plain Exceptions
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+                raise
+            reason = " ".join(str(error).replace(str(aside), str(folder)).split())
+            raise ValueError(f"{folder}: transformers cannot read this tokenizer: {reason[:300]}") from error

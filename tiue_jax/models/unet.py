@@ -4,12 +4,14 @@ TiUE (arXiv 2505.21960) runs `encode` once and `decode` at several timesteps. A 
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 from flax import nnx
 
 from tiue_jax import sharding
+from tiue_jax.checked_fields import Items, Range, check_fields, check_others, one_of, read
 from tiue_jax.models import attention, functional, layers, rows
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.layer_by_layer import LayerByLayer
@@ -61,8 +63,17 @@ REMAT_POLICIES: dict[str, Any] = {
     # also the outputs of the attentions
     "attention": jax.checkpoint_policies.save_only_these_names(layers.STREAM, attention.OUTPUT),
 }
-_DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
-_UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+_DownBlock = Annotated[str, one_of(("CrossAttnDownBlock2D", "DownBlock2D"))]
+_UpBlock = Annotated[str, one_of(("CrossAttnUpBlock2D", "UpBlock2D"))]
+_Size = Annotated[int, Range(1, 65_536)]
+_Depth = Annotated[int, Range(1, 64)]  # layers of a block; each takes time to build, before any weight is read
+_MOST_LAYERS = 1000
+_NUMBERS_OR_ONE_PER_BLOCK = (
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,66 +84,63 @@ class UNetConfig:
     `upcast_attention` asks for float32 attention logits. This UNet always computes them in float32.
     """
 
-    sample_size: int | None = 64
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: _Size | tuple[_Size, _Size] | None = 64  # of the latents; two numbers are height and width
+    in_channels: _Size = 4
+    out_channels: _Size = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
-    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 768
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
+    freq_shift: Annotated[int, one_of((0, 1))] = 0
+    down_block_types: tuple[_DownBlock, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[_UpBlock, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: Annotated[tuple[_Size, ...], Items(1, 16)] = (320, 640, 1280, 1280)
+    layers_per_block: _Depth | tuple[_Depth, ...] = 2
+    downsample_padding: Annotated[int, one_of((0, 1))] = 1
+    norm_num_groups: _Size = 32
+    norm_eps: Annotated[float, Range(0, 1, above_low=True)] = 1e-5
+    cross_attention_dim: _Size | tuple[_Size, ...] = 768
+    transformer_layers_per_block: _Depth | tuple[_Depth, ...] = 1
+    attention_head_dim: _Size | tuple[_Size, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    time_cond_proj_dim: int | None = None  # width of the guidance embedding of latent consistency models
+    time_cond_proj_dim: _Size | None = None  # width of the guidance embedding of latent consistency models
 
     def __post_init__(self):
+        check_fields(self, "unet")
         n = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != n:
-                raise ValueError(f"unet {name} must have one entry per block ({n}), got {list(getattr(self, name))}")
-        for name, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
-            for kind in getattr(self, name):
-                if kind not in known:
-                    raise ValueError(f"unet {name} must be among {list(known)}, got {kind!r}")
-        for name in ("layers_per_block", "attention_head_dim", "cross_attention_dim", "transformer_layers_per_block"):
+                raise ValueError(f"unet.{name} must have one entry per block ({n}), got {list(getattr(self, name))}")
+        for name in _NUMBERS_OR_ONE_PER_BLOCK:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != n:
-                raise ValueError(f"unet {name} must be a number or one per block ({n}), got {list(value)}")
-        if self.downsample_padding not in (0, 1):
-            raise ValueError(f"unet downsample_padding must be 0 or 1, got {self.downsample_padding}")
-        if not isinstance(self.norm_num_groups, int):
-            raise ValueError(f"unet norm_num_groups must be a number, got {self.norm_num_groups}")
+                raise ValueError(f"unet.{name} must be a number or one per block ({n}), got {list(value)}")
+
+        depths = zip(self.per_block("layers_per_block"), self.per_block("transformer_layers_per_block"), strict=True)
+        if (total := sum(depth * (1 + inner) for depth, inner in depths)) > _MOST_LAYERS:
+            product = "layers_per_block x transformer_layers_per_block"
+            raise ValueError(f"unet.{product} must make at most {_MOST_LAYERS} layers, got {total}")
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads a diffusers config.
 
         Raises:
             ValueError: a field or a value that this UNet does not support, or fields that contradict each other.
         """
-        if (kind := config.get("_class_name", _CLASS)) != _CLASS:
-            raise ValueError(f"unet config field '_class_name' is {kind!r}: only {_CLASS!r} is supported")
-        known = {field.name for field in dataclasses.fields(cls)}
-        kept: dict[str, Any] = {}
-        for name, value in config.items():
-            if name in known:
-                kept[name] = tuple(value) if isinstance(value, list) else value
-            elif not name.startswith("_") and name not in _EMA_FIELDS and (name not in _FIXED or value != _FIXED[name]):
-                wanted = f"only {_FIXED[name]!r} is supported" if name in _FIXED else "the field is unknown"
-                raise ValueError(f"unet config field {name!r} is {value!r}: {wanted}")
-        return cls(**kept)
+        fixed = {"_class_name": _CLASS, **_FIXED}
+        notes = [name for name in config if name.startswith("_") and name != "_class_name"]
+        check_others(cls, config, "unet", fixed, ignored=(*notes, *_EMA_FIELDS))
+        return read(cls, config, "unet")
 
     def to_dict(self) -> dict[str, Any]:
         """The diffusers config, loadable by UNet2DConditionModel."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return {"_class_name": _CLASS, **fields}
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """Height and width of the latents that the UNet was trained on. None if the config does not say it."""
+        size = self.sample_size
+        return (size, size) if isinstance(size, int) else size
 
     def per_block(self, name: str) -> tuple[int, ...]:
         """The values of a field for each block, if the config gives one for all blocks or one for each."""

@@ -5,45 +5,49 @@ Names and numerics are those of diffusers' AutoencoderKL. Latents here are unsca
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tiue_jax.checked_fields import Items, Range, check_fields, check_others, read, shown
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import Attention, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, conv2d
 
 EPS = 1e-6  # of all norms of the autoencoder
 LOGVAR_RANGE = (-30.0, 20.0)
-JSON_NOTES = ("_class_name", "_diffusers_version", "_name_or_path")  # fields of config.json that are not settings
+JSON_NOTES = ("_diffusers_version", "_name_or_path")  # fields of config.json that are not settings
+
+T = TypeVar("T")
+Size = Annotated[int, Range(1, 65_536)]
+Depth = Annotated[int, Range(1, 64)]  # layers of a block; each takes time to build, before any weight is read
+Positive = Annotated[float, Range(0, above_low=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Fields and defaults of diffusers' AutoencoderKL. Fields with only one supported value are in `fixed`."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 32  # side of the training images in pixels; other images may have any size
-    scaling_factor: float = 0.18215
+    in_channels: Size = 3
+    out_channels: Size = 3
+    block_out_channels: Annotated[tuple[Size, ...], Items(1, 16)] = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Size = 4
+    norm_num_groups: Size = 32
+    sample_size: Size = 32  # side of the training images in pixels; other images may have any size
+    scaling_factor: Positive = 0.18215
     force_upcast: bool = True  # whether activations overflow in float16; they do not in float32 and bfloat16
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        if not self.block_out_channels:
-            raise ValueError("block_out_channels must name at least one width, got ()")
-        if self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor must be > 0, got {self.scaling_factor}")
+        check_fields(self, "vae")
         if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise ValueError(
-                f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}, got {bad}"
+                f"vae.block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}, got {bad}"
             )
 
     @property
@@ -65,36 +69,31 @@ class VAEConfig:
         }
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> Self:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Reads diffusers' config.json. Raises ValueError with the name of a field that is not supported."""
-        return parse_config(cls, d, "AutoencoderKL")
+        return parse_config(cls, d, "vae", "AutoencoderKL")
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of diffusers' config.json."""
         return dump_config(self, "AutoencoderKL")
 
 
-def parse_config(cls: type, d: dict[str, Any], class_name: str) -> Any:
+def parse_config(cls: type[T], d: Mapping[str, Any], section: str, class_name: str) -> T:
     """Reads a config dataclass from diffusers' JSON.
 
     Args:
         cls: the dataclass, with a property `fixed` of all other fields that the JSON may have, and their values.
         d: the JSON.
+        section: begins the names of fields in errors.
         class_name: diffusers' class.
 
     Raises:
         ValueError: another class, an unknown field, or a value that is not supported.
     """
     if (kind := d.get("_class_name", class_name)) != class_name:
-        raise ValueError(f"_class_name must be {class_name!r}, got {kind!r}")
-    d = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k not in JSON_NOTES}
-    fields = {f.name for f in dataclasses.fields(cls)}
-    cfg = cls(**{k: v for k, v in d.items() if k in fields})
-    for name in sorted(d.keys() - fields):
-        if name not in cfg.fixed:
-            raise ValueError(f"{cls.__name__} does not support the field {name}, got {d[name]!r}")
-        if d[name] != cfg.fixed[name]:
-            raise ValueError(f"{name} must be {cfg.fixed[name]!r}, got {d[name]!r}")
+        raise ValueError(f"{section}._class_name must be {class_name!r}, got {shown(kind)}")
+    cfg: Any = read(cls, d, section)
+    check_others(cls, d, section, cfg.fixed, ignored=("_class_name", *JSON_NOTES))
     return cfg
 
 

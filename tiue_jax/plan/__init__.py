@@ -1,1 +1,1 @@
-"""Plans a run on TPUs before they are rented: the memory that it needs, and a bound on its speed."""
+"""Plans a run on TPUs or GPUs before they are rented: the memory that it needs, and a bound on its speed."""

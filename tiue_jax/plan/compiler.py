@@ -1,4 +1,4 @@
-"""Runs the TPU's compiler in another process, and stops it as soon as the results are known."""
+"""Runs the compiler of TPUs or GPUs in another process, and stops it as soon as the results are known."""
 
 import contextlib
 import multiprocessing
@@ -15,6 +15,7 @@ import jax
 
 from tiue_jax.plan import flops
 from tiue_jax.plan.programs import Program
+from tiue_jax.temporary import temporary_folder
 
 MODES = ("quick", "full")
 # The files that the compiler writes when it has assigned memory, in this order. Afterwards it makes machine code, which
@@ -36,7 +37,7 @@ class Compiled(NamedTuple):
         peak_bytes: bytes per chip of arguments, temporaries and outputs. An output in the memory of a donated
             argument does not count again.
         temp_bytes: bytes per chip of temporaries.
-        text: the optimised HLO in the order of its schedule. In full mode it contains estimates of cycles.
+        text: the optimised HLO in the order of its schedule. In full mode a TPU's contains estimates of cycles.
     """
 
     parts: dict[str, int]
@@ -48,12 +49,12 @@ class Compiled(NamedTuple):
 
 
 def compile_program(build: Callable[[], Program], mode: str) -> Compiled:
-    """Compiles a program as the TPU hosts would, with all optimisations.
+    """Compiles a program as the hosts of the TPUs or GPUs would, with all optimisations.
 
     Args:
         build: makes the program in the other process. It is a function or a partial that can be pickled.
         mode: "quick" stops when schedule and memory are known, before machine code is made. "full" waits for the
-            compiler to end, and then has its estimates of cycles.
+            compiler to end, and then has its estimates of cycles, which there are for TPUs.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler refused the program for another reason than memory.
@@ -62,8 +63,7 @@ def compile_program(build: Callable[[], Program], mode: str) -> Compiled:
     """
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
     answers, send = spawn.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="tiue_jax_plan_", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax-plan") as folder:
         process = spawn.Process(target=_compile, args=(send, build, folder, mode), daemon=True)
         process.start()
         send.close()  # now only the child holds this end: if the child is killed, recv raises EOFError
@@ -113,7 +113,7 @@ def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode:
     Sends (parts, FLOPs), then the program's text, or the bytes that it needs if it does not fit, or an error.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU of this machine
+    jax.config.update("jax_platforms", "cpu")  # does not occupy a TPU or GPU of this machine
     with contextlib.suppress(BrokenPipeError):
         try:
             program = build()
@@ -150,6 +150,6 @@ def _receive(answers: Connection, process: Any) -> Any:
 def _only(folder: Path, pattern: str) -> Path:
     if len(found := list(folder.glob(pattern))) != 1:
         raise RuntimeError(
-            f"expected one file {pattern} of the TPU's compiler, got {len(found)}: is this version of libtpu too new?"
+            f"expected one file {pattern} of the compiler, got {len(found)}: is this version of jax or libtpu too new?"
         )
     return found[0]

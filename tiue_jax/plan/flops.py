@@ -19,6 +19,10 @@ _CALLS = frozenset(
     "eval_jaxpr".split()  # jax 0.12 traces jax.checkpoint to it
 )
 
+# Products of queries, keys and a width in JAX' primitives of cuDNN attention, which have no jaxpr. The backward kernel
+# computes the logits again, and the gradients of the weights, queries, keys and values.
+_CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Returns the FLOPs of a call. Only shapes are used: `args` and `kwargs` are arrays or ShapeDtypeStructs.
@@ -37,6 +41,7 @@ def count(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     - a recomputation (jax.checkpoint) counts again;
     - a scan counts its body times its length, `cond` counts its most expensive branch;
     - shard_map counts its body once for each device, a Pallas kernel once for each point of its grid;
+    - attention by cuDNN counts all logits, also if it is causal;
     - a convolution counts products with padding, but not products with the holes of a dilated input or kernel.
 
     Raises:
@@ -61,6 +66,9 @@ def _equation(eqn: JaxprEqn, known: dict[int, int]) -> int:
         return _dot_general(eqn)
     if name == "conv_general_dilated":
         return _convolution(eqn)
+    if name in _CUDNN:
+        query, key = _shape(eqn.invars[0]), _shape(eqn.invars[1])  # [b n h d], [b m h d]
+        return _CUDNN[name] * 2 * math.prod(query) * key[1]
     if not (bodies := [_body(body, known) for body in jaxprs_in_params(params)]):
         return 0
     if name in _CALLS:

@@ -145,10 +145,11 @@ def _collective(instruction: re.Match[str], line: str, computation: str) -> _Col
     if (opcode := _COLLECTIVE.fullmatch(instruction["opcode"])) is None:
         return None
     kind, started = opcode["kind"], opcode["start"] is not None
+    waits = '"is_sync":true' in line  # of the GPU's compiler: nothing is computed between start and end
     sent = _sent(kind, started, instruction["shape"], line)
     if computation.startswith("all-reduce-scatter"):  # the TPU's compiler fuses an all-reduce with its slice
         return _Collective("reduce-scatter", sent // 2, started)
-    return _Collective(kind, sent, started)
+    return _Collective(kind, sent, started and not waits)
 
 
 def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
@@ -164,7 +165,7 @@ def _sent(kind: str, asynchronous: bool, shape: str, line: str) -> int:
         raise ValueError(f"{kind} without replica groups: {line.strip()[:200]}")
     whole = sum(sizes)
     if kind == "all-gather" and asynchronous:
-        whole = max(sizes)  # the shape has the operands and the result, which is larger
+        whole = whole * n // (n + 1)  # the shape has the operands, each a part of n, and the results
     if kind == "reduce-scatter":
         whole *= n  # the result is one of n parts
     return whole * (n - 1) // n * (2 if kind == "all-reduce" else 1)

@@ -1,4 +1,4 @@
-"""Measures one program: compiles it for TPUs and reads memory, FLOPs and communication from the result."""
+"""Measures one program: compiles it for TPUs or GPUs and reads memory, FLOPs and communication from the result."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ class Measured:
     """The needs of a compiled program. Bytes and FLOPs are per chip and step, or per batch of images for a sampler.
 
     Attributes:
-        topology: the topology that it was compiled for, such as "v5e:4x4".
+        topology: the topology that it was compiled for, such as "v5e:4x4" or "h100:8".
         program: "train" or "sampler".
         mode: "quick" or "full", see compiler.compile_program.
         batch_per_chip: rows of the batch.

@@ -38,13 +38,13 @@ class Planner:
 
     Args:
         settings: the settings of the run. Batch size, mesh and remat policy are replaced by those of each choice.
-        topology: kind of chip and shape, such as "v5e:4x4".
+        topology: kind of chip and shape, such as "v5e:4x4", or kind and number of GPUs, such as "h100:8".
         mode: one of compiler.MODES.
         sampler: True for the student's sampler, False for the training step.
 
     Raises:
         FileNotFoundError, ValueError: the topology, or a model, file or setting is missing or wrong.
-        ModuleNotFoundError: libtpu is not installed.
+        ModuleNotFoundError: the wheels that contain the compiler are not installed.
     """
 
     def __init__(self, settings: Settings, topology: str, mode: str, sampler: bool):
@@ -54,7 +54,7 @@ class Planner:
         self.sampler = sampler
         self.chip, self.chips = chips.parse(topology)
         self.models = architecture.read(settings)
-        self.versions = [jax.__version__, chips.libtpu_version()]
+        self.versions = [jax.__version__, *chips.compiler_versions(self.chip)]
 
     def measure(self, choice: Choice) -> Measured:
         """Returns the kept result of a choice, or compiles the program and keeps the result.
@@ -97,7 +97,7 @@ class Planner:
             "embeddings": bool(settings.data.embeddings),
             "sharding": [settings.train.mesh_replicate_below, settings.train.mesh_replicate_frozen],
             "versions": self.versions,
-            "compiler": [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")],
+            "compiler": [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS", chips.MEMORY_FRACTION)],
         }
 
 

@@ -1,5 +1,6 @@
 """The programs that a plan compiles, on shapes alone: the training step of a run, and the sampler of its student."""
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.functional import Component
+from tiue_jax.models.platforms import target_capability
 from tiue_jax.models.unet import UNet
 from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.plan import chips
@@ -32,10 +34,11 @@ def train(settings: Settings, models: Architecture, topology: str) -> Program:
     mesh = sharding.make_mesh(settings.train.mesh_data, settings.train.mesh_fsdp, devices=chips.devices(topology))
     teacher = models.pipeline
     frozen = step_inputs.abstract_models(teacher.unet, teacher.text_encoder, models.tiny_vae, models.clip)
-    program = compiled_step.make(settings, mesh, frozen, teacher.schedule)
-    arrays = memory_table.arrays(program.state, program.frozen)
-    parts = {part.name: part.bytes_per_device for part in memory_table.parts(arrays)}
-    return Program(program.trace(), parts)
+    with _traced_for(topology):
+        program = compiled_step.make(settings, mesh, frozen, teacher.schedule)
+        arrays = memory_table.arrays(program.state, program.frozen)
+        parts = {part.name: part.bytes_per_device for part in memory_table.parts(arrays)}
+        return Program(program.trace(), parts)
 
 
 def sampler(settings: Settings, models: Architecture, topology: str) -> Program:
@@ -78,8 +81,14 @@ def sampler(settings: Settings, models: Architecture, topology: str) -> Program:
         given=shared(dtype=jnp.bool),
     )
     bytes_of = {name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for name, part in params.items()}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _traced_for(topology):
         return Program(jax.jit(sample).trace(params, batch), bytes_of)
+
+
+def _traced_for(topology: str) -> contextlib.AbstractContextManager[None]:
+    """Tells the models which GPUs the program is for. This process need not have them."""
+    card = chips.parse(topology)[0].card
+    return target_capability(None if card is None else card.capability)
 
 
 def with_choice(settings: Settings, rows: int, fsdp: int, count: int, remat: Any) -> Settings:

@@ -12,7 +12,7 @@ from tiue_jax.training.settings import Settings
 
 
 class Cost(NamedTuple):
-    """The time of a program, computed from the chip's published peaks.
+    """The time of a program, computed from the published peaks of the chip or GPU.
 
     Attributes:
         compute_seconds: FLOPs over the peak.
@@ -43,7 +43,7 @@ def cost(measured: Measured, chip: Chip, images: int | None = None) -> Cost:
     compute = measured.flops_per_chip / chip.peak_flops
     collective = measured.collective_bytes / chip.ici_bandwidth
     memory = (measured.bytes_accessed or 0) / chip.hbm_bandwidth
-    cycles = (measured.estimated_cycles or 0) / chip.clock
+    cycles = (measured.estimated_cycles or 0) / (chip.clock or 1)  # a GPU has neither
     waiting = (measured.collective_bytes - (measured.background_bytes or 0)) / chip.ici_bandwidth
     step = max(max(compute, cycles) + waiting, collective)
     rate = measured.batch_per_chip * chips / step
@@ -141,8 +141,14 @@ def readable(size: float) -> str:
 
 def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
     """Returns lines to print below the tables: if the program fits, its settings, and the meaning of the times."""
-    needs = f"{readable(chosen.peak_bytes)} of the {readable(chosen.hbm_bytes)} of a {chip.kind} chip"
+    limit = f"{readable(chosen.hbm_bytes)} of a {chip.kind} chip"
+    if chip.card is not None:
+        whole = readable(chip.card.memory_bytes)
+        limit = f"{readable(chosen.hbm_bytes)} that JAX takes of the {whole} of a {chip.kind}"
+    needs = f"{readable(chosen.peak_bytes)} of the {limit}"
     lines = [f"fits: {needs}" if chosen.fits else f"does not fit: it needs {needs}"]
+    if chip.card is not None:
+        lines.append("memory: without the workspaces of cuDNN and cuBLAS, which are chosen on a card")
     if not chosen.fits:
         return lines
     if chosen.program == "train":
@@ -160,7 +166,7 @@ def notes(chosen: Measured, chip: Chip, settings: Settings) -> list[str]:
             f"days and chip-hours are for {train.max_train_steps:,} steps of {train.batch_size}, "
             f"{train.max_train_steps * train.batch_size:,} images in all"
         )
-    bound = "the compiler's estimate" if chosen.mode == "full" else "the shortest possible time"
+    bound = "the compiler's estimate" if chosen.estimated_cycles is not None else "the shortest possible time"
     peaks = f"{chip.peak_flops / 1e12:.0f} TFLOP/s and {readable(chip.ici_bandwidth)}/s between chips"
     lines.append(f"step: {bound}, at {peaks}; links: the share of it in which chips send to each other")
     if chosen.collective_bytes:

@@ -3,9 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+
+from tiue_jax import memory
+from tiue_jax.checked_fields import Range, check
+
+_LISTED = 96  # bytes of a NumberedPrompt and its number, without the prompt
 
 
 class NumberedPrompt(NamedTuple):
@@ -27,12 +32,13 @@ def number_images(
         negative_prompt: one text for all prompts, or a list with one for each. None is the empty text.
 
     Raises:
-        ValueError: an argument is wrong.
+        ValueError: an argument is wrong, or the list does not fit into memory.
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-    if images_each < 1:
-        raise ValueError(f"num_images_per_prompt must be >= 1, got {images_each}")
+    images_each = check("num_images_per_prompt", Annotated[int, Range(1)], images_each)
+    total = images_each * len(prompts)
+    memory.check_fits(f"num_images_per_prompt = {images_each}: a list of {total} images", _LISTED * total)
     if negative_prompt is None or isinstance(negative_prompt, str):
         negatives = [negative_prompt or ""] * len(prompts)
     else:

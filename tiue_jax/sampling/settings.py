@@ -1,14 +1,16 @@
 """The settings that a model is sampled with: `tiue_config.json`, defaults, and overrides."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+from tiue_jax.checked_fields import Range, check_fields, check_others, one_of, read, shown
 from tiue_jax.files import read_json
 from tiue_jax.sampling.samplers import SAMPLERS, takers
 from tiue_jax.schedule import SPACINGS, Schedule
+
+_Count = Annotated[int, Range(1, 1_000_000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,39 +27,27 @@ class Sampling:
             step. None is the sampler's default.
     """
 
-    sampler: str = "ddim"
-    num_inference_steps: int | None = None
+    sampler: Annotated[str, one_of(list(SAMPLERS))] = "ddim"
+    num_inference_steps: _Count | None = None
     guidance_scale: float | None = None
-    timestep_spacing: str | None = None
-    key_steps: int | tuple[int, ...] | None = None
+    timestep_spacing: Annotated[str, one_of(SPACINGS)] | None = None
+    key_steps: _Count | tuple[Annotated[int, Range(0, 1_000_000)], ...] | None = None
 
     def __post_init__(self):
-        k, w = self.num_inference_steps, self.guidance_scale
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be among {list(SAMPLERS)}, got {self.sampler!r}")
-        if k is not None and (not isinstance(k, int) or k < 1):
-            raise ValueError(f"num_inference_steps must be an integer >= 1, got {k!r}")
-        if w is not None and not (isinstance(w, int | float) and math.isfinite(w)):
-            raise ValueError(f"guidance_scale must be a finite number, got {w!r}")
-        if self.timestep_spacing not in (None, *SPACINGS):
-            raise ValueError(f"timestep_spacing must be among {list(SPACINGS)}, got {self.timestep_spacing!r}")
+        check_fields(self)
         if self.key_steps is not None and not _are_key_steps(self.key_steps):
             expected = "a number >= 1 or increasing numbers from 0"
-            raise ValueError(f"key_steps must be {expected}, got {self.key_steps!r}")
+            raise ValueError(f"key_steps must be {expected}, got {shown(self.key_steps)}")
         for name in ("guidance_scale", "timestep_spacing", "key_steps"):
             value = getattr(self, name)
             if value is not None and not SAMPLERS[self.sampler].takes(name):
                 raise ValueError(f"{name} is a setting of samplers {takers(name)}, got {value!r} with {self.sampler!r}")
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads the fields of `tiue_config.json`. Raises ValueError for an unknown field or a wrong value."""
-        for name in sorted(set(config) - {field.name for field in dataclasses.fields(cls)}):
-            raise ValueError(f"unknown sampling field {name!r} = {config[name]!r}")
-        key_steps = config.get("key_steps")
-        if isinstance(key_steps, list):  # JSON has no tuples
-            config = config | {"key_steps": tuple(key_steps)}
-        return cls(**config)
+        check_others(cls, config, "", fixed={})
+        return read(cls, config)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -159,9 +149,8 @@ def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _are_key_steps(value: Any) -> bool:
-    """True for an integer >= 1, or a tuple of increasing integers from 0."""
-    if isinstance(value, tuple):
-        numbers = all(type(step) is int for step in value)
-        return numbers and value[:1] == (0,) and all(a < b for a, b in zip(value, value[1:], strict=False))
-    return type(value) is int and value >= 1
+def _are_key_steps(steps: int | tuple[int, ...]) -> bool:
+    """True for a number, or a tuple of increasing numbers from 0."""
+    if isinstance(steps, int):
+        return True
+    return steps[:1] == (0,) and all(a < b for a, b in zip(steps, steps[1:], strict=False))

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tiue_jax import files
-from tiue_jax.training import checksums
+from tiue_jax.training import checksums, orbax_output
 from tiue_jax.training.listing import listed
 
 FOLDER = "checkpoints"
@@ -91,6 +91,7 @@ def read_about(checkpoint: epath.Path) -> dict[str, dict[str, Any]]:
 @contextlib.contextmanager
 def reading(checkpoint: epath.Path) -> Iterator[None]:
     """Turns all errors that orbax raises on missing or damaged files into one line that names the checkpoint."""
+    orbax_output.silence()
     try:
         yield
     except Exception as error:  # KeyError, FileNotFoundError, ValueError, plain Exception: all were seen

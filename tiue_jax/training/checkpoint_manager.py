@@ -1,8 +1,6 @@
 """Orbax's CheckpointManager, with the changes that a run needs."""
 
-import logging
 import math
-import sys
 from collections.abc import Mapping
 
 import orbax.checkpoint as ocp
@@ -10,6 +8,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as keep
 
 from tiue_jax.files import read_json
+from tiue_jax.training import orbax_output
 from tiue_jax.training.checkpoint_files import one_line
 
 
@@ -30,9 +29,7 @@ class CheckpointManager(ocp.CheckpointManager):
         self.damaged: dict[int, str] = {}
         self._metric = metric
         self._limited = total_limit is not None
-        for library in ("absl", "asyncio"):
-            logging.getLogger(library).addFilter(_is_no_traceback_of_orbax)
-        drop_reports_of_closed_loops()
+        orbax_output.silence()
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # left by a run that was killed while it saved
@@ -80,27 +77,3 @@ class CheckpointManager(ocp.CheckpointManager):
             )
             policies.append(best)
         return keep.AnyPreservationPolicy(policies)
-
-
-def drop_reports_of_closed_loops() -> None:
-    """Drops one kind of "Exception ignored": that of a write which ends when orbax has closed its event loop.
-
-    When a write fails, as on a full disk, orbax ends without waiting for the other writes. Each of them then reports to
-    a loop that is closed, and Python prints a traceback. NotSavedError has said what failed.
-    """
-    hook = sys.unraisablehook
-    if getattr(hook, "drops_closed_loops", False):
-        return
-
-    def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            hook(unraisable)
-
-    report.drops_closed_loops = True  # type: ignore[attr-defined]
-    sys.unraisablehook = report
-
-
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters the tracebacks that orbax logs, one from each thread. NotSavedError says the same in one line."""
-    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))

@@ -107,7 +107,7 @@ class Distillation:
         replicated: bool = False,
         replicate_below: int = sharding.REPLICATE_BELOW,
     ):
-        size = config.latent_size or unet.sample_size
+        size = unet.latent_size if config.latent_size is None else (config.latent_size,) * 2
         if size is None:
             raise ValueError("latent_size must be given, since the UNet's config has no sample_size, got None")
         if unet.time_cond_proj_dim is not None:
@@ -119,7 +119,7 @@ class Distillation:
             raise ValueError(f"max_timestep must be at most the schedule's last, {limit}, got {config.max_timestep}")
         if config.clip_weight and clip_features is None:
             raise ValueError(f"clip_weight = {config.clip_weight} needs CLIP and a tiny autoencoder, got none")
-        self.config, self.latent_shape = config, (size, size, unet.in_channels)
+        self.config, self.latent_shape = config, (*size, unet.in_channels)
         self.schedule = dataclasses.replace(schedule, timestep_spacing=config.timestep_spacing)
         self.form = self.schedule.closed_form(config.num_inference_steps)
         self.encode_text, self.clip_features = encode_text, clip_features

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from rich.table import Table
 
+from tiue_jax import memory
 from tiue_jax.files import writing_aside
+from tiue_jax.models.unet import UNetConfig
 from tiue_jax.training import checksums
+from tiue_jax.training.settings import Settings, student_config
 
 # Names in the table for the fields of TrainState and distill.Frozen. Teacher and LoRA teacher share "unet".
 _PARTS = {
@@ -117,3 +120,11 @@ def _array(path: tuple[Any, ...], leaf: Any) -> Array:
         size=math.prod(shape) * item,
         bytes_per_device=math.prod(on_device) * item,
     )
+
+
+def check_batch(settings: Settings, unet: UNetConfig) -> None:
+    """Raises ValueError if the noise of this process's part of a batch alone does not fit into its memory."""
+    rows = settings.train.batch_size // jax.process_count()
+    size = student_config(settings, unet).latent_size or (1, 1)
+    what = f"train.batch_size = {settings.train.batch_size}: the noise of a batch"
+    memory.check_fits(what, 4 * rows * math.prod(size) * unet.in_channels)

@@ -15,13 +15,13 @@ import ml_collections
 import optax
 from ml_collections import config_dict
 
+from tiue_jax.checked_fields import Range, check_fields, one_of, shown, without_none
 from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import REMAT_POLICIES, UNetConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import SPACINGS
 from tiue_jax.sharding import REPLICATE_BELOW
 from tiue_jax.training import losses, optim
-from tiue_jax.training.checked_fields import Range, check_fields, one_of, shown, without_none
 
 # Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
 EVAL_METRICS = {"eval/teacher_distance": "min"}
@@ -222,7 +222,10 @@ class DistillConfig:
             raise ValueError(
                 f"distill.clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither"
             )
-        self.learning_rates()  # raises ValueError on a wrong rate or schedule
+        try:
+            self.learning_rates()
+        except ValueError as error:
+            raise ValueError(f"distill.warmup_steps or train.max_train_steps: {error}") from error
         LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank or target
 
     @classmethod
@@ -345,14 +348,19 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def setting_annotations() -> dict[str, Any]:
+    """The declared type and range of every setting, by its name with a dot, such as "train.batch_size"."""
+    return {
+        f"{section.name}.{name}": annotation
+        for section in dataclasses.fields(Settings)
+        for name, annotation in typing.get_type_hints(section.type, include_extras=True).items()
+        if (section.name, name) != _DERIVED
+    }
+
+
 def optional_settings() -> list[str]:
     """The settings that may be None, with dots: "train.checkpoints_total_limit" and others."""
-    return [
-        f"{section.name}.{name}"
-        for section in dataclasses.fields(Settings)
-        for name, kind in typing.get_type_hints(section.type).items()
-        if without_none(kind) is not None and (section.name, name) != _DERIVED
-    ]
+    return [name for name, annotation in setting_annotations().items() if without_none(annotation) is not None]
 
 
 def student_sampling(settings: Settings) -> Sampling:

@@ -106,8 +106,10 @@ def read_teacher(settings: Settings) -> Teacher:
         tiny_vae_config = read_config(folders["tiny_vae"], TinyVAEConfig)
         tiny_vae = _abstract(folders["tiny_vae"], AutoencoderTiny, tiny_vae_config)
         models = models._replace(clip=clip, tiny_vae=tiny_vae)
-        tokenize_clip = Tokenizer(folders["clip"], clip.cfg.text_config.max_position_embeddings)
-    tokenize = Tokenizer(folder / "tokenizer", configs.text_encoder.max_position_embeddings)
+        of_clip = clip.cfg.text_config
+        tokenize_clip = Tokenizer(folders["clip"], of_clip.max_position_embeddings, of_clip.vocab_size)
+    text = configs.text_encoder
+    tokenize = Tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)
     return Teacher(
         folder=folder,
         models=models,

@@ -1,5 +1,6 @@
 """The folder of a run: on a disk that all hosts share, or in a bucket (gs://)."""
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -11,6 +12,7 @@ from typing import Self
 import jax
 
 from tiue_jax import files
+from tiue_jax.temporary import is_temporary, temporary_folder
 from tiue_jax.training import distributed
 from tiue_jax.training.listing import listed
 from tiue_jax.weights.layout import MODEL_INDEX
@@ -32,8 +34,11 @@ class Workdir:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = files.at(path)
-        self._aside = tempfile.TemporaryDirectory(prefix="tiue-jax-run-") if files.is_remote(self.path) else None
-        self.local = Path(self._aside.name) if self._aside else Path(self.path)
+        self.local = Path(self.path)
+        self._aside = contextlib.ExitStack() if files.is_remote(self.path) else None
+        if self._aside is not None:
+            self.local = self._aside.enter_context(temporary_folder(tempfile.gettempdir(), "tiue-jax")) / "run"
+            self.local.mkdir()
         self._locked: int | None = None
         self._published: dict[Path, tuple[int, int]] = {}
 
@@ -43,7 +48,7 @@ class Workdir:
     def __exit__(self, *exception: object) -> None:
         self.publish()
         if self._aside:
-            self._aside.cleanup()
+            self._aside.close()
         if self._locked is not None:
             os.close(self._locked)
 
@@ -75,6 +80,8 @@ class Workdir:
         mark = f".shared-{secrets.token_hex(8)}"
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
+            for left in self.path.glob(".shared-*") if self._locked is not None else []:
+                left.unlink()  # of a run that was killed: this one has the lock
             (self.path / mark).write_text("All processes of a run look for this file.")
         try:
             mark = distributed.gather(mark)[0]
@@ -99,7 +106,9 @@ class Workdir:
         """
         if self._aside is None or jax.process_index() > 0:
             return
-        found = [file for file in self.local.rglob("*") if file.is_file() and not file.name.endswith(".tmp")]
+        found = [
+            file for file in self.local.rglob("*") if file.is_file() and not is_temporary(file.relative_to(self.local))
+        ]
         for file in sorted(found, key=lambda file: file.name == MODEL_INDEX):
             about = file.stat()
             version = about.st_mtime_ns, about.st_size

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tiue_jax.files import expand, user_cache, write_json
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights import download
 from tiue_jax.weights.layout import MODEL_INDEX, PARTS, TIUE_CONFIG
 
@@ -222,8 +222,8 @@ def _complete(
     whole = cache / f"{text.strip('/').replace('/', '--')[-100:]}-{digest}"
     if not whole.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            new = Path(aside) / "new"
+        with temporary_folder(cache, whole.name) as aside:
+            new = aside / "new"
             new.mkdir()
             for name, target in targets.items():
                 (new / name).symlink_to(target)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from tiue_jax import sharding
+from tiue_jax.checked_fields import shown, shown_name
 from tiue_jax.files import check_new_folder, read_json, write_json, writing_folder_aside
 from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -87,11 +88,12 @@ def check_pipeline(folder: str | Path) -> None:
     for name, value in index.items():
         if isinstance(value, list) and any(value) and name not in (*_CLASS_NAMES, *_IGNORED_PARTS):
             known = ", ".join(_CLASS_NAMES)
-            raise ValueError(f"{path}: field {name!r} is {value!r}: Stable Diffusion 1.x and 2.x have only {known}")
+            only = f"Stable Diffusion 1.x and 2.x have only {known}"
+            raise ValueError(f"{path}: field {shown_name(name)!r} is {shown(value)}: {only}")
     for name, classes in _CLASS_NAMES.items():
         value = index.get(name)
         if not (isinstance(value, list) and value and value[-1] in classes):
-            raise ValueError(f"{path}: field {name!r} is {value!r}, expected {' or '.join(classes)}")
+            raise ValueError(f"{path}: field {name!r} is {shown(value)}, expected {' or '.join(classes)}")
 
 
 def read_configs(folder: str | Path, clip_skip: int = 0) -> Configs:
@@ -124,7 +126,7 @@ def read_config(folder: Path, config_class: Any) -> Any:
     config_dict = model_folder.read_config_dict(folder)
     try:
         return config_class.from_dict(config_dict)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
@@ -157,7 +159,7 @@ def load_sampling(folder: Path, unet: UNetConfig) -> Sampling:
     if student is None:
         return usual_sampling(unet)
     if not isinstance(student, dict):
-        raise ValueError(f"{scheduler}: {_STUDENT_FIELD} must be an object, got {student!r}")
+        raise ValueError(f"{scheduler}: {_STUDENT_FIELD} must be an object, got {shown(student)}")
     try:
         return Sampling.from_dict({"sampler": "tiue", **student})
     except ValueError as error:
@@ -185,8 +187,8 @@ def check_widths(name: str, unet: UNetConfig, vae: VAEConfig | TinyVAEConfig, te
 
 def image_size(unet: UNetConfig, vae: VAEConfig | TinyVAEConfig) -> tuple[int, int]:
     """Height and width, in pixels, of the images that a UNet was trained on."""
-    side = (unet.sample_size or vae.sample_size // vae.factor) * vae.factor
-    return side, side
+    height, width = unet.latent_size or (vae.sample_size // vae.factor,) * 2
+    return height * vae.factor, width * vae.factor
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def find_parts(
     notes += note
 
     configs, tokenizer = _configurations(kind, base)
-    Tokenizer(tokenizer, configs.text_encoder.max_position_embeddings)  # raises if there is no tokenizer
+    text = configs.text_encoder
+    Tokenizer(tokenizer, text.max_position_embeddings, text.vocab_size)  # raises if there is none that fits
     text_config = skip_layers(configs.text_encoder, clip_skip)
     text_layers = text_config.num_hidden_layers
     tensors, left = leftovers.split(tensors, text_layers)
@@ -162,7 +163,10 @@ def recognise(path: Path, tensors: Mapping[str, StoredTensor], prediction_type: 
             f"{path}: holds {label}: config field addition_embed_type (SDXL) or class_embed_type, not supported"
             f"{is_this}"
         )
-    if (channels := tensors[first].shape[1]) != _LATENT_CHANNELS:
+    shape = tensors[first].shape
+    if len(shape) != 4:
+        raise ValueError(f"{path}: {first} has shape {list(shape)}, expected the four axes of a convolution{is_this}")
+    if (channels := shape[1]) != _LATENT_CHANNELS:
         raise ValueError(
             f"{path}: config field in_channels must be {_LATENT_CHANNELS}, got {channels}, as of {first}{is_this}"
         )

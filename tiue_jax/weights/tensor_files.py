@@ -1,7 +1,6 @@
 """Finds the tensors in safetensors files and describes them without reading them. Names the files that are damaged."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from tiue_jax.files import expand, read_json
+from tiue_jax.checked_fields import shown, shown_name
+from tiue_jax.files import expand, parse_json, read_json
 from tiue_jax.weights import diagnosis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name: UNet and VAE
@@ -152,7 +152,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and the offset of its first tensor."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+        return parse_json(file.read(length).decode(), f"{path}: header"), 8 + length
 
 
 def _diagnose(path: Path, error: Exception) -> str:
@@ -184,11 +184,13 @@ def _shards(index: Path) -> dict[Path, list[str]]:
     """The files in an index, and the names of the tensors to take from each."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: expected a `weight_map` from tensor names to file names, got {weight_map!r}")
+        raise ValueError(f"{index}: expected a `weight_map` from tensor names to file names, got {shown(weight_map)}")
     shards: dict[Path, list[str]] = {}
     for name, filename in weight_map.items():
         if not isinstance(filename, str) or Path(filename).name != filename:
-            raise ValueError(f"{index}: expected the name of a file beside the index for {name}, got {filename!r}")
+            raise ValueError(
+                f"{index}: expected the name of a file beside the index for {shown_name(name)}, got {shown(filename)}"
+            )
         shards.setdefault(index.parent / filename, []).append(name)
     if absent := sorted(path.name for path in shards if not path.is_file()):
         raise FileNotFoundError(f"{index}: names files that are not there: {', '.join(absent)}")

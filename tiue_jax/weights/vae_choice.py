@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flax import nnx
 
+from tiue_jax.checked_fields import check, one_of
 from tiue_jax.files import expand
 from tiue_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
@@ -43,9 +44,8 @@ def find_vae(name: str | Path, replaced: VAEConfig) -> Part:
     folder = hub.resolve(alias, parts=("vae",))
     if not (folder / "config.json").is_file() and (folder / "vae").is_dir():
         folder = folder / "vae"
-    kind = model_folder.read_config_dict(folder).get("_class_name")
-    if kind not in AUTOENCODERS:
-        raise ValueError(f"{folder / 'config.json'}: _class_name must be among {list(AUTOENCODERS)}, got {kind!r}")
+    kind: Any = model_folder.read_config_dict(folder).get("_class_name")
+    kind = check(f"{folder / 'config.json'}: _class_name", Annotated[str, one_of(list(AUTOENCODERS))], kind)
     cls, config_class = AUTOENCODERS[kind]
     cfg = read_config(folder, config_class)
     scaling_factor = cfg.scaling_factor if cls is AutoencoderKL else SD_SCALING_FACTOR

@@ -1,14 +1,41 @@
-"""Prints the report of `tiue convert inspect` as tables."""
+"""`tiue convert inspect`: its flags, and its report as tables or as JSON."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tiue_jax.convert.inspect_model import Report
+from tiue_jax.cli.command_line import require
+from tiue_jax.convert.inspect_model import Report, inspect
 from tiue_jax.convert.tensor_facts import Facts
+
+
+def define_inspect(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue convert inspect`."""
+    add: dict[str, Any] = {"flag_values": values}
+    model = "a file, a folder, a shipped model or alias, or a hub repository; the name of the flag may be left out"
+    flags.DEFINE_string("model", None, f"{model} (required)", **add)
+    flags.DEFINE_bool("json", False, "print the report as JSON", **add)
+    values_help = "look for values that are not finite, which reads all weights"
+    flags.DEFINE_bool("values", True, values_help, **add)
+
+
+def run_inspect(args: flags.FlagValues) -> int:
+    """Says what a file, a folder or a hub repository is, and which commands read it.
+
+    tiue convert inspect FILE|FOLDER|HUB_ID [--json] [--novalues]
+    """
+    require(args, "model")
+    report = inspect(args.model, read_values=args.values)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_report(report)
+    return 0
 
 
 def print_report(report: Report) -> None:
