@@ -267,20 +267,39 @@ def test_the_table_and_the_json(root, capsys):
     assert f"--lora {root / 'lora.safetensors'} --out OUT" in out
 
 
-def test_repositories_of_the_hub(root, tmp_path, monkeypatch):
+def test_of_the_hub_only_headers_are_read(root, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = {
         str(path.relative_to(root / "model")): path.read_bytes()
         for path in (root / "model").rglob("*")
         if path.is_file()
     }
-    lora = {"style.safetensors": (root / "lora.safetensors").read_bytes()}
-    with fake_hub.serve(tmp_path / "hub", {"me/model": model, "me/lora": lora}):
-        assert inspect("me/model").kind.startswith("a pipeline folder")
+    files = {
+        "me/model": model,
+        "me/lora": {"style.safetensors": (root / "lora.safetensors").read_bytes()},
+        "me/file": {"a.safetensors": (root / "single.safetensors").read_bytes(), "b.safetensors": b"x" * 40},
+    }
+    with fake_hub.serve(tmp_path / "hub", files):
+        here, there = inspect(root / "model", read_values=False), inspect("me/model")
+        assert there.parts == here.parts and there.kind == here.kind and there.prediction_type == "epsilon"
         assert inspect("me/lora").adapter.ranks == {2: 2}
-        assert inspect("me/lora/style.safetensors").adapter.ranks == {2: 2}
-        with pytest.raises(FileNotFoundError, match="no such repository"):
-            inspect("me/nothing")
+        assert inspect("me/lora/style.safetensors").adapter.targets == {"to_q": 1, "to_k": 1}
+        assert (
+            inspect("me/file/a.safetensors").parts["unet"] == inspect(root / "single.safetensors", False).parts["unet"]
+        )
+        assert not list((tmp_path / "hub").rglob("*.safetensors"))  # no weights were downloaded
+        for name, said in (
+            ("me/nothing", "no such repository"),
+            ("me/file", "name one file"),
+            ("me/file/c.safetensors", "no file"),
+        ):
+            with pytest.raises((OSError, ValueError), match=said):
+                inspect(name)
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            inspect("me/file/b.safetensors")
+        downloaded = inspect("me/model", read_values=True)
+        assert downloaded.parts["unet"].checked and list((tmp_path / "hub").rglob("*.safetensors"))
+        assert inspect("me/lora/style.safetensors", read_values=True).adapter.alphas == {1.0: 2}
 
 
 def test_a_tiny_autoencoder_in_one_file_names_the_remedy(tmp_path):

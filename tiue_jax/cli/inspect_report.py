@@ -20,8 +20,8 @@ def define_inspect(values: flags.FlagValues) -> None:
     model = "a file, a folder, a shipped model or alias, or a hub repository; the name of the flag may be left out"
     flags.DEFINE_string("model", None, f"{model} (required)", **add)
     flags.DEFINE_bool("json", False, "print the report as JSON", **add)
-    values_help = "look for values that are not finite, which reads all weights"
-    flags.DEFINE_bool("values", True, values_help, **add)
+    values_help = "look for values that are not finite, which reads all weights (default: of what is on this disk)"
+    flags.DEFINE_bool("values", None, values_help, **add)
 
 
 def run_inspect(args: flags.FlagValues) -> int:

@@ -15,7 +15,7 @@ from tiue_jax.data import embeddings
 from tiue_jax.files import expand, read_json
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import PREDICTION_TYPES
-from tiue_jax.weights import diagnosis, hub, layout, leftovers, lora_source, original_names
+from tiue_jax.weights import diagnosis, hub, hub_headers, layout, leftovers, lora_source, original_names
 from tiue_jax.weights.pipeline_folder import check_pipeline, load_sampling, read_configs
 from tiue_jax.weights.prediction import read_evidence
 from tiue_jax.weights.tensor_files import StoredTensor, open_file, open_folder, read_metadata
@@ -81,12 +81,13 @@ class Report:
         return dataclasses.asdict(self)
 
 
-def inspect(name: str | Path, read_values: bool = True) -> Report:
+def inspect(name: str | Path, read_values: bool | None = None) -> Report:
     """Says what a file, a folder or a model's name is.
 
     Args:
-        name: a file, a folder, a shipped model or alias, or a hub repository (owner/name), which is downloaded.
-        read_values: look for values that are not finite, which reads all weights.
+        name: a file, a folder, a shipped model or alias, a hub repository (owner/name), or a file in one.
+        read_values: look for values that are not finite, which reads all weights, and downloads those of the hub. None
+            does so for what is on this disk.
 
     Raises:
         FileNotFoundError: there is no such file, folder or model.
@@ -94,18 +95,31 @@ def inspect(name: str | Path, read_values: bool = True) -> Report:
     """
     text, path = str(name), expand(name)
     if path.is_file():
-        return _inspect_file(text, path, read_values)
+        return _inspect_file(text, path, read_values is not False)
     if text and path.is_dir():
-        return _inspect_folder(text, path, read_values)
-    if text.lower().endswith(tuple(diagnosis.OTHER_FORMATS)) or text.lower().endswith(_SAFETENSORS):
-        if text.count("/") != 2 or text.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"{path}: no such file")
-        return _inspect_file(text, lora_source.resolve(text), read_values)
-    return _inspect_folder(text, _resolve(text), read_values)
+        return _inspect_folder(text, path, read_values is not False)
+    is_a_file = text.lower().endswith((_SAFETENSORS, *diagnosis.OTHER_FORMATS))
+    if is_a_file and (text.count("/") < 2 or text.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"{path}: no such file")
+    if is_a_file and not text.lower().endswith(_SAFETENSORS):
+        raise ValueError(diagnosis.other_format(path))
+    is_remote = is_a_file or hub.is_repository_name(text) or hub.known(text) is not None
+    if is_remote and not read_values and not hub.on_disk(text):
+        try:
+            with hub_headers.headers(text) as found:
+                look = _inspect_file if found.is_file() else _inspect_folder
+                return look(text, found, False)
+        except OSError:
+            if hub.is_repository_name(text):  # maybe an earlier download
+                return _inspect_folder(text, _resolve(text), False)
+            raise
+    if is_a_file:
+        return _inspect_file(text, lora_source.resolve(text), True)
+    return _inspect_folder(text, _resolve(text), read_values is not False)
 
 
 def _resolve(name: str) -> Path:
-    """The folder of a model or the file's folder of an adapter, after a download if necessary. Errors as `inspect`."""
+    """The folder of a model or of an adapter, after a download if necessary. Errors as `inspect`."""
     try:
         return hub.resolve(name)
     except (FileNotFoundError, ValueError) as error:
@@ -142,7 +156,10 @@ def _inspect_tensors(source: str, path: Path, tensors: Mapping[str, StoredTensor
     parts = _parts_of(tensors, read_values)
     report = dataclasses.replace(report, base_model=kind.base, parts=parts)
     if kind.role in (diagnosis.CHECKPOINT, diagnosis.UNET):
-        report = _with_prediction(report, path, tensors, kind)
+        # names and the small files beside it say enough without the values of this table
+        table = {} if read_values else {"alphas_cumprod"}
+        seen = {name: tensor for name, tensor in tensors.items() if name not in table}
+        report = _with_prediction(report, path, seen, kind)
     if kind.role == diagnosis.EMBEDDING:
         width = next(iter(parts.values())).sizes.get("width", 0)
         base = "Stable Diffusion XL" if "clip_g" in tensors else diagnosis.base_of_width(width)
