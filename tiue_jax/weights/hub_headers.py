@@ -79,7 +79,7 @@ def _write_header(repository: str, path: str, commit: str, size: int, target: Pa
 def _read(repository: str, path: str, commit: str, count: int) -> bytes:
     """The first bytes of a file on the hub."""
     from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     url = hf_hub_url(repository, path, revision=commit)
     ranged = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}"}
