@@ -91,3 +91,18 @@ def test_inspect_names_the_kind(written, i):
     assert read, report
     foreign = any(base in report.kind for base in ("XL", "Flux", "Diffusion 3", "PixArt", "input channels", "not supp"))
     assert not (foreign and report.commands), report.commands
+
+
+def test_commands_name_the_base_and_the_choices(written):
+    commands = {}
+    for i, file in enumerate(foreign_files.FILES):
+        commands.setdefault(file.kind, []).append(inspect(written / f"{i}.safetensors").commands)
+    sd1, sd2 = foreign_files.SD1, foreign_files.SD2
+    assert [c[0].split(" --file ")[0] for c in commands[f"a checkpoint of {sd1}"]] == ["tiue convert import"] * 2
+    without_text_encoder, whole = commands[f"a checkpoint of {sd1}"]
+    assert "--base sd15" in without_text_encoder[0] and "--base" not in whole[0]
+    ends = [command.rpartition(" ")[2] for command in commands[f"a checkpoint of {sd2}"][0]]
+    assert ends == ["epsilon", "v_prediction"]
+    assert all("--model sd21-base --lora" in c[0] for c in commands[f"a LoRA for {sd2}"])
+    assert any("--embedding " in c[0] and ".safetensors" in c[0] for c in commands["a textual inversion embedding"])
+    assert all(" --vae " in c[0] for c in commands["an autoencoder"])

@@ -302,6 +302,16 @@ def test_of_the_hub_only_headers_are_read(root, tmp_path, monkeypatch):
         assert inspect("me/lora/style.safetensors", read_values=True).adapter.alphas == {1.0: 2}
 
 
+def test_a_folder_of_models_takes_the_place_of_the_hub(root, tmp_path, monkeypatch):  # conftest sets HF_HUB_OFFLINE
+    (tmp_path / "me--lora").mkdir()
+    (tmp_path / "me--lora" / "style.safetensors").write_bytes((root / "lora.safetensors").read_bytes())
+    monkeypatch.setenv("TIUE_MODELS", str(tmp_path))
+    for name in ("me/lora", "me/lora/style.safetensors"):
+        assert inspect(name).adapter.alphas == {1.0: 2}
+    with pytest.raises(FileNotFoundError, match="offline"):
+        inspect("me/other")
+
+
 def test_a_tiny_autoencoder_in_one_file_names_the_remedy(tmp_path):
     model_folder.save(tmp_path / "vae", tiny.random_params(AutoencoderTiny, tiny.TINY_VAE, 3), tiny.TINY_VAE.to_dict())
     report = inspect(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")

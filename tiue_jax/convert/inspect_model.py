@@ -3,6 +3,7 @@
 Reads safetensors and JSON only. A pickle is named and never opened.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,16 +106,12 @@ def inspect(name: str | Path, read_values: bool | None = None) -> Report:
         raise ValueError(diagnosis.other_format(path))
     is_remote = is_a_file or hub.is_repository_name(text) or hub.known(text) is not None
     if is_remote and not read_values and not hub.on_disk(text):
-        try:
-            with hub_headers.headers(text) as found:
-                look = _inspect_file if found.is_file() else _inspect_folder
-                return look(text, found, False)
-        except OSError:
-            if hub.is_repository_name(text):  # maybe an earlier download
-                return _inspect_folder(text, _resolve(text), False)
-            raise
+        # if the hub cannot be reached, there may be an earlier download, or a copy in $TIUE_MODELS
+        with contextlib.suppress(OSError), hub_headers.headers(text) as found:
+            look = _inspect_file if found.is_file() else _inspect_folder
+            return look(text, found, False)
     if is_a_file:
-        return _inspect_file(text, lora_source.resolve(text), True)
+        return _inspect_file(text, lora_source.resolve(text), read_values is not False)
     return _inspect_folder(text, _resolve(text), read_values is not False)
 
 
