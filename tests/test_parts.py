@@ -185,7 +185,7 @@ def test_a_folder_or_repository_with_only_a_unet_is_completed_by_a_base(base, tm
 def test_a_base_that_does_not_help(base, other, tmp_path):
     with pytest.raises(ValueError, match=rf"base 'emoji' is not needed: {base} holds all parts of a pipeline"):
         Pipeline.from_pretrained(base, base="emoji")
-    with pytest.raises(ValueError, match=r"unet config field '_class_name' is 'AutoencoderKL'"):
+    with pytest.raises(ValueError, match=r"unet._class_name must be 'UNet2DConditionModel', got 'AutoencoderKL'"):
         Pipeline.from_pretrained(other, base=base)
     shutil.copytree(base / "unet", tmp_path / "only")
     with pytest.raises(

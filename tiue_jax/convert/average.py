@@ -51,11 +51,13 @@ def average(
     first = read_configs(folders[0])
     for folder in folders[1:]:
         other = read_configs(folder)
-        for what, mine, theirs in (("unet", first.unet, other.unet), ("scheduler", first.schedule, other.schedule)):
-            mine, theirs = vars(mine), vars(theirs)
+        for what in ("unet", "schedule"):
+            mine, theirs = vars(getattr(first, what)), vars(getattr(other, what))
             if changed := next((name for name in mine if mine[name] != theirs[name]), None):
                 found = f"{changed} {str(theirs[changed])[:80]}, but {str(mine[changed])[:80]} in {folders[0]}"
-                raise ValueError(f"{folder}/{what}: {found}: only models of one architecture and schedule are averaged")
+                raise ValueError(
+                    f"{folder}, {what}: {found}: only models of one architecture and schedule are averaged"
+                )
     shares = [share / total for share in shares]
     export_pipeline(models[0], out, unet=functools.partial(_mean, folders, shares), dtype=dtype, overwrite=overwrite)
 

@@ -138,15 +138,16 @@ def resolve(
 
 def _resolve(name: str | Path, dtype: str, parts: Sequence[str], weights: bool) -> Path:
     """The folder of a model as it is, not completed. Errors as `resolve`."""
-    text, local = str(name), expand(name)
+    text = str(name)
+    local = expand(name) if text else None  # an empty name would be the current folder
     if text in SHIPPED:
         if not (ASSETS / text).is_dir():
             raise FileNotFoundError(f"shipped model {text!r} is not in this installation: no folder {ASSETS / text}")
         return ASSETS / text
     if text not in MODELS:
-        if text and local.is_dir():  # an empty name would be the current folder
+        if local is not None and local.is_dir():
             return local
-        if local.is_file():
+        if local is not None and local.is_file():
             error = f"unknown model {text!r}: a file, expected a folder in diffusers' layout"
             if local.suffix.lower() == ".safetensors":
                 error += f"; to write one: tiue convert import --file {text} --out FOLDER"
