@@ -60,7 +60,7 @@ def settings(folder, *, with_embeddings: bool = False, clip_weight: float = 0.0)
 def test_a_plan_traces_the_step_that_the_run_traces(folder, monkeypatch, with_embeddings, clip_weight):
     chosen = settings(folder, with_embeddings=with_embeddings, clip_weight=clip_weight)
     monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:1])  # a topology of TPUs needs libtpu
-    planned = programs.train(chosen, architecture.read(chosen), "one CPU").traced
+    planned = programs.train(chosen, architecture.read(chosen), "v5e:1x1").traced
 
     teacher = read_teacher(chosen)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

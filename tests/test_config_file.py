@@ -94,7 +94,10 @@ TRAIN = ["train", "--config", "emoji_tiue"]
         (["convert", "export"], "--checkpoint is missing, see --help"),
         ([*TRAIN, "--workdir=x", "--what"], "command line: unknown flag --what, see --help"),
         ([*TRAIN, "--num_processes=x"], "command line: --num_processes=x: expected a whole number"),
-        ([*TRAIN, "--config.train.batch_size=x"], "command line: --config.train.batch_size=x: expected a whole number"),
+        (
+            [*TRAIN, "--config.train.batch_size=x"],
+            "train.batch_size must be an integer between 1 and 2147483647, got 'x'",
+        ),
         ([*TRAIN, "--config"], "--config needs a value, see --help"),
         (["train", "--workdir=x"], "--config is missing, see --help"),
         (["data", "embed"], "the following arguments are required: --model, --prompts, --out, see --help"),

@@ -129,7 +129,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
 
     whole = first.read_bytes()
     shutil.copy(last, first)
-    refused("expected 11 embeddings, the empty prompt's included, got 10")
+    refused("expected 11 embeddings, the null prompt's included, got 10")
     first.write_bytes(whole)
     os.truncate(second, 50)
     refused("not a whole array_record file")
@@ -256,7 +256,7 @@ def test_the_null_prompt_may_be_a_negative_prompt(model, embedded, tmp_path):
     [
         (["--model", "./nothing"], "nothing"),
         (["--prompts", "nowhere.txt"], "no prompt file at nowhere.txt"),
-        (["--field", "a.b"], "expected field None"),
+        (["--field", "a.b"], "has no fields, expected none, got field 'a.b'"),
         (["--batch_size", "0"], "batch_size must be a positive multiple"),
     ],
 )

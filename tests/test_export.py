@@ -221,16 +221,14 @@ def test_an_export_that_fails_leaves_nothing_new(exported, teacher, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "good"]
 
 
-def test_the_old_folder_comes_back_if_the_new_one_cannot_be_moved(workdir, exported, tmp_path, monkeypatch):
+def test_the_old_folder_stays_if_the_new_one_cannot_take_its_place(workdir, exported, tmp_path, monkeypatch):
     shutil.copytree(exported, tmp_path / "student")
-    before, rename = files(tmp_path / "student"), Path.rename
+    before = files(tmp_path / "student")
 
-    def fail_for_the_new(self, target):
-        if self.name == "new":
-            raise OSError(28, "No space left on device", str(self))
-        return rename(self, target)
+    def fail(path, new, temporary):
+        raise OSError(28, "No space left on device", str(new))
 
-    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    monkeypatch.setattr("tiue_jax.files.replace_folder", fail)
     with pytest.raises(OSError, match="No space left"):
         export.export_run(workdir, tmp_path / "student", overwrite=True)
     assert files(tmp_path / "student") == before and len(list(tmp_path.iterdir())) == 1
@@ -239,7 +237,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_be_moved(workdir, expor
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected a command, one of export, export-compiled"),
+        ([], "expected a command, one of average, export, export-compiled"),
         (["inport"], "got 'inport'"),
         (["export", "--out", "x"], "--checkpoint is missing"),
         (["export", "--checkpoint", "{run}"], "--out is missing"),

@@ -111,7 +111,7 @@ def test_fixed_batches_are_filled_up_and_latents_and_guidance_are_arguments(pipe
     [
         ({"prompts": []}, r"at least one text, got \[\]"),
         ({"seed": -1}, "seed must be between 0 and 4294967295, got -1"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be an integer >= 1, got 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be >= 1, got 0"),
         ({"guidance_scale": 2.0}, "compiled without guidance, got 2.0"),
         ({"negative_prompt": "b"}, "negative_prompt has no effect without guidance, and this sampler has none"),
         ({"negative_prompt": ["", ""]}, "negative_prompt must be one text or a list of 1, got a list of 2"),

@@ -238,7 +238,7 @@ CONFIG = ("--config", "configs/sd21_tiue.py")
         ((*CONFIG, "--topology=v5e:4x4", "--remat=some"), "remat must be among"),
         ((*CONFIG, "--topology=v5e:4x4", "--sampler", "--fsdp=4"), "fsdp is for the training step, got 4 with"),
         ((*CONFIG, "--topology=v5e:4x4", "--config.train.nope=3"), "command line: no setting 'nope' in the config"),
-        ((*CONFIG, "--topology=v5e:4x4", "--mode=fast"), "command line: flag --mode=fast"),
+        ((*CONFIG, "--topology=v5e:4x4", "--mode=fast"), "command line: --mode=fast: expected one of quick, full"),
         (
             (*CONFIG, "--topology=v5e:4x4", "--config.train.batch_size=0"),
             "train.batch_size must be an integer between 1 and 2147483647, got 0",

@@ -116,7 +116,7 @@ def test_stopped_by_sigterm_and_resumed_is_bitwise_the_uninterrupted_run(whole, 
 
     (tmp_path / "moved.txt").write_text("other prompts\n")
     assert train.main(command(model, tmp_path, data__prompts=moved)) == 2
-    assert "the prompts are not those that the run was started with" in capsys.readouterr().err
+    assert "fingerprint of prompts was " in capsys.readouterr().err
     assert train.main(command(model, tmp_path, distill__kl_weight=0.2)) == 2
     assert "settings differ" in (error := capsys.readouterr().err) and "distill.kl_weight was 0.1, now 0.2" in error
 
@@ -223,7 +223,8 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_a_good_che
     weights = load_file(path)
     save_file(weights | {"conv_out.bias": np.full_like(weights["conv_out.bias"], 3e38)}, path)
     two = {"train__max_train_steps": 9, "train__checkpoint_every": 5, "train__max_skipped_steps": 2}
-    assert train.main(command(broken, tmp_path / "run", **two)) == train.NOT_FINITE
+    teacher_changed = "--override_settings=the teacher is broken on purpose"
+    assert train.main([*command(broken, tmp_path / "run", **two), teacher_changed]) == train.NOT_FINITE
     output = capsys.readouterr()
     assert "step 3: skipped 1 update(s), a loss or gradient was not finite (1 in all)" in output.out
     assert "training stopped at step 4: expected finite numbers, got" in output.err and "loss_lora = inf" in output.err
@@ -231,7 +232,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_a_good_che
     assert checkpoints(tmp_path / "run") == [2] and "Traceback" not in output.err
     skipped = {step: value for step, tag, value in scalars(tmp_path / "run") if tag == "train/skipped_steps"}
     rare = two | {"train__log_every": 100, "train__checkpoint_every": 100}
-    assert train.main(command(broken, tmp_path / "run", **rare)) == train.NOT_FINITE
+    assert train.main([*command(broken, tmp_path / "run", **rare), teacher_changed]) == train.NOT_FINITE
     assert "training stopped at step 4: " in capsys.readouterr().err  # also where nothing is logged
     assert skipped == {1: 0, 2: 0, 3: 1, 4: 2}
 

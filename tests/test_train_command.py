@@ -17,7 +17,7 @@ def model(tmp_path_factory):
     ("changed", "message"),
     [
         ({"train__batch_siz": 8}, "batch_siz"),
-        ({"train__batch_size": "many"}, "--config.train.batch_size=many"),
+        ({"train__batch_size": "many"}, "train.batch_size must be an integer between 1 and 2147483647, got 'many'"),
         ({"train__mesh_data": 3}, "mesh axes must multiply to the number of devices"),
         ({"train__checkpoints_total_limit": 0}, "checkpoints_total_limit must be an integer between 1 and"),
         ({"distill__num_inference_steps": 0}, "num_inference_steps must be an integer between 1 and 2147483647, got 0"),

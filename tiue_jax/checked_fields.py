@@ -18,7 +18,7 @@ import numbers
 import operator
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 MAX_SHOWN = 100  # characters of a wrong value in an error
@@ -57,11 +57,11 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, since a registry has no hash
 class Choice:
-    """The allowed values, where there are few."""
+    """The allowed values, where there are few. A registry is looked up when a value is checked."""
 
-    values: tuple[Any, ...]
+    values: Collection[Any]
 
     def holds(self, value: Any) -> bool:
         """Says whether a value is one of the choices."""
@@ -86,9 +86,9 @@ class Items:
         return f"with {self.low} to {self.high} entries"
 
 
-def one_of(values: Sequence[Any]) -> Choice:
+def one_of(values: Collection[Any]) -> Choice:
     """The choice among some values, such as the keys of a registry."""
-    return Choice(tuple(values))
+    return Choice(values)
 
 
 def check_fields(instance: Any, section: str = "") -> None:

@@ -5,6 +5,7 @@ It prints a JSON object: the numbers of processes, of this one and of devices, a
 """
 
 import json
+import signal
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from tiue_jax.training import joining
 
 
 def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     given = dict(argument.removeprefix("--").split("=") for argument in argv)
     joining.REPORT_EVERY = float(given.pop("report_every", "30"))
     numbers = {name: int(given.pop(name)) for name in ("num_processes", "process_id") if name in given}

@@ -16,7 +16,7 @@ from tiue_jax.cli.output import few_warnings_of_cut_prompts, protected
 from tiue_jax.cli.prepare import add_reading_arguments
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.models import platforms
-from tiue_jax.weights import vocabulary
+from tiue_jax.weights import hub, vocabulary
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Computes and writes the embeddings. Returns a line about the result. ValueError or OSError for wrong input."""
-    folder = vocabulary.resolve(args.model, args.embedding)
+    folder = vocabulary.extend(hub.resolve(args.model), args.embedding)
     prompts = corpus.open_prompts(args.prompts, args.field, args.split, args.max_bad_share)
     encode = embeddings.load_encode(folder, args.batch_size, args.clip_skip)
     key = embeddings.make_key(prompts, folder, args.clip_skip, args.negative_prompt)

@@ -27,7 +27,7 @@ class Sampling:
             step. None is the sampler's default.
     """
 
-    sampler: Annotated[str, one_of(list(SAMPLERS))] = "ddim"
+    sampler: Annotated[str, one_of(SAMPLERS)] = "ddim"
     num_inference_steps: _Count | None = None
     guidance_scale: float | None = None
     timestep_spacing: Annotated[str, one_of(SPACINGS)] | None = None
