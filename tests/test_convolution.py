@@ -172,6 +172,7 @@ def test_the_size_of_chunks(n, limit, size):
     assert filled.shape[1] % size == 0 and filled.shape[1] - n < size and filled.sum() == 2 * n
 
 
+@pytest.mark.slow
 def test_a_unet_by_winograds_convolutions(monkeypatch):
     """All convolutions of a UNet, and their gradients."""
     graphdef, _ = functional.abstract(UNet, UNET)

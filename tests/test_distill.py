@@ -167,6 +167,7 @@ def test_dropped_text_is_the_null_prompt(state, frozen, distillation, update):
     assert loss(nulls, kept) == loss(nulls, dropped)
 
 
+@pytest.mark.slow
 def test_bfloat16_moves_float32_master_weights_that_bfloat16_could_not_resolve(params):
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16", student_learning_rate=1e-6, remat="full")
     state = adapted(initial(config, params))

@@ -66,6 +66,7 @@ def error(capsys) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_run_is_changed_with_a_reason_and_keeps_it(model, run, tmp_path, capsys):
     workdir = shutil.copytree(run, tmp_path / "run")
     other = shutil.copytree(model, tmp_path / "other")
