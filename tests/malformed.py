@@ -300,9 +300,9 @@ def answer(case: Case, root: Path) -> Answer:
         left = sorted(set(root.rglob("*")) - set(before))
     if not text.startswith("error: ") or text.count("\n") != 1:
         return Answer("not one line", text)
-    if command and len(text.removeprefix("error: ")) > MAX_MESSAGE + 1:
+    if command and len(text) > MAX_MESSAGE + 1:
         return Answer("too long", text)
-    if not any(name in text[: MAX_MESSAGE + 8] for name in case.names):
+    if not any(name in text[:MAX_MESSAGE] for name in case.names):
         return Answer("does not name it", text)
     if left:
         return Answer("files left", f"{left}: {text}")

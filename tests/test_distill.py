@@ -345,7 +345,7 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
         ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale must be a finite number >= 1, got 0.5"),
         ({"lora_guidance_scale": float("nan")}, "lora_guidance_scale must be a finite number >= 1, got nan"),
         ({"min_timestep": -1}, "min_timestep must be an integer between 0 and .*, got -1"),
-        ({"max_timestep": 10}, "max_timestep must be >= min_timestep = 20, got 10"),
+        ({"max_timestep": 10}, "max_timestep must be >= distill.min_timestep = 20, got 10"),
         ({"timestep_weighting": "snr"}, "timestep_weighting must be among .* got 'snr'"),
         ({"lora_rank": 0}, "lora_rank must be an integer between 1 and 65536, got 0"),
         ({"lora_targets": []}, "targets must be at least one name of a layer"),

@@ -65,6 +65,13 @@ def test_truncation_in_the_tokenizers_file_is_ignored(tmp_path):
     np.testing.assert_array_equal(Tokenizer(tmp_path, 77)(PROMPTS), Tokenizer(SHIPPED, 77)(PROMPTS))
 
 
+def test_a_length_may_be_written_as_a_float(tmp_path):
+    folder = tiny.write_tokenizer(tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 6.0}))
+    assert Tokenizer(folder, 77)(["red apple"]).shape == (1, 6)
+
+
 def test_the_list_of_files_is_what_transformers_opens(tmp_path):
     """Walks the files that transformers opens in a folder that holds all that it may know."""
     folder = tiny.write_tokenizer(tmp_path / "tokenizer")

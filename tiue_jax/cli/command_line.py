@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from absl import flags
 
-MAX_MESSAGE = 600  # characters of an error
+MAX_MESSAGE = 600  # characters of an error, with "error: " before it
+_PREFIX = "error: "
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; 130 is a shell's status of a program that Ctrl-C stopped
 
 _EXPECTED = {  # what a flag expects, by absl's text about another value
@@ -135,14 +136,15 @@ def path(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks, of at most MAX_MESSAGE characters."""
+    """The message of an error, without line breaks, short enough for `print_error`."""
     text = " ".join(str(error).split())
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 4]} ..."
+    most = MAX_MESSAGE - len(_PREFIX)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def print_error(error: BaseException) -> None:
     """Prints `error: ...` on stderr, in one line."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    print(f"{_PREFIX}{one_line(error)}", file=sys.stderr)
 
 
 def subcommand(argv: Sequence[str], commands: Sequence[str], description: str) -> str | None:

@@ -358,10 +358,10 @@ def main(argv: Sequence[str]) -> int:
             Image.fromarray(image).save(out)
             print(out)
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        message = " ".join(str(error).split())
+        message = f"error: {' '.join(str(error).split())}"
         if len(message) > MAX_MESSAGE:
             message = f"{message[: MAX_MESSAGE - 4]} ..."
-        print(f"error: {message}", file=sys.stderr)
+        print(message, file=sys.stderr)
         return 2
     return 0
 

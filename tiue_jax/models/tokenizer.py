@@ -60,7 +60,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path, length: int, vocab_size: int | None = None):
         folder = Path(folder)
         tokenizer = load(folder)
-        self.length = min(tokenizer.model_max_length, length)
+        self.length = min(int(tokenizer.model_max_length), length)  # which a file may give as 8.0
         self.pad = check(f"{folder}: the id of the pad_token", TokenId, tokenizer.pad_token_id)
         self.backend = tokenizer.backend_tokenizer
         _check_known(folder, self.backend, vocab_size)

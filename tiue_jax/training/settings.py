@@ -211,7 +211,7 @@ class DistillConfig:
         check_fields(self, "distill")
         if not self.max_timestep >= self.min_timestep:
             raise ValueError(
-                f"distill.max_timestep must be >= min_timestep = {self.min_timestep}, got {self.max_timestep}"
+                f"distill.max_timestep must be >= distill.min_timestep = {self.min_timestep}, got {self.max_timestep}"
             )
         if self.negative_prompt and not self.teacher_guidance_scale > 1:
             raise ValueError(
@@ -226,7 +226,9 @@ class DistillConfig:
             self.learning_rates()
         except ValueError as error:
             raise ValueError(f"distill.warmup_steps or train.max_train_steps: {error}") from error
-        LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank or target
+        if not all(self.lora_targets or [""]):
+            raise ValueError(f"distill.lora_targets must be at least one name of a layer, got {self.lora_targets!r}")
+        LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
