@@ -304,7 +304,7 @@ def test_a_damaged_checkpoint_is_never_exported(workdir, tmp_path, capfd):
         assert not out.exists()
     assert refused
     data.unlink()
-    assert command("--checkpoint", run, "--out", tmp_path / "out") == 2
+    assert command("--checkpoint", run, "--out", tmp_path / "out", "--weights", refused[0]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"error: checkpoint {run}/checkpoints/2 is broken: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
