@@ -55,7 +55,7 @@ def shard(members: dict[str, bytes], mode="w") -> bytes:
 
 
 def samples(*suffixes: str) -> dict[str, bytes]:
-    """What img2dataset writes: for every sample an image, its caption and its description."""
+    """The files that img2dataset writes: for every sample an image, its caption and its description."""
     made = {}
     for i, row in enumerate(ROWS):
         content = {"jpg": b"\xff\xd8\xff" * 99, "txt": CAPTIONS[i].encode(), "json": json.dumps(row).encode()}

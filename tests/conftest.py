@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,6 +44,24 @@ def hub_stays_offline():
     yield
     if constants := sys.modules.get("huggingface_hub.constants"):
         constants.HF_HUB_OFFLINE = True
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """All runs of a module share their compiled programs, also those in other processes."""
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came of a case: "success", "error", or the name of a fault; and the error or the traceback."""
+    """The result of a case: "success", "error", or the name of a fault; and the error or the traceback."""
 
     kind: str
     text: str

@@ -3,9 +3,7 @@
 import json
 import shutil
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import tiny_run
 from tests.events import events
@@ -13,6 +11,8 @@ from tests.test_fingerprint import replace_weights
 from tests.tiny_run import position, write_model
 from tiue_jax.cli import train
 from tiue_jax.training.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +26,6 @@ def run(model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     assert train.main(command(model, workdir, train__max_train_steps=2)) == 0
     return workdir
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs of this module share their compiled programs."""
-    settings = {
-        "jax_enable_compilation_cache": True,  # conftest.py forbids it
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def command(model, workdir, **changed) -> list[str]:

@@ -1,15 +1,11 @@
 """Planning with the CUDA wheels, which compile for NVIDIA GPUs on any machine: small models on real cards."""
 
-import contextlib
 import dataclasses
-import io
 import json
-from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tiue_jax.cli import plan as cli
+from tests import plan_command, tiny
 
 pytestmark = pytest.mark.cuda
 # One level; heads of 64 as in Stable Diffusion 2.1, and 77 tokens of text. The compiler finds no tiles for matrices of
@@ -31,7 +27,6 @@ TEXT = dataclasses.replace(
     max_position_embeddings=77,
 )
 VAE = dataclasses.replace(tiny.VAE, block_out_channels=(32, 32))
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +37,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def plan(model, monkeypatch):
     """Runs the command on a small model. Returns the exit status, stdout and stderr."""
-    small = {
-        "model.pretrained_model_name_or_path": model,
-        "train.batch_size": 8,
-        "train.mesh_data": 8,
-        "train.mesh_fsdp": 1,
-        "distill.lora_rank": 4,
-        "distill.num_inference_steps": 2,
-    }
     monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent))
-    settings = [f"--config.{name}={value}" for name, value in small.items()]
-
-    def run(*flags):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            status = cli.main(["tiue plan", f"--config={ROOT}/configs/sd21_tiue.py", *settings, *flags])
-        return status, out.getvalue(), err.getvalue()
-
-    return run
+    return plan_command.on(model, {"train.mesh_data": 8, "train.mesh_fsdp": 1})
 
 
 def test_the_training_step(plan):

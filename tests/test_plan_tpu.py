@@ -1,15 +1,11 @@
 """Planning with libtpu, which compiles for TPUs on any machine: small models on real topologies."""
 
-import contextlib
 import dataclasses
-import io
 import json
-from pathlib import Path
 
 import pytest
 
-from tests import tiny
-from tiue_jax.cli import plan as cli
+from tests import plan_command, tiny
 
 pytestmark = pytest.mark.libtpu
 # one level: the compiler's time depends on the number of operations, not on their sizes
@@ -20,7 +16,6 @@ UNET = dataclasses.replace(
     up_block_types=tiny.UNET.up_block_types[1:],
 )
 TEXT = dataclasses.replace(tiny.TEXT, num_hidden_layers=1)
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +26,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def plan(model, monkeypatch):
     """Runs the command on a small model. Returns the exit status, stdout and stderr."""
-    small = {
-        "model.pretrained_model_name_or_path": model,
-        "train.batch_size": 8,
-        "train.mesh_replicate_below": 64,
-        "distill.lora_rank": 4,
-        "distill.num_inference_steps": 2,
-    }
     monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent))
-    settings = [f"--config.{name}={value}" for name, value in small.items()]
-
-    def run(*flags):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            status = cli.main(["tiue plan", f"--config={ROOT}/configs/sd21_tiue.py", *settings, *flags])
-        return status, out.getvalue(), err.getvalue()
-
-    return run
+    return plan_command.on(model, {"train.mesh_replicate_below": 64})
 
 
 def test_the_training_step(plan):

@@ -32,6 +32,7 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.sampling.settings import read_key_steps
 from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
 
 DIFFERENT = 1  # exit status: PyTorch computes something else
@@ -268,7 +269,7 @@ def run_average(args: flags.FlagValues) -> int:
     steps = args.step * len(args.model) if len(args.step) == 1 else args.step
     if len(steps) != len(args.model):
         raise ValueError(f"expected one --step, or one for each of {len(args.model)} models, got {len(steps)}")
-    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax") as aside:
         models = []
         for number, (name, step) in enumerate(zip(args.model, steps, strict=True)):
             if export.is_run(name):

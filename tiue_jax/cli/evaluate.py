@@ -32,6 +32,7 @@ from tiue_jax.evaluate.report import write_report
 from tiue_jax.evaluate.run import RESULTS, Model, evaluate
 from tiue_jax.models import platforms
 from tiue_jax.sampling.samplers import SAMPLERS
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.pipeline_folder import DTYPES
 
 
@@ -78,8 +79,8 @@ def run(args: flags.FlagValues) -> None:
     require(args, "model", "prompt_file", "out")
     prompts = read_texts(args.prompt_file, args.field)
     compile_cache.enable()
-    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as aside:
-        models = [_model(name, args.step, Path(aside) / str(i), args.model) for i, name in enumerate(args.model)]
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax") as aside:
+        models = [_model(name, args.step, aside / str(i), args.model) for i, name in enumerate(args.model)]
         results, points = evaluate(
             models,
             prompts,
@@ -133,9 +134,9 @@ def _model(name: str, step: str, aside: Path, names: Sequence[str]) -> Model:
     if sum(Path(other).name == label for other in names) > 1:
         label = name.strip("/").replace("/", "--")
     if not export.is_run(name):
-        return Model(name, label)
+        return Model(name, label, name)
     number = export.export_run(name, aside, step=int(step) if step.isdecimal() else step)
-    return Model(str(aside), f"{label}-{number}")
+    return Model(str(aside), f"{label}-{number}", f"{name}, step {number}")
 
 
 def read_protocol(args: flags.FlagValues) -> Protocol:

@@ -12,7 +12,7 @@ _ANY = "MODEL"  # stands for a model that the user names
 
 
 class Source(NamedTuple):
-    """What is known about a file or folder that commands may read.
+    """The facts about a file or folder that commands may read.
 
     Attributes:
         name: as the user gives it.

@@ -48,7 +48,7 @@ _LONGEST_VALUE = 80  # characters of a field of the metadata
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a file, a folder or a repository is.
+    """The report on a file, a folder or a repository.
 
     Attributes:
         source: its name.

@@ -55,7 +55,7 @@ class _Weight(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What the name of a tensor stands for: a layer, the name of one of its leaves, and a name in `Kind.forms`."""
+    """The meaning of a tensor's name: a layer, the name of one of its leaves, and a name in `Kind.forms`."""
 
     layer: Layer
     leaf: str

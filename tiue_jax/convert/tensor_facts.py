@@ -1,4 +1,4 @@
-"""What the tensors of a file tell about it: sizes, dtypes, ranks and layers of an adapter, values not finite."""
+"""Facts from the tensors of a file: sizes, dtypes, ranks and layers of an adapter, values not finite."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ class NotFinite:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the tensors of one model or file tell.
+    """Facts from the tensors of one model or file.
 
     Attributes:
         what: names the model, see diagnosis.Kind. None if it is not known.
@@ -88,7 +88,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFacts:
-    """What the tensors of an adapter tell.
+    """Facts from the tensors of an adapter.
 
     Attributes:
         layers: the number of layers that are changed, by part ("unet", "text_encoder", or "" if the names do not say).

@@ -103,7 +103,7 @@ def read_texts(path: str | os.PathLike[str], field: str | None = None) -> list[s
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where prompts come from: files, or a folder of tensorflow-datasets, or a data set on the hub.
+    """The origin of prompts: files, or a folder of tensorflow-datasets, or a data set on the hub.
 
     Attributes:
         name: as the user gave it.

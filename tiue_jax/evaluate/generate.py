@@ -1,6 +1,7 @@
 """Makes the images of an evaluation chunk by chunk, and goes on where a killed run stopped."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from tiue_jax.evaluate.pixels import Resize, resize_all
 from tiue_jax.files import read_json, write_json, writing_aside
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 64  # images that are made, measured and written together; the noise of some samplers depends on it
 IDENTITY = "evaluation.json"
@@ -158,10 +161,15 @@ def _measure(made: np.ndarray, extractors: dict[str, Extractor], resize: Resize)
 
 
 def _read_chunk(path: Path, count: int) -> dict[str, np.ndarray] | None:
-    """Reads a chunk of an earlier run. None if it is absent, damaged, or of another number of images."""
+    """Reads a chunk of an earlier run. None if it is absent, or damaged, which is logged."""
+    if not path.exists():
+        return None
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             chunk = {name: file[name] for name in file.files}
-    except Exception:  # numpy and zipfile raise many types; a damaged chunk is made again
+        if len(chunk["thumbnails"]) != count:
+            raise ValueError(f"expected {count} images, got {len(chunk['thumbnails'])}")
+    except Exception as error:  # numpy and zipfile raise many types
+        logger.warning("%s: damaged, its images are made again: %s", path, error)
         return None
-    return chunk if len(chunk.get("thumbnails", ())) == count else None
+    return chunk

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tiue_jax.evaluate.estimate import Estimate, of_replicates
+from tiue_jax.evaluate.image_text import unit
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as torch-fidelity
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD, as its authors' code
@@ -58,7 +59,7 @@ def cmmd(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate
     Features are divided by their norm. The kernel is exp(-|x - y|^2 / (2 sigma^2)) with sigma = 10, and the estimate is
     the one with the diagonal, as in the authors' code. Images are resampled for the interval; the reference is fixed.
     """
-    x, y = _unit(features), _unit(reference)
+    x, y = unit(features), unit(reference)
     n = len(x)
     rng = np.random.default_rng(seed)
     resampled = [np.bincount(rng.integers(0, n, n), minlength=n) / n for _ in range(RESAMPLES)]
@@ -68,12 +69,6 @@ def cmmd(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate
     reference_within = _gaussian_mean(y, y, np.full((1, len(y)), 1 / len(y)))
     values = SCALE * (within + reference_within - 2 * between)
     return of_replicates(values[0], values[1:], n)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows of x [n d] divided by their norms, float64."""
-    x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def _gaussian(x: np.ndarray, y: np.ndarray) -> np.ndarray:

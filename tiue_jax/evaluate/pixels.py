@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+
+from tiue_jax.checked_fields import Range, check_fields, one_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FILTERS = {
@@ -29,20 +31,12 @@ class Resize:
         crop: True cuts the largest centred square before the resizing. False stretches images that are not square.
     """
 
-    size: int | None = None
-    filter: str = "lanczos"
+    size: Annotated[int, Range(1, 4096)] | None = None
+    filter: Annotated[str, one_of(FILTERS)] = "lanczos"
     crop: bool = True
 
     def __post_init__(self):
-        if self.size is not None and not 1 <= self.size <= 4096:
-            raise ValueError(f"resize must be 1 to 4096 pixels, got {self.size}")
-        if self.filter not in FILTERS:
-            raise ValueError(f"filter must be among {list(FILTERS)}, got {self.filter!r}")
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Self:
-        """Reads what `dataclasses.asdict` wrote."""
-        return cls(**entry)
+        check_fields(self, "resize")
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resizes an RGB image: uint8 [h w 3], h = w = size unless that is None."""

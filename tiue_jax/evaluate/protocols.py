@@ -1,11 +1,14 @@
 """The protocols of published evaluations, one row each, with the source. Results of several are never mixed."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+from tiue_jax.checked_fields import Range, check_fields, one_of
 from tiue_jax.evaluate.extractors import INCEPTION_RESIZES
 from tiue_jax.evaluate.neighbours import K
 from tiue_jax.evaluate.pixels import Resize
+
+_Count = Annotated[int, Range(1, 2**31 - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,23 +31,18 @@ class Protocol:
 
     name: str = "custom"
     source: str = "the settings below"
-    num_images: int | None = None
-    num_images_per_prompt: int = 1
-    height: int | None = None
-    width: int | None = None
+    num_images: _Count | None = None
+    num_images_per_prompt: _Count = 1
+    height: _Count | None = None
+    width: _Count | None = None
     resize: Resize = Resize()
     reference_resize: Resize = Resize()
-    inception_resize: str = "clean"
+    inception_resize: Annotated[str, one_of(INCEPTION_RESIZES)] = "clean"
     prompt_prefix: str = ""
-    k: int = K
+    k: _Count = K
 
     def __post_init__(self):
-        for field in ("num_images", "num_images_per_prompt", "height", "width", "k"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be >= 1, got {value}")
-        if self.inception_resize not in INCEPTION_RESIZES:
-            raise ValueError(f"inception_resize must be among {list(INCEPTION_RESIZES)}, got {self.inception_resize!r}")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol as an entry of `results.json`."""

@@ -23,10 +23,17 @@ RESULTS = "results.json"
 
 
 class Model(NamedTuple):
-    """A model to evaluate: its folder or name, and its name in the report."""
+    """A model to evaluate.
+
+    Attributes:
+        name: as Pipeline.from_pretrained takes it.
+        label: its short name in the report.
+        source: the name that the user gave.
+    """
 
     name: str
     label: str
+    source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +197,7 @@ def _point(
         cosines = found.cosines if cosines is None else cosines
     entry = {
         "label": label,
-        "model": model.name,
+        "model": model.source,
         "unet_sha256": digest,
         "sampling": settings.to_dict(),
         "images_per_second": made.images_per_second,

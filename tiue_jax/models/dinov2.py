@@ -5,15 +5,18 @@ Its class token is the feature of the Fréchet distance FD-DINOv2 (arXiv 2306.04
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tiue_jax.checked_fields import Range, check_fields, read
 from tiue_jax.models import attention
 from tiue_jax.models.layers import layer_norm
+
+_Size = Annotated[int, Range(1, 65_536)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +27,16 @@ class Dinov2Config:
         ValueError: a size is not a whole number >= 1, or sizes do not fit together.
     """
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    mlp_ratio: int = 4
-    image_size: int = 224
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+    hidden_size: _Size = 768
+    num_hidden_layers: _Size = 12
+    num_attention_heads: _Size = 12
+    mlp_ratio: _Size = 4
+    image_size: _Size = 224
+    patch_size: _Size = 14
+    layer_norm_eps: Annotated[float, Range(0, above_low=True)] = 1e-6
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"Dinov2Config: {field.name} must be a whole number >= 1, got {value!r}")
+        check_fields(self, "Dinov2Config")
         if self.hidden_size % self.num_attention_heads:
             heads = f"{self.hidden_size} and {self.num_attention_heads}"
             raise ValueError(f"Dinov2Config: hidden_size must be a multiple of num_attention_heads, got {heads}")
@@ -54,8 +54,7 @@ class Dinov2Config:
         for name, expected in (("model_type", "dinov2"), ("use_swiglu_ffn", False), ("hidden_act", "gelu")):
             if config.get(name, expected) != expected:
                 raise ValueError(f"Dinov2Config: {name} must be {expected!r}, got {config[name]!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in known})
+        return read(cls, config)
 
 
 class Dinov2Projections(nnx.Module):

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: some settings freely, others with a reason that the run keeps, some never."""
+"""The rules of what may change on resume: some settings freely, others with a reason that the run keeps, some never."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -126,7 +126,7 @@ class Resumption:
         return [*self._history, {"step": step, "time": now, "why": self._why, "changes": changes}]
 
     def about(self, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint keeps besides the settings."""
+        """The facts that a checkpoint keeps besides the settings."""
         return {FINGERPRINTS: self._fingerprints, HISTORY: list(history)}
 
 

@@ -39,7 +39,7 @@ class Restored(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a checkpoint tells about its run."""
+    """The settings of the run in a checkpoint, and more about it."""
 
     config: dict[str, Any]  # the settings
     about: dict[str, Any]  # fingerprints and history, see changed_settings.py; empty in those of the first versions

@@ -44,7 +44,7 @@ class Place:
     visible_gpus: int = 0
 
     def devices(self) -> str:
-        """What this process trains on, as text. It is known without jax, which finds its devices later."""
+        """The devices that this process trains on, as text. It is known without jax, which finds its devices later."""
         if self.gpus is not None:
             return f"{len(self.gpus)} of {self.visible_gpus} GPUs"
         if self.visible_gpus:

@@ -53,7 +53,7 @@ class Teacher:
     tokenize_clip: Tokenize | None = None
 
     def fingerprints(self) -> dict[str, str]:
-        """What the models are, by part, such as "teacher.unet": see weights/fingerprint.py. It reads a few bytes.
+        """The fingerprints of the models by part, such as "teacher.unet" (weights/fingerprint.py). Reads a few bytes.
 
         Raises:
             FileNotFoundError, ValueError: naming the file that is missing or damaged.

@@ -8,11 +8,11 @@ it (see NOTICE).
 import gzip
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from tiue_jax.files import user_cache
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.hub import ASSETS
 
 MERGES = ASSETS / "clip-tokenizer" / "merges.txt.gz"
@@ -40,8 +40,8 @@ def tokenizer_folder(kind: str) -> Path:
     folder = cache / f"clip-tokenizer-{digest}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            new = Path(aside) / "new"
+        with temporary_folder(cache, "clip-tokenizer") as aside:
+            new = aside / "new"
             new.mkdir()
             for name, content in files.items():
                 (new / name).write_bytes(content)

@@ -149,7 +149,7 @@ def other_format(path: Path) -> str:
 
 
 class Kind(NamedTuple):
-    """What a file is.
+    """The kind of a file.
 
     Attributes:
         what: with its article, such as "a LoRA".
@@ -222,7 +222,7 @@ def base_of_width(width: int) -> str | None:
 
 
 def _first(rows: Iterable[tuple[re.Pattern[str], Row]], names: Collection[str]) -> Row | None:
-    """What the first row says whose pattern matches a name."""
+    """The entry of the first row whose pattern matches a name."""
     return next((row for pattern, row in rows if any(pattern.fullmatch(name) for name in names)), None)
 
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights import download, hub, lora_source
 
 _FIRST = 100_000  # bytes that are asked for first; most headers are shorter
@@ -47,7 +48,7 @@ def headers(name: str) -> Iterator[Path]:
     if absent := [path for path in wanted if path not in sizes]:
         raise FileNotFoundError(f"hub {repository}: no file {absent[0]}")
     commit = info.sha or revision
-    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
+    with temporary_folder(tempfile.gettempdir(), "tiue-jax") as folder:
         for path in dict.fromkeys(wanted):
             target = Path(folder) / path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ text encoder's table of token embeddings. So every command reads the pipeline as
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from tiue_jax.files import user_cache, write_json
 from tiue_jax.models import tokenizer
 from tiue_jax.models.clip import CLIPTextConfig
+from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights import diagnosis, embedding_files, hub, layout, model_folder, tokenizer_files
 from tiue_jax.weights.embedding_files import Embedding
 from tiue_jax.weights.pipeline_folder import check_pipeline, read_config
@@ -72,15 +72,15 @@ def extend(folder: Path, embeddings: Sequence[str | Path]) -> Path:
     table = np.asarray(tensors[table_name]).astype(np.float32)
     cache = user_cache()
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as aside:
-        files, ids = _tokenizer_with(folder / "tokenizer", found, Path(aside) / "tokenizer")
+    with temporary_folder(cache, "vocabulary") as aside:
+        files, ids = _tokenizer_with(folder / "tokenizer", found, aside / "tokenizer")
         table = _table_with(table, found, ids, folder)
         config_dict = model_folder.read_config_dict(folder / "text_encoder") | {"vocab_size": len(table)}
         digest = _digest(folder, files, table, config_dict, tensors)
         whole = cache / f"{folder.absolute().name}-with-{len(ids)}-tokens-{digest}"
         if whole.is_dir():
             return whole
-        new = Path(aside) / "new"
+        new = aside / "new"
         _write(new, folder, files, table_name, table, config_dict, tensors)
         try:
             new.rename(whole)
