@@ -1,9 +1,11 @@
-"""The packages that the metrics are compared with: torch-fidelity, clean-fid and prdc."""
+"""The packages that features and metrics are compared with: torch-fidelity, clean-fid, prdc and open_clip."""
 
 import importlib
 import sys
 import types
 from typing import Any
+
+import transformers  # noqa: F401  # now, since it asks whether torchvision is there
 
 
 def torch_fidelity_module(name: str) -> Any:
@@ -11,9 +13,14 @@ def torch_fidelity_module(name: str) -> Any:
     return _import_without_torchvision(f"torch_fidelity.{name}")
 
 
+def open_clip_module(name: str) -> Any:
+    """Imports a module of open_clip, which asks for torchvision as well."""
+    return _import_without_torchvision(f"open_clip.{name}")
+
+
 def _import_without_torchvision(name: str) -> Any:
     stand_ins = {}
-    for module in ("", ".datasets", ".models", ".transforms", ".transforms.functional"):
+    for module in ("", ".datasets", ".models", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
         module = f"torchvision{module}"
         if module not in sys.modules:
             stand_ins[module] = sys.modules[module] = _Anything(module)

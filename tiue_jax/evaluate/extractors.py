@@ -1,7 +1,7 @@
 """The networks whose features the metrics compare: one row each in EXTRACTORS, chosen by a folder's `model_type`."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from tiue_jax.models.dinov2 import Dinov2Config, Dinov2Model
 from tiue_jax.models.inception import InceptionV3
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.training.losses import CLIP_MEAN, CLIP_STD
-from tiue_jax.weights import hub, model_folder
-from tiue_jax.weights.tensor_files import open_folder
+from tiue_jax.weights import clip_vocabulary, hub, model_folder, open_clip
+from tiue_jax.weights.tensor_files import StoredTensor, open_file, open_folder
 
 BATCH_SIZE = 64
 DINOV2_SIZE = 224
@@ -26,6 +26,19 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 INCEPTION_RESIZES = ("clean", "tensorflow")  # clean-fid's, or that of the original graph
 SHIPPED_CLIP = "emoji-clip"
 Features = dict[str, np.ndarray]  # by name: "features" [n d], and for Inception "logits" [n c]
+
+
+class Pixels(NamedTuple):
+    """What is done to images before the image encoder of a CLIP model."""
+
+    resize: Resize
+    mean: np.ndarray  # of red, green and blue in [0, 1]
+    std: np.ndarray
+
+    def __str__(self) -> str:
+        same = np.array_equal(self.mean, CLIP_MEAN) and np.array_equal(self.std, CLIP_STD)
+        values = "of CLIP" if same else f"{self.mean.tolist()} and {self.std.tolist()}"
+        return f"centred square, PIL {self.resize.filter} to {self.resize.size}, mean and deviation {values}"
 
 
 class Extractor(NamedTuple):
@@ -57,13 +70,16 @@ def load(source: str | Path, inception_resize: str = "clean") -> Extractor:
 
     Args:
         source: "emoji-clip", which is shipped; or a folder or hub repository of a CLIP model or a DINOv2 in
-            transformers' layout, or of what `tiue convert import-inception` wrote.
+            transformers' layout, of a CLIP model in OpenCLIP's layout, or of what `tiue convert import-inception`
+            wrote.
         inception_resize: among INCEPTION_RESIZES, for Inception-v3.
 
     Raises:
         FileNotFoundError, ValueError: naming the folder, and what is wrong with it.
     """
     folder = hub.ASSETS / SHIPPED_CLIP if str(source) == SHIPPED_CLIP else hub.resolve(source)
+    if open_clip.is_chosen({path.name for path in folder.iterdir()}):
+        return _open_clip(str(source), folder)
     config = model_folder.read_config_dict(folder)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in EXTRACTORS:
@@ -110,19 +126,39 @@ def _clip(source: str, folder: Path, config: dict[str, Any], _: str) -> Extracto
     graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
     params = model_folder.load(folder, shapes)
     tokenizer = Tokenizer(folder, cfg.text_config.max_position_embeddings)
+    resize = Resize(cfg.vision_config.image_size, "bicubic", crop=True)
+    return _of_clip(
+        source, digest_of_weights(folder), (graphdef, params), tokenizer, Pixels(resize, CLIP_MEAN, CLIP_STD)
+    )
+
+
+def _open_clip(source: str, folder: Path) -> Extractor:
+    """Both towers of a CLIP model in OpenCLIP's layout. A folder without a tokenizer has that of OpenAI's CLIP."""
+    cfg, preprocessing = open_clip.read_config(folder)
+    graphdef, shapes = functional.abstract(CLIPModel, cfg.text_config, cfg.vision_config, cfg.projection_dim)
+    params = open_clip.load(folder, shapes)
+    sha256 = digest(open_file(folder / open_clip.WEIGHTS))
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer_folder = folder if has_tokenizer else clip_vocabulary.tokenizer_folder("sd21")
+    tokenizer = Tokenizer(tokenizer_folder, cfg.text_config.max_position_embeddings, cfg.text_config.vocab_size)
+    resize = Resize(cfg.vision_config.image_size, preprocessing.interpolation, crop=True)
+    mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
+    return _of_clip(source, sha256, (graphdef, params), tokenizer, Pixels(resize, mean, std))
+
+
+def _of_clip(source: str, sha256: str, model: tuple[Any, Any], tokenizer: Tokenizer, pixels: Pixels) -> Extractor:
+    """The extractor of a `CLIPModel`, given as its graph and parameters."""
+    graphdef, params = model
     images_in = _sharded(lambda params, x: {"features": functional.bind(graphdef, params).image_features(x)}, params)
     texts_in = _sharded(lambda params, ids: {"features": functional.bind(graphdef, params).text_features(ids)}, params)
-    size = cfg.vision_config.image_size
-    resize = Resize(size, "bicubic", crop=True)
 
     def image_features(images: np.ndarray) -> Features:
-        return images_in(_normalise(resize_all(images, resize), CLIP_MEAN, CLIP_STD))
+        return images_in(_normalise(resize_all(images, pixels.resize), pixels.mean, pixels.std))
 
     def text_features(prompts: Sequence[str]) -> np.ndarray:
         return texts_in(tokenizer(prompts))["features"]
 
-    how = f"centred square, PIL bicubic to {size}, mean and deviation of CLIP"
-    return Extractor("clip", source, digest_of_weights(folder), how, image_features, text_features)
+    return Extractor("clip", source, sha256, str(pixels), image_features, text_features)
 
 
 EXTRACTORS: dict[str, Callable[[str, Path, dict[str, Any], str], Extractor]] = {
@@ -160,10 +196,13 @@ def _sharded(function: Callable[[Any, Any], Any], params: Any) -> Callable[[np.n
 
 def digest_of_weights(folder: Path) -> str:
     """The SHA-256 of the file of a model's weights, or of its index and shards."""
-    source, tensors = open_folder(folder)
-    shards = sorted({tensor.path for tensor in tensors.values()})
-    digest = hashlib.sha256()
-    for path in shards:
+    return digest(open_folder(folder)[1])
+
+
+def digest(tensors: Mapping[str, StoredTensor]) -> str:
+    """The SHA-256 of the file that holds some tensors, or of the hashes of several files."""
+    whole = hashlib.sha256()
+    for path in sorted({tensor.path for tensor in tensors.values()}):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiue_jax.files import user_cache, writing_aside
+from tiue_jax.weights import open_clip
 from tiue_jax.weights.layout import MODEL_INDEX, MODEL_PARTS, PARTS, SCHEDULER_CONFIG, TIUE_CONFIG, TOKENIZER_FILES
 from tiue_jax.weights.tensor_files import TRANSFORMERS_WEIGHTS, WEIGHTS, index_names
 
@@ -37,8 +38,8 @@ def fetch(
 ) -> Fetched:
     """Downloads the needed files of a repository that are not in the cache yet.
 
-    The repository holds a pipeline, or one model at its root. If the hub cannot be reached, the files of an earlier
-    download are used.
+    The repository holds a pipeline, or one model at its root, perhaps in OpenCLIP's layout. If the hub cannot be
+    reached, the files of an earlier download are used.
 
     Every file whose SHA-256 the hub knows is checked once, before it is used for the first time: also a file that an
     earlier, interrupted run or another program has downloaded. `user_cache()/verified` records which files were
@@ -110,7 +111,7 @@ def _earlier(repository: str, revision: str, dtype: str, parts: Sequence[str], w
     """
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (MODEL_INDEX, "config.json", *(f"{part}/config.json" for part in MODEL_PARTS)):
+    for name in (MODEL_INDEX, "config.json", open_clip.CONFIG, *(f"{part}/config.json" for part in MODEL_PARTS)):
         cached = try_to_load_from_cache(repository, name, revision=revision)
         if isinstance(cached, str):
             folder = Path(cached.removesuffix(name))
@@ -146,6 +147,8 @@ def needed(
         ValueError: the repository holds neither a pipeline nor a model, or a model without safetensors or without one
             of its shards.
     """
+    if open_clip.is_chosen(files):
+        return [*open_clip.FILES, *(name for name in TOKENIZER_FILES if name in files)], ()
     names = [name for name in (MODEL_INDEX, TIUE_CONFIG) if name in files]
     if MODEL_INDEX in files or any(f"{part}/config.json" in files for part in MODEL_PARTS):
         folders = [f"{part}/" for part in MODEL_PARTS if part in parts and f"{part}/config.json" in files]

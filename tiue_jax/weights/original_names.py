@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from tiue_jax.models.clip import CLIPTextConfig
 from tiue_jax.models.unet import UNetConfig
 from tiue_jax.models.vae import VAEConfig
-from tiue_jax.weights import leftovers
+from tiue_jax.weights import leftovers, open_clip
 from tiue_jax.weights.names import Params, leaves, modernise, on_disk, torch_shape
 from tiue_jax.weights.tensor_files import StoredTensor
 
@@ -43,19 +43,6 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_OPEN_CLIP = {
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
 
 
 def unet_tensors(tensors: Mapping[str, StoredTensor], cfg: UNetConfig, shapes: Params) -> dict[str, StoredTensor]:
@@ -79,17 +66,7 @@ def text_tensors(tensors: Mapping[str, StoredTensor], cfg: CLIPTextConfig, shape
     if not is_open_clip(tensors):
         return {name.removeprefix(CLIP): tensor for name, tensor in tensors.items() if name.startswith(CLIP)}
     held = {name.removeprefix(OPEN_CLIP): tensor for name, tensor in tensors.items() if name.startswith(OPEN_CLIP)}
-    found, used = {}, set[str]()
-    for path, _ in leaves(shapes):
-        name = on_disk(path)
-        theirs, third = _open_clip_name(name)
-        if theirs in held:
-            tensor = held[theirs]
-            if third is not None and tensor.shape and tensor.shape[0]:  # otherwise its shape is reported as wrong
-                width = tensor.shape[0] // 3
-                tensor = tensor.rows(third * width, (third + 1) * width)
-            found[name] = tensor
-            used.add(theirs)
+    found, used = open_clip.translated(held, shapes)
     return found | {OPEN_CLIP + name: tensor for name, tensor in held.items() if name not in used}
 
 
@@ -229,17 +206,6 @@ def _translate(name: str, modules: Mapping[str, str]) -> str | None:
         if module in modules:
             return modules[module] + rest
     return None
-
-
-def _open_clip_name(name: str) -> tuple[str | None, int | None]:
-    """OpenCLIP's name of a tensor. For a fused projection also the third of its rows: 0 queries, 1 keys, 2 values."""
-    if not (layer := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)):
-        return _OPEN_CLIP.get(name), None
-    number, module, kind = layer.groups()
-    block = f"transformer.resblocks.{number}"
-    if fused := re.fullmatch(r"self_attn\.([qkv])_proj", module):
-        return f"{block}.attn.in_proj_{kind}", "qkv".index(fused[1])
-    return f"{block}.{_OPEN_CLIP_LAYER[module]}.{kind}", None
 
 
 def _as_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
