@@ -11,7 +11,8 @@ from tests import tiny
 from tiue_jax import images
 from tiue_jax.cli import evaluate as command
 from tiue_jax.evaluate import extractors, generate, pixels
-from tiue_jax.evaluate.pixels import ImageFolder, Resize
+from tiue_jax.evaluate.image_sources import DatasetImages, ImageFolder
+from tiue_jax.evaluate.pixels import Resize
 from tiue_jax.pipeline import Pipeline
 
 DDIM = {"sampler": "ddim", "num_inference_steps": 1, "timestep_spacing": "linspace"}
@@ -171,6 +172,34 @@ def test_real_images_in_an_array(cli, model, reference, tmp_path):
     assert results()["points"][0]["metrics"] == of_folder
     np.save("gray.npy", np.zeros((3, 8, 8), np.uint8))
     refused(cli(*usual(model, "--reference", "gray.npy")), "gray.npy", "[3 8 8]")
+
+
+def write_dataset(folder, paths, file_format="array_record", feature="image"):
+    """Writes a data set of images as tensorflow-datasets does, with the split "validation"."""
+    import tensorflow_datasets as tfds
+
+    folder.mkdir()
+    identity = tfds.core.dataset_info.DatasetIdentity("real", tfds.core.Version("1.0.0"), str(folder), __name__)
+    features = tfds.features.FeaturesDict({feature: tfds.features.Image(), "label": tfds.features.Text()})
+    info = tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True)
+    writer = tfds.core.SequentialWriter(info, 5, file_format=file_format)
+    writer.initialize_splits(["validation"])
+    writer.add_examples({"validation": [{feature: path.open("rb"), "label": "x"} for path in paths]})
+    writer.close_all()
+
+
+def test_real_images_of_a_data_set(cli, model, reference, tmp_path):
+    write_dataset(tmp_path / "set", ImageFolder(reference).files)
+    assert cli(*usual(model, "--reference", reference))[0] == 0
+    of_folder = results()["points"][0]["metrics"]
+    assert cli(*usual(model, "--reference", "set"))[0] == 0
+    assert results()["points"][0]["metrics"] == of_folder
+    out_of_order = DatasetImages(tmp_path / "set", "validation")
+    assert (out_of_order.read(7, 9, Resize()) == ImageFolder(reference).read(7, 9, Resize())).all()
+    refused(cli(*usual(model, "--reference", "set", "--reference_split", "train")), "['validation'], got 'train'")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    write_dataset(tmp_path / "torn", [*ImageFolder(reference).files[:2], tmp_path / "torn.png"])
+    refused(cli(*usual(model, "--reference", "torn")), "1 files (2) cannot be read as images")
 
 
 def test_features_of_real_images_are_cached_by_content(cli, model, reference, monkeypatch):

@@ -35,6 +35,8 @@ from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.pipeline_folder import DTYPES
 
+_SPLIT = "the split of a --reference of tensorflow-datasets"
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
@@ -45,8 +47,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("prompt_file", None, prompt_file, **add)
     flags.DEFINE_string("field", None, "the prompt's field or column in --prompt_file, such as caption", **add)
     flags.DEFINE_string("out", None, "the folder to write (required)", **add)
-    reference = "real images: a folder, a .npy file, or a .npz file of statistics; without it distances are left out"
-    flags.DEFINE_string("reference", None, reference, **add)
+    reference = "real images: a folder, also of tensorflow-datasets, a .npy file, or a .npz file of statistics"
+    flags.DEFINE_string("reference", None, f"{reference}; without it distances are left out", **add)
+    flags.DEFINE_string("reference_split", "validation", _SPLIT, **add)
     extractor = "a network: emoji-clip, or a folder or hub repository of CLIP, DINOv2 or Inception-v3; may be repeated"
     flags.DEFINE_multi_string("extractor", [extractors.SHIPPED_CLIP], extractor, **add)
     flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "a published protocol; flags below replace its values", **add)
@@ -88,6 +91,7 @@ def run(args: flags.FlagValues) -> None:
             protocol=read_protocol(args),
             extractor_sources=args.extractor,
             reference_path=args.reference,
+            reference_split=args.reference_split,
             guidance_scales=_numbers(args.guidance_scales),
             sampling={"sampler": args.sampler, "num_inference_steps": args.num_inference_steps},
             dtype=args.dtype,
@@ -101,7 +105,9 @@ def run(args: flags.FlagValues) -> None:
 def define_statistics(values: flags.FlagValues) -> None:
     """Defines the flags of `tiue evaluate statistics`."""
     add: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("reference", None, "real images: a folder or a .npy file (required)", **add)
+    real = "real images: a folder, also of tensorflow-datasets, or a .npy file (required)"
+    flags.DEFINE_string("reference", None, real, **add)
+    flags.DEFINE_string("reference_split", "validation", _SPLIT, **add)
     flags.DEFINE_string("extractor", None, "the network, as for tiue evaluate (required)", **add)
     flags.DEFINE_string("out", None, "the .npz file to write (required)", **add)
     flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "a published protocol; flags below replace its values", **add)
@@ -123,7 +129,7 @@ def run_statistics(args: flags.FlagValues) -> None:
     protocol = read_protocol(args)
     compile_cache.enable()
     extractor = extractors.load(args.extractor, protocol.inception_resize)
-    real = reference.read(args.reference, extractor, protocol.reference_resize)
+    real = reference.read(args.reference, extractor, protocol.reference_resize, args.reference_split)
     reference.save_statistics(args.out, real, extractor, protocol.reference_resize)
     print(f"{args.out}: {real.statistics.images:,} images, {len(real.statistics.mean)} features of {args.extractor}")
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from etils import epath
@@ -95,8 +95,7 @@ def rows(folder: epath.Path, field: str | None, split: str) -> Iterator[tuple[ob
         ValueError: as `open_builder`, or there is no such field or split, or a file is damaged.
     """
     builder = open_builder(folder)
-    if split not in builder.info.splits:
-        raise ValueError(f"{folder}: expected one of the splits {sorted(builder.info.splits)}, got {split!r}")
+    _check_split(builder, split, folder)
     if field is None:
         field = usual_field(dict.fromkeys(builder.info.features, ""))
     try:
@@ -106,6 +105,40 @@ def rows(folder: epath.Path, field: str | None, split: str) -> Iterator[tuple[ob
         raise ValueError(f"{folder}: expected a field of {described}, got {field!r}") from error
     for number, record in enumerate(_records(builder, split, folder)):
         yield number, _plain_values(features.deserialize_example_np(record))
+
+
+def images(folder: epath.Path, split: str) -> tuple[int, Callable[[], Iterator[bytes]]]:
+    """Finds the images of a split of a folder of tensorflow-datasets.
+
+    Returns:
+        Their number, and a function that yields the file of each image (PNG or JPEG), as it was stored.
+
+    Raises:
+        ValueError: as `open_builder`, or there is no such split, or not one feature of images. The iterator raises it
+            for a damaged file.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = open_builder(folder)
+    _check_split(builder, split, folder)
+    features = builder.info.features
+    fields = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if len(fields) != 1:
+        described = " ".join(str(features).split())[:300]
+        raise ValueError(f"{folder}: expected one feature of images, got {len(fields)} in {described}")
+    only, encoded = _only(features, fields), {fields[0]: tfds.decode.SkipDecoding()}
+
+    def files_of_images() -> Iterator[bytes]:
+        for record in _records(builder, split, folder):
+            yield only.deserialize_example_np(record, decoders=encoded)[fields[0]]
+
+    return builder.info.splits[split].num_examples, files_of_images
+
+
+def _check_split(builder: Any, split: str, folder: epath.Path) -> None:
+    """Raises ValueError unless a data set has a split of this name."""
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder}: expected one of the splits {sorted(builder.info.splits)}, got {split!r}")
 
 
 def _records(builder: Any, split: str, folder: epath.Path) -> Iterator[bytes]:

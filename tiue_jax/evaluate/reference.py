@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared with: a folder or file of images, or a file of statistics."""
+"""The real images that generated ones are compared with: a folder, a file or a data set, or a file of statistics."""
 
 import hashlib
 import json
@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from tiue_jax.data.dataset_folder import is_dataset_folder
 from tiue_jax.data.progress import Progress
 from tiue_jax.evaluate import frechet
 from tiue_jax.evaluate.extractors import Extractor
-from tiue_jax.evaluate.pixels import ImageArray, ImageFolder, Resize
+from tiue_jax.evaluate.image_sources import DatasetImages, ImageArray, ImageFolder
+from tiue_jax.evaluate.pixels import Resize
 from tiue_jax.files import expand, user_cache, writing_aside
 
+Images = ImageFolder | ImageArray | DatasetImages
 _CHUNK = 256  # images that are in memory at once
 
 
@@ -30,8 +34,10 @@ class Reference(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read(path: str | Path, extractor: Extractor, resize: Resize) -> Reference:
-    """Reads a reference: a folder of images, a `.npy` file of them, or a `.npz` file of statistics.
+def read(path: str | Path, extractor: Extractor, resize: Resize, split: str = "validation") -> Reference:
+    """Reads a reference: a folder of images, a `.npy` file of them, a data set, or a `.npz` file of statistics.
+
+    A data set is a folder that tensorflow-datasets prepared, of which `split` is read.
 
     Features of images are kept in the user's cache, by the content of the files, the extractor and the resize.
 
@@ -41,7 +47,7 @@ def read(path: str | Path, extractor: Extractor, resize: Resize) -> Reference:
     """
     path = expand(path)
     if path.is_dir() or (path.suffix == ".npy" and path.is_file()):
-        features = _features_of(ImageFolder(path) if path.is_dir() else ImageArray(path), extractor, resize)
+        features = _features_of(_open_images(path, split), extractor, resize)
         return Reference(frechet.statistics(features), features)
     if path.suffix == ".npz":
         return _read_statistics(path, extractor, resize)
@@ -125,7 +131,14 @@ def _width(extractor: Extractor) -> int:
     return extractor.image_features(np.zeros((1, 32, 32, 3), np.uint8))["features"].shape[1]
 
 
-def _features_of(real: ImageFolder | ImageArray, extractor: Extractor, resize: Resize) -> np.ndarray:
+def _open_images(path: Path, split: str) -> Images:
+    """The images of a folder, a data set or a file. Raises FileNotFoundError or ValueError as `read`."""
+    if path.is_dir() and is_dataset_folder(epath.Path(path)):
+        return DatasetImages(path, split)
+    return ImageFolder(path) if path.is_dir() else ImageArray(path)
+
+
+def _features_of(real: Images, extractor: Extractor, resize: Resize) -> np.ndarray:
     """The features of all images [m d], from the cache if they are there."""
     real.check(resize)
     digest = hashlib.sha256(json.dumps(_identity(extractor, resize), sort_keys=True).encode())

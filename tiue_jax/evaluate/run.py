@@ -61,6 +61,7 @@ def evaluate(
     protocol: Protocol,
     extractor_sources: Sequence[str] = (extractors.SHIPPED_CLIP,),
     reference_path: str | Path | None = None,
+    reference_split: str = "validation",
     guidance_scales: Sequence[float] = (),
     sampling: dict[str, Any] | None = None,
     dtype: str = "float32",
@@ -77,6 +78,7 @@ def evaluate(
         protocol: the choices that change a metric.
         extractor_sources: as extractors.load takes them.
         reference_path: real images, as reference.read takes them. None leaves out the metrics that need them.
+        reference_split: of a reference that is a data set.
         guidance_scales: one point for each; none is the model's guidance scale.
         sampling: settings of `Pipeline.settings` that differ from the model's.
         dtype: "float32" or "bfloat16", of the models.
@@ -106,7 +108,7 @@ def evaluate(
     if reference_path is not None:
         for name, extractor in loaded.items():
             if reference.is_for(reference_path, extractor):
-                real[name] = reference.read(reference_path, extractor, protocol.reference_resize)
+                real[name] = reference.read(reference_path, extractor, protocol.reference_resize, reference_split)
         if not any(real.values()):
             kinds = ", ".join(extractor.kind for extractor in loaded.values())
             raise ValueError(
