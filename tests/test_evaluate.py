@@ -147,6 +147,7 @@ def test_a_curve_over_guidance_has_a_plot(cli, model, reference, tmp_path):
     assert labels == ["teacher, guidance 1", "teacher, guidance 3"]
     page = (tmp_path / "out/report.html").read_text()
     assert "<svg" in page and "precision against recall" in page and "teacher, guidance 3" in page
+    assert page.count("<polyline") >= 1  # joins the points of one model
 
 
 def test_statistics_in_a_file_give_the_same_distances(cli, model, reference, tmp_path):

@@ -5,7 +5,7 @@ import html
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from tiue_jax.files import writing_aside
 REPORT = "report.html"
 SHOWN = 32  # images of a grid
 COLUMNS = 8
+_SIZE, _MARGIN = 360, 48  # of a plot, in pixels
 # The name of each metric in tables, and whether larger is better; in the order of the tables.
 METRICS = {
     "frechet_distance": ("Fréchet distance", False),
@@ -36,6 +37,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { border: 1px solid #ccc; padding: .3rem .6rem }
 th { background: #f2f2f2; text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
+table.metrics { display: block; overflow-x: auto } td.number small { display: block }
 small { color: #666 } img { max-width: 100%; image-rendering: auto } details { margin: 1rem 0 } pre { overflow-x: auto }
 """
 
@@ -108,22 +110,28 @@ def _resize(entry: dict[str, Any]) -> str:
 
 
 def _table(extractor: str, results: dict[str, Any]) -> str:
-    """The metrics of one extractor: a row for each point."""
+    """The metrics of one extractor: a column for each point."""
     measured = [point["metrics"][extractor] for point in results["points"]]
     names = [name for name in METRICS if any(name in metrics for metrics in measured)]
-    arrows = {True: "↑", False: "↓"}
-    head = "".join(f"<th>{METRICS[name][0]} {arrows[METRICS[name][1]]}</th>" for name in names)
+    head = "".join(f"<th>{_text(point['label'])}</th>" for point in results["points"])
     rows = []
-    for point, metrics in zip(results["points"], measured, strict=True):
-        cells = "".join(
-            f'<td class="number">{format_estimate(name, metrics[name]) if name in metrics else ""}</td>'
-            for name in names
-        )
-        speed = point["images_per_second"]
-        rate = "" if speed is None else f"{speed:.3g}"
-        rows.append(f'<tr><th>{_text(point["label"])}</th>{cells}<td class="number">{rate}</td></tr>')
-    title = f"<h2>Features: {_text(extractor)}</h2><small>value [95% interval]</small>"
-    return f"{title}<table><tr><th></th>{head}<th>images/s</th></tr>{''.join(rows)}</table>"
+    for name in names:
+        title, larger_is_better = METRICS[name]
+        cells = "".join(f'<td class="number">{_cell(name, metrics.get(name))}</td>' for metrics in measured)
+        rows.append(f"<tr><th>{title} {'↑' if larger_is_better else '↓'}</th>{cells}</tr>")
+    rates = [point["images_per_second"] for point in results["points"]]
+    cells = "".join(f'<td class="number">{"" if rate is None else f"{rate:.3g}"}</td>' for rate in rates)
+    title = f"<h2>Features: {_text(extractor)}</h2><small>value, and 95% interval</small>"
+    table = f"<tr><th></th>{head}</tr>{''.join(rows)}<tr><th>images/s</th>{cells}</tr>"
+    return f'{title}<table class="metrics">{table}</table>'
+
+
+def _cell(metric: str, entry: dict[str, Any] | None) -> str:
+    """A value with its interval below, in HTML; empty without a value."""
+    if entry is None:
+        return ""
+    value, *interval = format_estimate(metric, entry).split(" ", 1)
+    return f"{value}<small>{' '.join(interval)}</small>"
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
@@ -138,50 +146,78 @@ def _plots(results: dict[str, Any]) -> str:
         measured = [point["metrics"][extractor] for point in results["points"]]
         for across, up in (("recall", "precision"), ("clip_score", "frechet_distance"), ("diversity", "retrieval")):
             if all(across in metrics and up in metrics for metrics in measured):
-                labels = [point["label"] for point in results["points"]]
-                plots.append(_plot(extractor, across, up, labels, measured))
+                plots.append(_plot(extractor, across, up, results["points"]))
     return f"<h2>Quality and diversity</h2>{''.join(plots)}" if plots else ""
 
 
-def _plot(extractor: str, across: str, up: str, labels: list[str], measured: list[dict[str, Any]]) -> str:
-    """A scatter plot as SVG, with the intervals of both metrics as crosses."""
-    size, margin = 360, 48
-
-    def scale(metric: str, length: int, flipped: bool) -> Any:
-        low = min(metrics[metric]["low"] for metrics in measured)
-        high = max(metrics[metric]["high"] for metrics in measured)
-        spread = (high - low) or 1.0
-
-        def place(value: float) -> float:
-            share = (value - low) / spread
-            return margin + (1 - share if flipped else share) * (length - 2 * margin)
-
-        return place, low, high
-
-    x, x_low, x_high = scale(across, size, False)
-    y, y_low, y_high = scale(up, size, True)
-    marks = []
-    for label, metrics in zip(labels, measured, strict=True):
-        a, b = metrics[across], metrics[up]
-        marks.append(
-            f'<line x1="{x(a["low"]):.1f}" x2="{x(a["high"]):.1f}" y1="{y(b["value"]):.1f}" y2="{y(b["value"]):.1f}" '
-            f'stroke="#99b"/><line x1="{x(a["value"]):.1f}" x2="{x(a["value"]):.1f}" y1="{y(b["low"]):.1f}" '
-            f'y2="{y(b["high"]):.1f}" stroke="#99b"/><circle cx="{x(a["value"]):.1f}" cy="{y(b["value"]):.1f}" r="4" '
-            f'fill="#24c"/><text x="{x(a["value"]) + 6:.1f}" y="{y(b["value"]) - 6:.1f}" font-size="10">'
-            f"{_text(label)}</text>"
+def _plot(extractor: str, across: str, up: str, points: list[dict[str, Any]]) -> str:
+    """A scatter plot as SVG, with the intervals of both metrics as crosses. Lines join the points of one model."""
+    measured = [point["metrics"][extractor] for point in points]
+    x, y = (_Axis.of([metrics[name] for metrics in measured]) for name in (across, up))
+    parts = []
+    for value in x.ticks():
+        at = x.place(value)
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_MARGIN}" y2="{_SIZE - _MARGIN}" stroke="#eee"/>')
+        parts.append(_label(at, _SIZE - _MARGIN + 14, f"{value:.3g}", "middle"))
+    for value in y.ticks():
+        at = _SIZE - y.place(value)
+        parts.append(f'<line x1="{_MARGIN}" x2="{_SIZE - _MARGIN}" y1="{at:.1f}" y2="{at:.1f}" stroke="#eee"/>')
+        parts.append(_label(_MARGIN - 4, at + 3, f"{value:.3g}", "end"))
+    curves: dict[str, list[str]] = {}
+    for point, metrics in zip(points, measured, strict=True):
+        (left, middle, right), (low, centre, high) = (
+            [axis.place(metrics[name][end]) for end in ("low", "value", "high")]
+            for axis, name in ((x, across), (y, up))
         )
+        low, centre, high = _SIZE - low, _SIZE - centre, _SIZE - high
+        curves.setdefault(point["model"], []).append(f"{middle:.1f},{centre:.1f}")
+        parts.append(
+            f'<path d="M{left:.1f} {centre:.1f}H{right:.1f}M{middle:.1f} {low:.1f}V{high:.1f}" stroke="#99b"/>'
+            f'<circle cx="{middle:.1f}" cy="{centre:.1f}" r="4" fill="#24c"/>'
+            f"{_label(middle + 6, centre - 6, point['label'], 'start')}"
+        )
+    for places in curves.values():
+        parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="#24c"/>')
     title = f"{extractor}: {METRICS[up][0]} against {METRICS[across][0]}"
-    axes = (
-        f'<rect x="{margin}" y="{margin}" width="{size - 2 * margin}" height="{size - 2 * margin}" fill="none" '
-        f'stroke="#ccc"/><text x="{size / 2}" y="{size - 8}" font-size="11" text-anchor="middle">{METRICS[across][0]}: '
-        f'{x_low:.3g} to {x_high:.3g}</text><text x="12" y="{size / 2}" font-size="11" text-anchor="middle" '
-        f'transform="rotate(-90 12 {size / 2})">{METRICS[up][0]}: {y_low:.3g} to {y_high:.3g}</text>'
-    )
+    side = _SIZE - 2 * _MARGIN
     return (
-        f'<svg viewBox="0 0 {size + 120} {size}" width="{size + 120}" height="{size}" role="img" '
-        f'aria-label="{_text(title)}"><text x="{margin}" y="{margin - 12}" font-size="12">{_text(title)}</text>'
-        f"{axes}{''.join(marks)}</svg>"
+        f'<svg viewBox="0 0 {_SIZE + 120} {_SIZE}" width="{_SIZE + 120}" height="{_SIZE}" role="img" '
+        f'aria-label="{_text(title)}">{_label(_MARGIN, _MARGIN - 12, title, "start", 12)}'
+        f'<rect x="{_MARGIN}" y="{_MARGIN}" width="{side}" height="{side}" fill="none" stroke="#ccc"/>'
+        f"{_label(_SIZE / 2, _SIZE - 8, METRICS[across][0], 'middle', 11)}"
+        f'<g transform="rotate(-90 12 {_SIZE / 2})">{_label(12, _SIZE / 2, METRICS[up][0], "middle", 11)}</g>'
+        f"{''.join(parts)}</svg>"
     )
+
+
+class _Axis(NamedTuple):
+    """The range of an axis, which holds all intervals with some space around them."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, entries: list[dict[str, Any]]) -> Self:
+        low, high = min(entry["low"] for entry in entries), max(entry["high"] for entry in entries)
+        space = 0.08 * (high - low) or 1.0
+        return cls(low - space, high + space)
+
+    def place(self, value: float) -> float:
+        """The distance of a value from the left end or the bottom of a plot, in pixels."""
+        return _MARGIN + (value - self.low) / (self.high - self.low) * (_SIZE - 2 * _MARGIN)
+
+    def ticks(self) -> list[float]:
+        """About four round numbers in the range."""
+        rough = (self.high - self.low) / 4
+        power = 10.0 ** np.floor(np.log10(rough))
+        step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+        first = np.ceil(self.low / step)
+        return [float(step * i) for i in np.arange(first, np.floor(self.high / step) + 1)]
+
+
+def _label(x: float, y: float, text: str, anchor: str, size: int = 10) -> str:
+    """A text in a plot."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{_text(text)}</text>'
 
 
 def _grids(point: Point, prompts: list[str]) -> str:
