@@ -65,6 +65,14 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture
+def sigint_not_ignored():
+    """SIGINT as in a terminal, also for new processes. The background jobs of a shell ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def sighup_not_ignored():
     """SIGHUP as in a terminal, also for new processes. Under nohup it is ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)

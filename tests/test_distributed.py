@@ -50,15 +50,7 @@ def test_what_is_not_the_same_on_all_processes_is_named(monkeypatch):
     )
 
 
-@pytest.fixture
-def interruptible():
-    """Handles SIGINT as in a terminal. The background jobs of a shell ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_signal_asks_to_stop_and_a_second_acts_at_once(interruptible):
+def test_a_signal_asks_to_stop_and_a_second_acts_at_once(sigint_not_ignored):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         stop.listen()

@@ -192,6 +192,7 @@ def test_a_process_without_the_others_reports_and_gives_up():
         assert "gave up after 3 s" in last and "--join_timeout=SECONDS" in last and len(last) <= 600
 
 
+@pytest.mark.usefixtures("sigint_not_ignored")
 def test_ctrl_c_ends_a_process_that_waits():
     flags = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2", "--process_id=0"]
     process = start({}, *flags)
