@@ -9,45 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from tests.tiny_distillation import BATCH, CONFIG, NULL, RNG, UNET, adapted, distance, encode_text, initial, make, norm
 from tiue_jax import sharding
 from tiue_jax.models import functional
-from tiue_jax.models.unet import REMAT_POLICIES, UNet, UNetConfig
+from tiue_jax.models.unet import REMAT_POLICIES, UNet
 from tiue_jax.plan import flops
 from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
 from tiue_jax.training.settings import DistillConfig
-
-UNET = UNetConfig(
-    sample_size=8,
-    block_out_channels=(16,),
-    down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
-    layers_per_block=1,
-    attention_head_dim=2,
-    norm_num_groups=4,
-    cross_attention_dim=16,
-)
-CONFIG = DistillConfig(
-    num_inference_steps=2,
-    lora_rank=4,
-    lora_alpha=6.0,
-    compute_dtype="float32",
-    student_learning_rate=1e-4,
-    lora_learning_rate=1e-2,
-)
-RNG = np.random.default_rng(0)
-NULL = jnp.asarray(RNG.standard_normal((1, 5, 16), np.float32))
-BATCH = {"text": jnp.asarray(RNG.standard_normal((2, 5, 16), np.float32))}
-
-
-def encode_text(frozen, batch):
-    return batch["text"], NULL
-
-
-def make(**settings):
-    return Distillation(dataclasses.replace(CONFIG, **settings), UNET, Schedule(), encode_text)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +30,6 @@ def params():
 @pytest.fixture(scope="module")
 def frozen(params):
     return Frozen(unet=jax.tree.map(jnp.asarray, params))
-
-
-def initial(config, params):
-    return jax.jit(functools.partial(train_state.init_state, config))(
-        params, train_state.init_adapters(config, UNET, seed=0)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +45,6 @@ def distillation():
 @pytest.fixture(scope="module")
 def update(distillation):
     return jax.jit(distillation.update)
-
-
-def distance(a, b):
-    """max |a - b| over two trees. In numpy, since a jax operation would be compiled for each shape."""
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b)))
-
-
-def norm(tree):
-    return np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree)))
-
-
-def adapted(state):
-    """The state with adapters that change the output, since B is not zero."""
-    rng = np.random.default_rng(1)
-    lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32), state.lora)
-    return state._replace(lora=lora)
 
 
 def test_the_state_holds_the_student_its_average_and_the_adapters_but_no_teacher(state, params):
@@ -309,6 +258,10 @@ def test_guidance_folds_both_branches_into_one_batch():
     assert calls == [6]
     expected = epsilon(z, t, null) + 4.5 * (epsilon(z, t, text) - epsilon(z, t, null))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+    scales = jnp.array([1.0, 4.5, 2.0])[:, None, None, None]  # one for each sample
+    got = samplers.guided(epsilon, z, t, text, null, scales)
+    expected = epsilon(z, t, null) + scales * (epsilon(z, t, text) - epsilon(z, t, null))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     calls.clear()
     np.testing.assert_array_equal(samplers.guided(epsilon, z, t, text, null, 1.0), epsilon(z, t, text))
     assert calls == [3, 3]
@@ -360,6 +313,13 @@ def test_the_clip_loss_fades_out_and_pulls_on_the_student(state, frozen):
         ({"lora_learning_rate": -1.0}, "lora_learning_rate must be a finite number > 0, got -1.0"),
         ({"student_learning_rate_schedule": "cosine"}, "needs total_steps > warmup_steps"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a finite number > 0, got 0.0"),
+        (
+            {"teacher_guidance_scale_max": 4.0},
+            "teacher_guidance_scale_max must be >= teacher_guidance_scale = 4.5, got 4",
+        ),
+        ({"timesteps": (900, 300)}, r"num_inference_steps must be the number of distill.timesteps \[900, 300\], got 4"),
+        ({"timesteps": (9, 9, 5, 1)}, r"timesteps must descend, .*, got \[9, 9, 5, 1\]"),
+        ({"lora_updates_per_step": 0}, "lora_updates_per_step must be an integer between 1 and 100, got 0"),
         ({"num_inference_step": 4}, "unknown distillation settings .'num_inference_step'."),
     ],
 )

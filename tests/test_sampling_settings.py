@@ -50,6 +50,18 @@ def test_another_sampler_starts_from_its_own_defaults():
     assert student.override(sampler="tiue", num_inference_steps=2) == Sampling("tiue", 2, None, "trailing")
 
 
+def test_timesteps_replace_a_spacing_and_a_spacing_replaces_timesteps():
+    free = Sampling("tiue", timesteps=(999, 600, 100))
+    assert free.resolve(Schedule()) == Sampling("tiue", 3, timesteps=(999, 600, 100))
+    assert Sampling.from_dict(json.loads(json.dumps(free.to_dict()))) == free
+    assert free.respaced(Schedule()).timesteps(3).tolist() == [999, 600, 100]
+    spaced = Sampling("tiue", 4, timestep_spacing="trailing")
+    assert spaced.override(timesteps=(900, 1)) == Sampling("tiue", timesteps=(900, 1))
+    assert free.override(timestep_spacing="leading", num_inference_steps=2) == Sampling("tiue", 2, None, "leading")
+    with pytest.raises(ValueError, match=r"must be the number of timesteps, got 2 and \[999, 600, 100\]"):
+        free.override(num_inference_steps=2)
+
+
 GUIDED = r"\['ddim', 'lcm', 'faster_diffusion'\]"
 SPACED = r"\['tiue', 'ddim', 'faster_diffusion'\]"
 
@@ -64,6 +76,13 @@ SPACED = r"\['tiue', 'ddim', 'faster_diffusion'\]"
             f"guidance_scale is a setting of samplers {GUIDED}, got 2 with 'tu",
         ),
         ({"sampler": "turbo", "timestep_spacing": "leading"}, f"timestep_spacing is .* {SPACED}, got 'leading' with"),
+        (
+            {"sampler": "lcm", "timesteps": (9, 1)},
+            f"timesteps is a setting of samplers {SPACED}, got .9, 1. with 'lcm'",
+        ),
+        ({"timesteps": (1, 9)}, r"timesteps must descend, .*, got \[1, 9\]"),
+        ({"timesteps": (1000, 9)}, r"at most the schedule's last, 999, got \[1000, 9\]"),
+        ({"timesteps": (9, 1), "timestep_spacing": "leading"}, "exclude each other"),
         ({"sampler": "lcm", "timestep_spacing": "leading"}, "timestep_spacing is a setting of samplers"),
         ({"sampler": "ddim", "key_steps": 2}, r"key_steps is .* \['faster_diffusion'\], got 2 with 'ddim'"),
         ({"sampler": "one_step", "num_inference_steps": 2}, "takes one step, got num_inference_steps 2"),

@@ -46,6 +46,40 @@ def test_closed_form_equals_the_recursion(prediction_type, spacing, k):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_free_timesteps_equal_a_spacing_that_has_the_same(prediction_type, spacing):
+    spaced = dataclasses.replace(SD, prediction_type=prediction_type, timestep_spacing=spacing)
+    free = dataclasses.replace(spaced, custom_timesteps=tuple(spaced.timesteps(4).tolist()))
+    for one, other in zip(spaced.closed_form(4), free.closed_form(4), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_free_timesteps_are_visited_one_after_the_other():
+    """DDIM from each timestep to the next, written out with the prediction of z_0."""
+    timesteps = (999, 620, 310, 90)
+    schedule = dataclasses.replace(SD, custom_timesteps=timesteps)
+    form = schedule.closed_form(4)
+    rng = np.random.default_rng(0)
+    noise, outputs = rng.standard_normal(), rng.standard_normal(4)
+    abar = SD.alphas_cumprod
+    x = noise
+    for t, s, o in zip(timesteps, (*timesteps[1:], 0), outputs, strict=True):
+        original = (x - np.sqrt(1 - abar[t]) * o) / np.sqrt(abar[t])
+        x = np.sqrt(abar[s]) * original + np.sqrt(1 - abar[s]) * o
+    assert form.scale * noise + form.weights @ outputs == pytest.approx(x, rel=1e-9)
+    assert "custom_timesteps" not in schedule.to_dict()
+    with pytest.raises(ValueError, match=r"must be 4, the number of the timesteps \[999, 620, 310, 90\], got 3"):
+        schedule.timesteps(3)
+    for wrong, message in (
+        ((10, 10), "must descend"),
+        ((1000,), "at most the schedule's last, 999"),
+        ((), "1 to 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SD, custom_timesteps=wrong)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_outputs_convert_to_noise_and_original(prediction_type):
     schedule = dataclasses.replace(SD, prediction_type=prediction_type)
     rng = np.random.default_rng(0)

@@ -255,9 +255,13 @@ def test_every_optional_setting_takes_none_and_a_value_from_the_command_line():
     values = {int: "3", float: "2.5", str: "x"}
     for setting in optional_settings():
         kind, _ = plain_type(setting)
-        none, value = f"--config.{setting}=None", f"--config.{setting}={values[kind]}"
+        none, value = f"--config.{setting}=None", f"--config.{setting}={values.get(kind)}"
         if setting == "train.checkpoints_best_metric":
             value = f"--config.{setting}=eval/teacher_distance"
+        if setting == "distill.teacher_guidance_scale_max":
+            value = f"--config.{setting}=7.5"
+        if setting == "distill.timesteps":
+            value = f"--config.{setting}=(900, 600, 300, 1)"
         assert flat(read("--config", "emoji_tiue", none).to_dict())[setting] is None
         assert flat(read("--config", "emoji_tiue", value, none).to_dict())[setting] is None
         assert flat(read("--config", "emoji_tiue", none, value).to_dict())[setting] is not None
@@ -305,7 +309,8 @@ def test_a_run_of_an_older_version_is_read_and_goes_on():
     assert settings.train.validation_prompts == ("a red apple", "a dog face")
     added = {"train.profile_steps": None, "data.split": "train", "data.max_bad_share": 0.01}
     added |= {"distill.negative_prompt": "", "model.embeddings": [], "model.clip_skip": 0}
-    added |= {"model.student_name_or_path": None}
+    added |= {"model.student_name_or_path": None, "distill.timesteps": None}
+    added |= {"distill.teacher_guidance_scale_max": None, "distill.lora_updates_per_step": 1}
     assert flat(settings.to_dict()) == flat(VERSION_0_1_0) | added
     check_resumed(VERSION_0_1_0, settings)
     profiled = {**VERSION_0_1_0, "train": VERSION_0_1_0["train"] | {"profile_steps": 5}}

@@ -174,6 +174,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         timestep_spacing: str | None = None,
         key_steps: int | Sequence[int] | None = None,
+        timesteps: Sequence[int] | None = None,
         batch_size: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -196,6 +197,7 @@ class Pipeline:
             guidance_scale: the scale of classifier-free guidance, for samplers that take it. Up to 1 is no guidance.
             timestep_spacing: "leading", "trailing" or "linspace", for samplers that take it.
             key_steps: the steps at which "faster_diffusion" runs the encoder, from 0. One number n is every n-th step.
+            timesteps: the timesteps of the steps, descending, instead of `timestep_spacing`.
             batch_size: images in a batch, by default 8. It is rounded up to a multiple of the number of devices, or of
                 groups of `mesh_step` devices. A call for fewer images takes the next power of two, so that few sizes
                 are compiled. A batch that is not full is filled with copies, which are thrown away.
@@ -217,7 +219,7 @@ class Pipeline:
         seed = check("seed", _Seed, seed)
         batch_size = check("batch_size", _Count | None, batch_size)
         shape = self.latents_shape(height, width)
-        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps)
+        settings = self.settings(sampler, num_inference_steps, guidance_scale, timestep_spacing, key_steps, timesteps)
         check_mesh_step(settings, self._mesh)
         if any(image.negative_prompt for image in numbered):
             settings.check_negative_prompt(embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
@@ -259,6 +261,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         timestep_spacing: str | None = None,
         key_steps: int | Sequence[int] | None = None,
+        timesteps: Sequence[int] | None = None,
     ) -> Sampling:
         """The settings of `stream` at these arguments: the model's settings with those that are not None, resolved.
 
@@ -271,6 +274,7 @@ class Pipeline:
             guidance_scale=guidance_scale,
             timestep_spacing=timestep_spacing,
             key_steps=tuple(key_steps) if isinstance(key_steps, Sequence) else key_steps,
+            timesteps=tuple(timesteps) if isinstance(timesteps, Sequence) else timesteps,
         ).resolve(self.schedule, embeds_guidance=self.unet.cfg.time_cond_proj_dim is not None)
 
     def save_pretrained(self, folder: str | Path, dtype: Any = np.float32, overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ depend only on the schedule are computed once, on the host, in float64.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiue_jax.checked_fields import Range, check, check_fields, check_others, one_of, read
+from tiue_jax.checked_fields import Items, Range, check, check_fields, check_others, one_of, read
 
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -38,6 +39,15 @@ _FIXED: dict[str, Any] = {
 _Beta = Annotated[float, Range(0, 1, above_low=True, below_high=True)]
 
 
+CustomTimesteps = Annotated[tuple[Annotated[int, Range(0, 999_999)], ...], Items(1, 1000)]
+
+
+def check_descending(timesteps: tuple[int, ...]) -> None:
+    """Raises ValueError unless each of some timesteps is smaller than the one before."""
+    if any(a <= b for a, b in itertools.pairwise(timesteps)):
+        raise ValueError(f"timesteps must descend, such as 999, 749, 499, 249, got {list(timesteps)}")
+
+
 class ClosedForm(NamedTuple):
     """A sampler that is linear in the noise and in the network's outputs (docs/method.md, section 2).
 
@@ -60,9 +70,13 @@ class ClosedForm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The fields of diffusers' scheduler_config.json that DDIM (eta = 0) needs.
+    """The fields of diffusers' scheduler_config.json that DDIM (eta = 0) needs, and free timesteps.
 
     The defaults are those of Stable Diffusion. Raises ValueError for a field with a value that is not supported.
+
+    Attributes:
+        custom_timesteps: the sampling timesteps, descending, in the place of those of `timestep_spacing`; None for
+            these. A setting of the sampler, which no scheduler_config.json has.
     """
 
     num_train_timesteps: Annotated[int, Range(1, 1_000_000)] = 1000
@@ -73,9 +87,15 @@ class Schedule:
     timestep_spacing: Annotated[str, one_of(SPACINGS)] = "leading"
     steps_offset: Annotated[int, Range(0, 1_000_000)] = 1
     set_alpha_to_one: bool = False
+    custom_timesteps: CustomTimesteps | None = None
 
     def __post_init__(self):
         check_fields(self)
+        if (given := self.custom_timesteps) is not None:
+            check_descending(given)
+            if given[0] >= self.num_train_timesteps:
+                limit = self.num_train_timesteps - 1
+                raise ValueError(f"timesteps must be at most the schedule's last, {limit}, got {list(given)}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -96,11 +116,15 @@ class Schedule:
             "steps_offset": 0,
             "set_alpha_to_one": kind == "DDIMScheduler",
         }
-        return read(cls, missing | dict(config))
+        fields = missing | dict(config)
+        fields.pop("custom_timesteps", None)  # no field of diffusers
+        return read(cls, fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a scheduler_config.json for diffusers' DDIMScheduler."""
-        return {"_class_name": "DDIMScheduler", "clip_sample": False, "trained_betas": None, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        del fields["custom_timesteps"]
+        return {"_class_name": "DDIMScheduler", "clip_sample": False, "trained_betas": None, **fields}
 
     @property
     def alphas_cumprod(self) -> np.ndarray:
@@ -110,12 +134,18 @@ class Schedule:
         return np.cumprod(1 - betas)
 
     def timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """The sampling timesteps as diffusers' DDIMScheduler spaces them, int32 [k], descending.
+        """The sampling timesteps: `custom_timesteps`, or as diffusers' DDIMScheduler spaces them: int32 [k].
 
         Raises:
-            ValueError: num_inference_steps is not in 1 ... num_train_timesteps, or a timestep is past the last one.
+            ValueError: num_inference_steps is not in 1 ... num_train_timesteps, or not the number of
+                `custom_timesteps`, or a timestep is past the last one.
         """
         k, total = num_inference_steps, self.num_train_timesteps
+        if (given := self.custom_timesteps) is not None:
+            if k != len(given):
+                expected = f"{len(given)}, the number of the timesteps {list(given)}"
+                raise ValueError(f"num_inference_steps (K) must be {expected}, got {k}: give other timesteps")
+            return np.array(given, np.int32)
         if not 1 <= k <= total:
             raise ValueError(f"num_inference_steps (K) must be between 1 and {total}, got {k}")
         steps: np.ndarray
@@ -135,8 +165,9 @@ class Schedule:
     def closed_form(self, num_inference_steps: int) -> ClosedForm:
         """DDIM (eta = 0) at `num_inference_steps` timesteps, as single steps and unrolled.
 
-        Each step goes from a timestep t to its successor s = t - num_train_timesteps // num_inference_steps. The last
-        successor may be negative: abar_s is then 1 or abar_0, as `set_alpha_to_one` says.
+        Each step goes from a timestep t to its successor s = t - num_train_timesteps // num_inference_steps; of
+        `custom_timesteps`, to the next one. The last successor may be negative: abar_s is then 1 or abar_0, as
+        `set_alpha_to_one` says. So it is after the last of `custom_timesteps`.
 
         DDIM is equation 12 of arXiv 2010.02502. The coefficients are derived in docs/method.md, section 2.
 
@@ -145,7 +176,10 @@ class Schedule:
         """
         timesteps = self.timesteps(num_inference_steps)
         abar = self.alphas_cumprod
-        successors = timesteps - self.num_train_timesteps // num_inference_steps
+        if self.custom_timesteps is None:
+            successors = timesteps - self.num_train_timesteps // num_inference_steps
+        else:
+            successors = np.append(timesteps[1:], -1)
         final = 1.0 if self.set_alpha_to_one else abar[0]
         return self._closed_form(timesteps, np.where(successors >= 0, abar[np.maximum(successors, 0)], final))
 
@@ -155,7 +189,8 @@ class Schedule:
         Raises:
             ValueError: as `timesteps`.
         """
-        return dataclasses.replace(self, timestep_spacing="trailing").timesteps(num_inference_steps)
+        trailing = dataclasses.replace(self, timestep_spacing="trailing", custom_timesteps=None)
+        return trailing.timesteps(num_inference_steps)
 
     def euler_form(self, num_inference_steps: int) -> ClosedForm:
         """Euler steps in sigma = sqrt(1 - abar) / sqrt(abar) at `euler_timesteps`, the last one to sigma 0.

@@ -14,10 +14,11 @@ These functions read the ambient mesh (`jax.set_mesh`). Without one they change 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -92,6 +93,26 @@ def micro_batches(batch: Any, count: int) -> Any:
     row is sent to another device.
     """
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def mean_over_micro_batches(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
+    """The mean of a function of a batch over `count` micro-batches, which are computed one after the other.
+
+    Args:
+        function: from rows [b/count ...] to a tree of floating arrays.
+        rows: a tree of arrays [b ...].
+        count: number of micro-batches; 1 calls the function with all rows.
+    """
+    if count == 1:
+        return function(rows)
+    parts = micro_batches(rows, count)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def parameter_spec(

@@ -30,7 +30,7 @@ from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.samplers import SAMPLERS
-from tiue_jax.sampling.settings import read_key_steps
+from tiue_jax.sampling.settings import read_key_steps, read_timesteps
 from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS
 from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
@@ -135,6 +135,8 @@ def define_export_compiled(values: flags.FlagValues) -> None:
     guidance = "guidance scale of a call that does not give one; up to 1 compiles no guidance (default: the model's)"
     flags.DEFINE_float("guidance_scale", None, guidance, **add)
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), "spacing of the steps (default: the model's)", **add)
+    timesteps = "timesteps of the steps, such as 999,749,499,249, instead of a spacing (default: the model's)"
+    flags.DEFINE_list("timesteps", None, timesteps, **add)
     keys = "for faster_diffusion: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_integer("batch_size", None, "images of every call (default: any number)", **add)
@@ -180,6 +182,7 @@ def run_export_compiled(args: flags.FlagValues) -> int:
         guidance_scale=args.guidance_scale,
         timestep_spacing=args.timestep_spacing,
         key_steps=read_key_steps(args.key_steps),
+        timesteps=read_timesteps(args.timesteps),
     )
     print(f"{args.out}: {args.model} for {', '.join(args.platforms)}; try python {args.out}/sampler.py --help")
     return 0

@@ -28,7 +28,7 @@ from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.batches import number_images
 from tiue_jax.sampling.samplers import SAMPLERS, takers
-from tiue_jax.sampling.settings import Sampling, read_key_steps
+from tiue_jax.sampling.settings import Sampling, read_key_steps, read_timesteps
 from tiue_jax.schedule import SPACINGS
 from tiue_jax.weights.pipeline_folder import DTYPES
 
@@ -61,6 +61,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("guidance_scale", None, f"for {_names('guidance_scale')}; up to 1 is no guidance", **add)
     spacing = f"for {_names('timestep_spacing')}; by default the model's spacing"
     flags.DEFINE_enum("timestep_spacing", None, list(SPACINGS), spacing, **add)
+    timesteps = f"for {_names('timesteps')}: descending, such as 999,749,499,249, instead of a spacing"
+    flags.DEFINE_list("timesteps", None, timesteps, **add)
     keys = f"for {_names('key_steps')}: the steps that run the encoder, such as 0,1,2,5,10; one number n is every n-th"
     flags.DEFINE_list("key_steps", None, keys, **add)
     flags.DEFINE_enum("dtype", "float32", list(DTYPES), "dtype of the weights and the computation", **add)
@@ -123,6 +125,7 @@ def run(args: flags.FlagValues) -> None:
         guidance_scale=args.guidance_scale,
         timestep_spacing=args.timestep_spacing,
         key_steps=read_key_steps(args.key_steps),
+        timesteps=read_timesteps(args.timesteps),
     )
     stream = pipe.stream(
         prompts,

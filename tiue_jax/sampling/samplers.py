@@ -254,7 +254,7 @@ class Sampler(NamedTuple):
         guidance_scale: the default guidance scale. None: the sampler takes none.
         embedded_guidance_scale: the default guidance scale for a UNet that takes it as an input
             (`time_cond_proj_dim`). None: the sampler is not for such a UNet.
-        timestep_spacing: True if the sampler takes a timestep spacing. The default is the schedule's.
+        timestep_spacing: True if the sampler takes a timestep spacing, or timesteps. The default is the schedule's.
         key_steps: the default key steps among the default number of steps. None: the sampler takes none.
     """
 
@@ -267,8 +267,8 @@ class Sampler(NamedTuple):
     key_steps: tuple[int, ...] | None = None
 
     def takes(self, setting: str) -> bool:
-        """True if the sampler takes this setting: "guidance_scale", "timestep_spacing" or "key_steps"."""
-        default = getattr(self, setting)
+        """True if the sampler takes this setting: "guidance_scale", "timestep_spacing", "timesteps" or "key_steps"."""
+        default = getattr(self, "timestep_spacing" if setting == "timesteps" else setting)
         return default is not None and default is not False
 
 
@@ -297,7 +297,7 @@ SAMPLERS = {
 
 
 def takers(setting: str) -> list[str]:
-    """The names of the samplers that take a setting: "guidance_scale", "timestep_spacing" or "key_steps"."""
+    """The names of the samplers that take a setting, see Sampler.takes."""
     return [name for name, sampler in SAMPLERS.items() if sampler.takes(setting)]
 
 

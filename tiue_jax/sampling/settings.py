@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from tiue_jax.checked_fields import Range, check_fields, check_others, one_of, read, shown
 from tiue_jax.files import read_json
 from tiue_jax.sampling.samplers import SAMPLERS, takers
-from tiue_jax.schedule import SPACINGS, Schedule
+from tiue_jax.schedule import SPACINGS, CustomTimesteps, Schedule, check_descending
 
 _Count = Annotated[int, Range(1, 1_000_000)]
 
@@ -25,6 +25,7 @@ class Sampling:
         timestep_spacing: among schedule.SPACINGS. None is the schedule's spacing.
         key_steps: the steps at which "faster_diffusion" runs the encoder, increasing from 0. One number n is every n-th
             step. None is the sampler's default.
+        timesteps: the timesteps of the steps, descending, instead of those of `timestep_spacing`. None is those.
     """
 
     sampler: Annotated[str, one_of(SAMPLERS)] = "ddim"
@@ -32,13 +33,22 @@ class Sampling:
     guidance_scale: float | None = None
     timestep_spacing: Annotated[str, one_of(SPACINGS)] | None = None
     key_steps: _Count | tuple[Annotated[int, Range(0, 1_000_000)], ...] | None = None
+    timesteps: CustomTimesteps | None = None
 
     def __post_init__(self):
         check_fields(self)
         if self.key_steps is not None and not _are_key_steps(self.key_steps):
             expected = "a number >= 1 or increasing numbers from 0"
             raise ValueError(f"key_steps must be {expected}, got {shown(self.key_steps)}")
-        for name in ("guidance_scale", "timestep_spacing", "key_steps"):
+        if self.timesteps is not None:
+            check_descending(self.timesteps)
+            if self.timestep_spacing is not None:
+                both = f"{list(self.timesteps)} and {self.timestep_spacing!r}"
+                raise ValueError(f"timesteps and timestep_spacing exclude each other, got {both}")
+            if self.num_inference_steps not in (None, len(self.timesteps)):
+                got = f"{self.num_inference_steps} and {list(self.timesteps)}: give other timesteps, or a spacing"
+                raise ValueError(f"num_inference_steps must be the number of timesteps, got {got}")
+        for name in ("guidance_scale", "timestep_spacing", "key_steps", "timesteps"):
             value = getattr(self, name)
             if value is not None and not SAMPLERS[self.sampler].takes(name):
                 raise ValueError(f"{name} is a setting of samplers {takers(name)}, got {value!r} with {self.sampler!r}")
@@ -65,11 +75,15 @@ class Sampling:
     def override(self, **given: Any) -> "Sampling":
         """These settings with the given ones in their place, except those that are None.
 
-        If another sampler is given, the settings start from that sampler's defaults. Raises ValueError for a wrong
-        value.
+        If another sampler is given, the settings start from that sampler's defaults. A given spacing replaces
+        timesteps, and given timesteps replace a spacing and a number of steps. Raises ValueError for a wrong value.
         """
         given = {name: value for name, value in given.items() if value is not None}
         base = self if given.get("sampler", self.sampler) == self.sampler else Sampling(given["sampler"])
+        if "timesteps" in given:
+            base = dataclasses.replace(base, timestep_spacing=None, num_inference_steps=None, timesteps=None)
+        elif "timestep_spacing" in given:
+            base = dataclasses.replace(base, timesteps=None)
         return dataclasses.replace(base, **given)
 
     def resolve(self, schedule: Schedule, embeds_guidance: bool = False) -> "Sampling":
@@ -87,17 +101,19 @@ class Sampling:
         if embeds_guidance and sampler.embedded_guidance_scale is None:
             expected = " or ".join(repr(n) for n, s in SAMPLERS.items() if s.embedded_guidance_scale is not None)
             raise ValueError(f"sampler must be {expected} for a UNet with time_cond_proj_dim, got {self.sampler!r}")
-        steps = self.num_inference_steps or sampler.num_inference_steps
+        steps = self.num_inference_steps or len(self.timesteps or ()) or sampler.num_inference_steps
         respaced = self.respaced(schedule)
         sampler.timesteps(respaced, steps)  # raises
         guidance_scale = self.guidance_scale
         if guidance_scale is None:
             guidance_scale = sampler.embedded_guidance_scale if embeds_guidance else sampler.guidance_scale
+        takes_spacing = sampler.takes("timestep_spacing") and self.timesteps is None
+        spacing = respaced.timestep_spacing if takes_spacing else None
         return dataclasses.replace(
             self,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            timestep_spacing=respaced.timestep_spacing if sampler.takes("timestep_spacing") else None,
+            timestep_spacing=spacing,
             key_steps=self._resolved_key_steps(steps),
         )
 
@@ -122,8 +138,9 @@ class Sampling:
         raise ValueError(f"negative_prompt has no effect without {needs}, got {got}: leave it out")
 
     def respaced(self, schedule: Schedule) -> Schedule:
-        """The schedule with the timestep spacing of these settings."""
-        return dataclasses.replace(schedule, timestep_spacing=self.timestep_spacing or schedule.timestep_spacing)
+        """The schedule with the timesteps or the timestep spacing of these settings."""
+        spacing = self.timestep_spacing or schedule.timestep_spacing
+        return dataclasses.replace(schedule, timestep_spacing=spacing, custom_timesteps=self.timesteps)
 
     def _resolved_key_steps(self, steps: int) -> tuple[int, ...] | None:
         sampler = SAMPLERS[self.sampler]
@@ -136,6 +153,16 @@ class Sampling:
         if self.key_steps[-1] >= steps:
             raise ValueError(f"key_steps must be below num_inference_steps {steps}, got {list(self.key_steps)}")
         return self.key_steps
+
+
+def read_timesteps(given: Sequence[str] | None) -> tuple[int, ...] | None:
+    """The timesteps in a command line's list. ValueError if they are no numbers."""
+    if given is None:
+        return None
+    try:
+        return tuple(int(text) for text in given)
+    except ValueError as error:
+        raise ValueError(f"timesteps must be whole numbers, got {','.join(given)!r}") from error
 
 
 def read_key_steps(given: Sequence[str] | None) -> int | list[int] | None:

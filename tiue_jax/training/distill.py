@@ -8,7 +8,7 @@ and not part of the state, so no checkpoint holds it. docs/method.md, section 3,
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,10 +50,11 @@ class Draws(NamedTuple):
     lora_timesteps: jax.Array  # int32 [b], of the LoRA teacher's update
     lora_noise: jax.Array  # float32 [b h w c], added to the student's latents at `lora_timesteps`
     drop_text: jax.Array  # bool [], the LoRA teacher's update uses the null prompt
+    guidance_scales: jax.Array | None = None  # float32 [b], of the teacher, if they are drawn from a range
 
     def by_row(self) -> dict[str, jax.Array]:
         """The draws that have one entry for each row of the batch: all but `drop_text`."""
-        rows = self._asdict()
+        rows = {name: x for name, x in self._asdict().items() if x is not None}
         del rows["drop_text"]
         return rows
 
@@ -120,7 +121,9 @@ class Distillation:
         if config.clip_weight and clip_features is None:
             raise ValueError(f"clip_weight = {config.clip_weight} needs CLIP and a tiny autoencoder, got none")
         self.config, self.latent_shape = config, (*size, unet.in_channels)
-        self.schedule = dataclasses.replace(schedule, timestep_spacing=config.timestep_spacing)
+        self.schedule = dataclasses.replace(
+            schedule, timestep_spacing=config.timestep_spacing, custom_timesteps=config.timesteps
+        )
         self.form = self.schedule.closed_form(config.num_inference_steps)
         self.encode_text, self.clip_features = encode_text, clip_features
         self.dtype = jnp.dtype(config.compute_dtype)
@@ -138,13 +141,14 @@ class Distillation:
         `key` is one for the whole run. The step number is folded in here, so a resumed run draws the same numbers.
         """
         batch_size = jax.tree.leaves(batch)[0].shape[0]
-        draws = self.draw(jax.random.fold_in(key, state.step), batch_size)
-        return self.update(state, frozen, batch, draws)
+        key = jax.random.fold_in(key, state.step)
+        more = [self.draw(jax.random.fold_in(key, i), batch_size) for i in range(1, self.config.lora_updates_per_step)]
+        return self.update(state, frozen, batch, self.draw(key, batch_size), more)
 
     def draw(self, key: jax.Array, batch_size: int) -> Draws:
         """The random numbers of a step. They are the same for every sharding of the batch (partitionable threefry)."""
         config, shape = self.config, (batch_size, *self.latent_shape)
-        keys = jax.random.split(key, len(Draws._fields))
+        keys = jax.random.split(key, 6)
         draws = Draws(
             noise=jax.random.normal(keys[0], shape),
             timesteps=jax.random.randint(keys[1], (batch_size,), config.min_timestep, config.max_timestep + 1),
@@ -153,13 +157,20 @@ class Distillation:
             lora_noise=jax.random.normal(keys[4], shape),
             drop_text=jax.random.bernoulli(keys[5], config.text_dropout),
         )
+        if (most := config.teacher_guidance_scale_max) is not None:
+            key, least = jax.random.fold_in(key, 0), config.teacher_guidance_scale
+            scales = jax.random.uniform(key, (batch_size,), minval=least, maxval=most)
+            draws = draws._replace(guidance_scales=scales)
         return draws._replace(**sharding.split_rows(draws.by_row()))
 
-    def update(self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws) -> tuple[TrainState, Metrics]:
+    def update(
+        self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws, more: Sequence[Draws] = ()
+    ) -> tuple[TrainState, Metrics]:
         """One step with given random numbers: the new state, and scalar metrics by name, float32.
 
-        If a loss or a gradient is not finite, only the counters change. The metric `skipped_steps` counts such steps
-        since the start of the run, `skipped_in_a_row` those since the last update.
+        `more` has the random numbers of further updates of the LoRA teacher, see `update_lora`. If a loss or a gradient
+        is not finite, only the counters change. The metric `skipped_steps` counts such steps since the start of the
+        run, `skipped_in_a_row` those since the last update.
         """
         grads, lora_grads, metrics = self.gradients(state, frozen, batch, draws)
         updates_done = state.step - state.skipped
@@ -170,8 +181,11 @@ class Distillation:
             "lora_grad_norm": optax.tree.norm(lora_grads),
         }
         checked = [metrics[name] for name in ("loss", "loss_lora", "grad_norm", "lora_grad_norm")]
-        finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
         updated = self.apply_gradients(state, grads, lora_grads)
+        if more:
+            updated, losses_and_norms = self.update_lora(updated, state.params, frozen, batch, more)
+            checked.append(jnp.max(losses_and_norms))
+        finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)._replace(
             step=state.step + 1,
             skipped=jnp.where(finite, state.skipped, state.skipped + 1),
@@ -197,6 +211,41 @@ class Distillation:
             lora_optimizer=lora_optimizer,
         )
 
+    def update_lora(
+        self, state: TrainState, student_params: Params, frozen: Frozen, batch: Batch, more: Sequence[Draws]
+    ) -> tuple[TrainState, jax.Array]:
+        """Updates the LoRA teacher once for each of `more`, on latents that the student makes of new noise.
+
+        So the LoRA teacher follows the student more closely (two time-scales: DMD2, arXiv 2405.14867, section 4.2).
+
+        Args:
+            state: after the first update of the step.
+            student_params: of the student that makes the latents: as before this step, for all updates of the step.
+            frozen: see `update`.
+            batch: see `update`.
+            more: the random numbers, at least one.
+
+        Returns:
+            The state, and the loss and gradient norm of each update, float32 [n 2].
+        """
+        encoded, inputs_of = self._encode(frozen, batch)
+        count = self.config.gradient_accumulation_steps
+
+        def one(now: TrainState, draws: Draws) -> tuple[TrainState, jax.Array]:
+            def of_rows(rows: Any) -> tuple[Params, jax.Array]:
+                inputs = inputs_of(draws, rows)
+                _, latents = self._student_outputs(student_params, inputs)
+                latents = jax.lax.stop_gradient(latents)
+                grads, metrics = jax.grad(self._lora_loss, has_aux=True)(now.lora, latents, inputs)
+                return grads, metrics["loss_lora"]
+
+            grads, loss = sharding.mean_over_micro_batches(of_rows, (*encoded, draws.by_row()), count)
+            updates, optimizer = self.lora_optimizer.update(grads, now.lora_optimizer, now.lora)
+            now = now._replace(lora=optax.apply_updates(now.lora, updates), lora_optimizer=optimizer)
+            return now, jnp.stack([loss, optax.tree.norm(grads)])
+
+        return jax.lax.scan(one, state, jax.tree.map(lambda *draws: jnp.stack(draws), *more))
+
     def gradients(
         self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws
     ) -> tuple[Params, Params, Metrics]:
@@ -205,32 +254,37 @@ class Distillation:
         With `gradient_accumulation_steps` they are means over micro-batches, and the activations of one micro-batch at
         a time are in memory. Every loss is a mean over the batch and the draws are the same, so only rounding differs.
         """
-        text, null = self.encode_text(frozen, batch)
-        frozen = frozen._replace(unet=functional.cast(frozen.unet, self.dtype))
-        count = self.config.gradient_accumulation_steps
-        if count == 1:
-            return self._gradients(state, _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws))
-
-        parts = sharding.micro_batches((batch, text, draws.by_row()), count)
-
-        def inputs(part: tuple[Batch, jax.Array, dict[str, jax.Array]]) -> _Inputs:
-            batch, text, by_row = part
-            return _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws._replace(**by_row))
-
+        encoded, inputs_of = self._encode(frozen, batch)
+        rows, count = (*encoded, draws.by_row()), self.config.gradient_accumulation_steps
         # L_clip is 0 above a threshold of the whole batch's mean similarity. So that mean comes before any gradient.
         similarity = None
-        if self.config.clip_weight:
-            similarity = jnp.mean(jax.lax.map(lambda part: self._clip_similarity(state.params, inputs(part)), parts))
+        if self.config.clip_weight and count > 1:
 
-        def add(total: tuple[Params, Params], part: Any) -> tuple[tuple[Params, Params], Metrics]:
-            with_similarity = inputs(part)._replace(clip_similarity=similarity)
-            grads, lora_grads, metrics = self._gradients(state, with_similarity)
-            return jax.tree.map(jnp.add, total, (grads, lora_grads)), metrics
+            def similarity_of(rows: Any) -> jax.Array:
+                return self._clip_similarity(state.params, inputs_of(draws, rows))
 
-        zeros = jax.tree.map(jnp.zeros_like, (state.params, state.lora))
-        totals, metrics = jax.lax.scan(add, zeros, parts)
-        grads, lora_grads = jax.tree.map(lambda x: x / count, totals)
-        return grads, lora_grads, {name: jnp.mean(values) for name, values in metrics.items()}
+            similarity = sharding.mean_over_micro_batches(similarity_of, rows, count)
+
+        def of_rows(rows: Any) -> tuple[Params, Params, Metrics]:
+            return self._gradients(state, inputs_of(draws, rows)._replace(clip_similarity=similarity))
+
+        return sharding.mean_over_micro_batches(of_rows, rows, count)
+
+    def _encode(self, frozen: Frozen, batch: Batch) -> tuple[tuple[Batch, jax.Array], Callable[[Draws, Any], _Inputs]]:
+        """Encodes the text of a batch.
+
+        Returns:
+            The rows that are split into micro-batches, without the draws: the batch and its text embedding. And a
+            function from draws, and rows with `draws.by_row()`, to the inputs of the losses.
+        """
+        text, null = self.encode_text(frozen, batch)
+        frozen = frozen._replace(unet=functional.cast(frozen.unet, self.dtype))
+
+        def inputs_of(draws: Draws, rows: Any) -> _Inputs:
+            batch, text, by_row = rows
+            return _Inputs(frozen, batch, text, jnp.broadcast_to(null, text.shape), draws._replace(**by_row))
+
+        return (batch, text), inputs_of
 
     def _gradients(self, state: TrainState, inputs: _Inputs) -> tuple[Params, Params, Metrics]:
         """The result of `gradients` for one batch or micro-batch."""
@@ -284,7 +338,9 @@ class Distillation:
         config, t, texts = self.config, inputs.draws.timesteps, (inputs.text, inputs.null)
         noisy = jax.lax.stop_gradient(self.schedule.add_noise(latents, inputs.draws.diffusion_noise, t))
         teacher = self._epsilon(functional.bind(self.teacher, inputs.frozen.unet))
-        real = guided(teacher, noisy, t, *texts, config.teacher_guidance_scale)
+        scales = inputs.draws.guidance_scales
+        scale = config.teacher_guidance_scale if scales is None else scales[:, None, None, None]
+        real = guided(teacher, noisy, t, *texts, scale)
         real, inputs = _then(real, inputs)
         lora_teacher = self._epsilon(self._bind_lora_teacher(adapters, inputs))
         fake = guided(lora_teacher, noisy, t, *texts, config.lora_guidance_scale)

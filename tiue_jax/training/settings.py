@@ -19,7 +19,7 @@ from tiue_jax.checked_fields import Range, check_fields, one_of, shown, without_
 from tiue_jax.models.lora import LoRAConfig
 from tiue_jax.models.unet import REMAT_POLICIES, UNetConfig
 from tiue_jax.sampling.settings import Sampling
-from tiue_jax.schedule import SPACINGS
+from tiue_jax.schedule import SPACINGS, CustomTimesteps, check_descending
 from tiue_jax.sharding import REPLICATE_BELOW
 from tiue_jax.training import losses, optim
 
@@ -174,7 +174,9 @@ class DistillConfig:
 
     num_inference_steps: Count = 4  # K, the number of decoder passes
     timestep_spacing: Spacing = "leading"  # or "trailing", "linspace"; the last pass of "leading" weighs almost nothing
+    timesteps: CustomTimesteps | None = None  # of the decoder passes, such as (999, 749, 499, 249), without a spacing
     teacher_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
+    teacher_guidance_scale_max: GuidanceScale | None = None  # each sample's scale is drawn from the range up to this
     negative_prompt: str = ""  # what the guidance of both teachers leads away from, instead of the empty prompt
     lora_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
     min_timestep: AtLeastZero = 20  # the first timestep at which the teachers are compared
@@ -195,6 +197,7 @@ class DistillConfig:
     student_learning_rate_schedule: Schedule = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
     lora_learning_rate: Positive = 1e-3
     lora_learning_rate_schedule: Schedule = "constant"  # see student_learning_rate_schedule
+    lora_updates_per_step: Annotated[int, Range(1, 100)] = 1  # of the LoRA teacher, each on new latents of the student
     warmup_steps: AtLeastZero = 0  # linear warm-up of both learning rates
     max_train_steps: Count | None = None  # a recipe does not set it: it is train.max_train_steps
     max_grad_norm: Positive = 1.0  # global norm to which each of the two gradients is clipped
@@ -208,12 +211,23 @@ class DistillConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "lora_targets", _list_as_tuple(self.lora_targets))
+        object.__setattr__(self, "timesteps", _list_as_tuple(self.timesteps))
         check_fields(self, "distill")
+        if self.timesteps is not None:
+            check_descending(self.timesteps)
+            if self.num_inference_steps != len(self.timesteps):
+                raise ValueError(
+                    f"distill.num_inference_steps must be the number of distill.timesteps {list(self.timesteps)}, "
+                    f"got {self.num_inference_steps}"
+                )
+        if (most := self.teacher_guidance_scale_max) is not None and most < self.teacher_guidance_scale:
+            least = f"teacher_guidance_scale = {self.teacher_guidance_scale}"
+            raise ValueError(f"distill.teacher_guidance_scale_max must be >= {least}, got {most}")
         if not self.max_timestep >= self.min_timestep:
             raise ValueError(
                 f"distill.max_timestep must be >= distill.min_timestep = {self.min_timestep}, got {self.max_timestep}"
             )
-        if self.negative_prompt and not self.teacher_guidance_scale > 1:
+        if self.negative_prompt and not max(self.teacher_guidance_scale, self.teacher_guidance_scale_max or 0) > 1:
             raise ValueError(
                 f"distill.negative_prompt = {self.negative_prompt!r} needs teacher_guidance_scale above 1, "
                 f"got {self.teacher_guidance_scale}"
@@ -250,7 +264,7 @@ class DistillConfig:
         return self.clip_weight * jnp.maximum(0.0, 1 - step.astype(jnp.float32) / end)
 
     def learning_rates(self) -> tuple[optax.Schedule, optax.Schedule]:
-        """Learning rates of the student and of the LoRA teacher, as functions of the number of updates."""
+        """Learning rates of the student and of the LoRA teacher, as functions of the number of steps with an update."""
 
         def schedule(kind: str, peak: float) -> optax.Schedule:
             return optim.learning_rate(kind, peak, warmup_steps=self.warmup_steps, total_steps=self.max_train_steps)
@@ -264,7 +278,11 @@ class DistillConfig:
         """The optimizers of the student and of the LoRA teacher."""
         settings = {"b1": self.adam_b1, "b2": self.adam_b2, "eps": self.adam_eps, "max_grad_norm": self.max_grad_norm}
         student_rate, lora_rate = self.learning_rates()
-        return optim.adam(student_rate, **settings), optim.adam(lora_rate, **settings)
+
+        def lora_rate_by_update(count: Any) -> Any:
+            return lora_rate(count // self.lora_updates_per_step)
+
+        return optim.adam(student_rate, **settings), optim.adam(lora_rate_by_update, **settings)
 
 
 HISTORY = "history"  # of the changes of settings: an entry of a run's config.json beside the sections
@@ -344,7 +362,7 @@ def default_config() -> ml_collections.ConfigDict:
             optional_of = without_none(types[field.name])
             if value is None or optional_of is not None:
                 kind = types[field.name] if optional_of is None else optional_of
-                value = config_dict.FieldReference(value, field_type=kind)
+                value = config_dict.FieldReference(value, field_type=typing.get_origin(kind) or kind)
             values[field.name] = value
         config[section.name] = ml_collections.ConfigDict(values)
     return config.lock()
@@ -368,6 +386,8 @@ def optional_settings() -> list[str]:
 def student_sampling(settings: Settings) -> Sampling:
     """The sampling settings of a run's student."""
     distill = settings.distill
+    if distill.timesteps is not None:
+        return Sampling("tiue", distill.num_inference_steps, timesteps=distill.timesteps)
     return Sampling("tiue", distill.num_inference_steps, timestep_spacing=distill.timestep_spacing)
 
 

@@ -1,0 +1,113 @@
+"""Options of the training step: more updates of the LoRA teacher, and guidance drawn from a range."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny_distillation import BATCH, CONFIG, NULL, UNET, adapted, distance, initial, make, norm
+from tiue_jax import student
+from tiue_jax.models import functional, lora
+from tiue_jax.models.unet import UNet
+from tiue_jax.training.distill import Frozen
+
+
+@pytest.fixture(scope="module")
+def params():
+    return functional.init(functional.abstract(UNet, UNET)[1], seed=0)
+
+
+@pytest.fixture(scope="module")
+def frozen(params):
+    return Frozen(unet=jax.tree.map(jnp.asarray, params))
+
+
+@pytest.fixture(scope="module")
+def state(params):
+    return initial(CONFIG, params)
+
+
+def test_more_updates_of_the_lora_teacher_are_on_new_latents_of_the_same_student(state, frozen):
+    """Against the updates one by one, of the whole batch, written out."""
+    distillation = make(lora_updates_per_step=3, gradient_accumulation_steps=2)
+    more = [distillation.draw(key, 2) for key in jax.random.split(jax.random.key(7), 2)]
+    start = adapted(state)
+    got, losses_and_norms = jax.jit(distillation.update_lora)(start, start.params, frozen, BATCH, more)
+
+    plain, _ = functional.abstract(UNet, UNET)
+    adapted_unet, _ = functional.abstract(UNet, UNET, lora=CONFIG.lora)
+    text = BATCH["text"]
+
+    def loss(adapters, draws):
+        latents = student.generate(functional.bind(plain, start.params), draws.noise, text, distillation.form)
+        t, noise = draws.lora_timesteps, draws.lora_noise
+        signal, sigma = distillation.schedule.signal_and_noise(t)
+        network = functional.bind(adapted_unet, lora.merge(frozen.unet, adapters))
+        prompts = jnp.where(draws.drop_text, jnp.broadcast_to(NULL, text.shape), text)
+        return jnp.mean((signal * (network(signal * latents + sigma * noise, t, prompts) - noise)) ** 2)
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    adapters, optimizer = start.lora, start.lora_optimizer
+    for draws, (found_loss, found_norm) in zip(more, losses_and_norms, strict=True):
+        value, grads = gradient(adapters, draws)
+        np.testing.assert_allclose((found_loss, found_norm), (value, norm(grads)), rtol=1e-4)
+        updates, optimizer = distillation.lora_optimizer.update(grads, optimizer, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+    moved = distance(adapters, start.lora)
+    assert moved > 1e-3 and distance(got.lora, adapters) < 1e-2 * moved
+    assert distance(got.params, start.params) == 0
+
+
+@pytest.mark.slow
+def test_a_step_with_more_updates_is_skipped_whole(state, frozen):
+    """If the last update of the LoRA teacher is not finite, the step changes nothing."""
+    distillation = make(lora_updates_per_step=3)
+    draws, *more = (distillation.draw(key, 2) for key in jax.random.split(jax.random.key(7), 3))
+    start = adapted(state)
+    update = jax.jit(distillation.update)
+    done, metrics = update(start, frozen, BATCH, draws, more)
+    assert int(done.step) == 1 and metrics["skipped_steps"] == 0
+    assert distance(done.params, start.params) > 0 and distance(done.lora, start.lora) > 0
+    broken = more[1]._replace(lora_noise=jnp.full_like(more[1].lora_noise, jnp.nan))
+    skipped, metrics = update(start, frozen, BATCH, draws, [more[0], broken])
+    assert int(skipped.step) == 1 and metrics["skipped_steps"] == 1
+    assert distance(skipped.params, start.params) == 0 and distance(skipped.lora, start.lora) == 0
+
+
+def test_the_learning_rate_of_more_lora_updates_falls_with_the_steps():
+    config = dataclasses.replace(
+        CONFIG, lora_updates_per_step=5, lora_learning_rate_schedule="linear", max_train_steps=10
+    )
+    _, optimizer = config.optimizers()
+    params = {"x": jnp.ones(1)}
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(50):
+        updates, state = optimizer.update({"x": jnp.ones(1)}, state, params)
+        sizes.append(float(-updates["x"][0]))
+    expected = np.repeat([config.learning_rates()[1](step) for step in range(10)], 5)
+    np.testing.assert_allclose(sizes, expected, rtol=1e-3)
+
+
+def test_the_teachers_guidance_is_drawn_for_each_sample(state, frozen):
+    """The gradient of L_vsd is affine in the guidance scale of each sample."""
+    distillation = make(teacher_guidance_scale=2.0, teacher_guidance_scale_max=6.0, kl_weight=0.0)
+    many = distillation.draw(jax.random.key(0), 4096)
+    assert 2 <= many.guidance_scales.min() < 2.1 and 5.9 < many.guidance_scales.max() <= 6
+    fixed = make().draw(jax.random.key(0), 4096)
+    assert fixed.guidance_scales is None
+    assert (fixed.noise == many.noise).all() and (fixed.timesteps == many.timesteps).all()
+    draws, start = distillation.draw(jax.random.key(1), 2), adapted(state)
+    run = jax.jit(distillation.gradients)
+
+    def at(*scales):
+        grads, *_ = run(start, frozen, BATCH, draws._replace(guidance_scales=jnp.array(scales, jnp.float32)))
+        return grads
+
+    low, high, first, second = at(2, 2), at(6, 6), at(6, 2), at(2, 6)
+    both = jax.tree.map(jnp.add, first, second)
+    assert distance(both, jax.tree.map(jnp.add, low, high)) < 1e-4 * norm(high)
+    assert distance(first, low) > 1e-3 * norm(low) and distance(second, low) > 1e-3 * norm(low)
