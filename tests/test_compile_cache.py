@@ -154,3 +154,18 @@ def test_the_second_run_of_a_command_does_not_compile(tmp_path):
     assert hits() == 0
     assert program.stat().st_size > 0.9 * whole
     assert hits() == 1
+
+
+def test_sampling_imports_nothing_that_it_does_not_use(tmp_path):
+    """Each of these takes from a tenth of a second to several seconds."""
+    model = tiny.write_pipeline(tmp_path / "model", {"sampler": "tiue", "num_inference_steps": 1})
+    flags = ["--model", str(model), "--prompt", "red", "--out", str(tmp_path / "a.png"), "--no_compile_cache"]
+    command = [sys.executable, "-m", "tests.programs.sample_and_list_modules", *flags]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rpartition("modules:")[2].split())
+    assert "tiue_jax.pipeline" in loaded and (tmp_path / "a.png").exists()
+    unused = "transformers huggingface_hub torch tensorflow orbax tensorstore grain diffusers pandas pyarrow scipy"
+    unused += " tiue_jax.training tiue_jax.plan tiue_jax.evaluate jax._src.pallas.mosaic.lowering"
+    print(f"{len(loaded)} modules")
+    assert not loaded & set(unused.split())
