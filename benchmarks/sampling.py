@@ -93,8 +93,7 @@ def shape(name: str) -> Shape:
         small = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
         kinds = {"down_block_types": SD21.unet.down_block_types[-2:], "up_block_types": SD21.unet.up_block_types[:2]}
         unet = dataclasses.replace(SD21.unet, **small, **kinds, attention_head_dim=2, cross_attention_dim=16)
-        levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-        return Shape(unet, dataclasses.replace(SD21.vae, **small, **levels), guided_steps=1)
+        return Shape(unet, dataclasses.replace(SD21.vae, **small), guided_steps=1)
     return Shape(SD21.unet, SD21.vae, guided_steps=STEPS if on_gpu() else 1)
 
 
