@@ -6,7 +6,7 @@
     emoji     the shipped student's networks, 8 x 8 latents
     reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents: seconds on two cores
     sd21      Stable Diffusion 2.1 at its own width, 64 x 64 latents: 8 GiB, and half an hour on two cores
-    tiny      two levels and 8 x 8 latents, to rehearse the program
+    tiny      one level and 8 x 8 latents, to rehearse the program
 
 Weights are random; they take as much time as trained ones. A program computes latents from noise and text embedding:
 
@@ -90,8 +90,8 @@ def shape(name: str) -> Shape:
         )
         return Shape(unet, dataclasses.replace(SD21.vae, block_out_channels=(32, 64, 128, 128)))
     if name == "tiny":
-        small = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
-        kinds = {"down_block_types": SD21.unet.down_block_types[-2:], "up_block_types": SD21.unet.up_block_types[:2]}
+        small = {"block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+        kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
         unet = dataclasses.replace(SD21.unet, **small, **kinds, attention_head_dim=2, cross_attention_dim=16)
         return Shape(unet, dataclasses.replace(SD21.vae, **small), guided_steps=1)
     return Shape(SD21.unet, SD21.vae, guided_steps=STEPS if on_gpu() else 1)

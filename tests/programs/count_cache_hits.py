@@ -1,4 +1,4 @@
-"""Runs `tiue sample` with these arguments; prints how many programs it needed, and how many came from jax's cache on disk."""
+"""Runs `tiue sample` with these arguments, and prints how many programs it needed and how many jax's cache had."""
 
 import collections
 import sys
