@@ -49,6 +49,9 @@ def test_the_worst_gradient_is_the_one_that_is_shown():
     got = want | {"gradient: b": np.full(3, 1.25)}
     rows = {name: error for name, error, _ in gpu_parity.compare("step", got, want)}
     assert rows == {"loss": 0, "gradients, the worst array": 0.25}
+    for name in ("gradient: a", "gradient: b"):
+        worst = {row: error for row, error, _ in gpu_parity.compare("step", got | {name: np.full(3, np.nan)}, want)}
+        assert np.isnan(worst["gradients, the worst array"])
 
 
 def test_only_wheels_that_are_missing_are_unpacked(tmp_path):

@@ -44,11 +44,12 @@ def read(folder: Path) -> PlainTokenizer | None:
     if (folder / "tokenizer.json").exists() or (folder / "added_tokens.json").exists():
         return None
     config, special = (_json(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
-    tokens = {name: _token(config.pop(name, None)) for name in _SPECIAL}
+    given = {name: _token(config.pop(name, None)) for name in _SPECIAL}
+    tokens = {name: token for name, token in given.items() if token is not None}
     length = config.pop("model_max_length", None)
     config = {name: value for name, value in config.items() if name not in _NOTES}
     is_known = all(name in _FIXED and value == _FIXED[name] for name, value in config.items())
-    if not is_known or type(length) is not int or None in tokens.values():
+    if not is_known or type(length) is not int or tokens.keys() != given.keys():
         return None
     if any(name not in _SPECIAL or _token(value) != tokens[name] for name, value in special.items()):
         return None
