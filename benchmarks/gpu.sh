@@ -39,6 +39,7 @@ if [ -n "$wheels" ]; then
 fi
 if [ -n "$rehearse" ]; then
     export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=
+    export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" # compile sooner
 fi
 
 failed=0
