@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
@@ -131,6 +130,8 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--prompts", default=str(ROOT / "examples" / "emoji" / "eval_prompts.txt"))
     args = parser.parse_args()
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
     prompts = list(load_prompts(args.prompts).prompts)[: args.images]
     columns = {model: rows(model, prompts) for model in args.models}
     print(f"{machine('jax', 'jaxlib', 'flax', 'numpy')}; {len(prompts)} images each\n")

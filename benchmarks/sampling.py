@@ -6,6 +6,7 @@
     emoji     the shipped student's networks, 8 x 8 latents
     reduced   Stable Diffusion 2.1 at a fifth of its width, 64 x 64 latents: seconds on two cores
     sd21      Stable Diffusion 2.1 at its own width, 64 x 64 latents: 8 GiB, and half an hour on two cores
+    tiny      one level and 8 x 8 latents, to rehearse the program
 
 Weights are random; they take as much time as trained ones. A program computes latents from noise and text embedding:
 
@@ -13,17 +14,20 @@ Weights are random; they take as much time as trained ones. A program computes l
     TiUE, repeated       K = 4 with the encoder's features repeated on the batch axis, as in PyTorch
     one step             one evaluation of the UNet
     4-step loop          four evaluations in a loop: DDIM, as for a latent consistency model
-    25 guided steps      the teacher: DDIM with two evaluations a step. For sd21, one step is timed and counts 25 times.
+    25 guided steps      the teacher: DDIM with two evaluations a step. On a CPU, one step of sd21 is timed
+                         and counts 25 times.
 
 The VAE's decoder is timed alone. The column "to the pixel" is the sum of its time and the program's. Every output is
 compared with PyTorch's.
 
 If JAX finds a GPU, both libraries use it, and memory is that of the GPU. The last column is the GFLOP/s of a program
-over those of one large matrix product in the same dtype, measured in the same run.
+over those of one large matrix product in the same dtype, measured in the same run. Without PyTorch, or diffusers, only
+ours are run.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from kernels import kernels, summary
 from machine import machine
 from side_by_side import Measured, Programs, Worker, alternate, relative_error, table
 
@@ -84,10 +89,21 @@ def shape(name: str) -> Shape:
             SD21.unet, block_out_channels=(64, 128, 256, 256), attention_head_dim=(1, 2, 4, 4), cross_attention_dim=256
         )
         return Shape(unet, dataclasses.replace(SD21.vae, block_out_channels=(32, 64, 128, 128)))
-    return Shape(SD21.unet, SD21.vae, guided_steps=1)
+    if name == "tiny":
+        small = {"block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+        kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        unet = dataclasses.replace(SD21.unet, **small, **kinds, attention_head_dim=2, cross_attention_dim=16)
+        return Shape(unet, dataclasses.replace(SD21.vae, **small), guided_steps=1)
+    return Shape(SD21.unet, SD21.vae, guided_steps=STEPS if on_gpu() else 1)
 
 
-SHAPES = ("emoji", "reduced", "sd21")
+SHAPES = ("emoji", "reduced", "sd21", "tiny")
+
+
+def on_gpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "gpu"
 
 
 def inputs(shape: Shape, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -169,9 +185,7 @@ def ours(shape: Shape, batch_size: int) -> Programs:
 
 def product_side() -> int:
     """Returns the number of rows and columns of the matrices in PRODUCT."""
-    import jax
-
-    return 2**11 if jax.default_backend() == "cpu" else 2**13
+    return 2**13 if on_gpu() else 2**11
 
 
 def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
@@ -191,9 +205,12 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
     form, guided_form = schedule.closed_form(K), schedule.closed_form(shape.guided_steps)
     like = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, shape.dtype)}
     torch.set_default_device(like["device"])
+    # What is fastest on a GPU. On a CPU the figures of docs/performance.md are with PyTorch's usual layout.
+    layout = torch.channels_last if torch.cuda.is_available() else torch.contiguous_format
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
 
     def nchw(x: np.ndarray) -> Any:
-        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(**like)
+        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=layout).to(**like)
 
     noise, text, null = inputs(shape, batch_size)
     noise, text, null = nchw(noise), torch.from_numpy(text).to(**like), torch.from_numpy(null).to(**like)
@@ -201,7 +218,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
     def load(module: Any, cls: Any, cfg: Any) -> Any:
         named = to_torch_names(weights(cls, cfg)[1])
         module.load_state_dict({name: torch.from_numpy(x) for name, x in named.items()}, assign=True)
-        return module.eval().to(**like)
+        return module.eval().to(memory_format=layout, **like)
 
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel.from_config(shape.unet.to_dict()), None
@@ -257,7 +274,7 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
 
     if compiled:
         fast = {REPEATED: repeated, ONE_STEP: one_step}
-        return {name: program(torch.compile(function, dynamic=False)) for name, function in fast.items()}
+        return {name: program(torch.compile(function, dynamic=False, mode=mode)) for name, function in fast.items()}
     vae = load(vae, AutoencoderKL, shape.vae)
     latents = nchw(latents_for_vae(shape, batch_size))
 
@@ -284,14 +301,18 @@ def compare(
 ) -> dict[str, Any]:
     """Measures one shape. Prints its table and returns the figures."""
     this = shape(name)._replace(dtype=dtype)
-    workers = {OURS: Worker(ours, this, batch_size), EAGER: Worker(theirs, this, batch_size, False)}
-    if with_compile:
+    workers = {OURS: Worker(ours, this, batch_size)}
+    if missing := [package for package in ("torch", "diffusers") if importlib.util.find_spec(package) is None]:
+        print(f"PyTorch is left out: no module {' and '.join(missing)}", file=sys.stderr)
+    else:
+        workers[EAGER] = Worker(theirs, this, batch_size, False)
+    if with_compile and not missing:
         workers[COMPILED] = Worker(theirs, this, batch_size, True)
 
     def say(text: str) -> None:
         print(f"  {name}: {text}", file=sys.stderr, flush=True)
 
-    measured = alternate(workers, rounds, say, [*programs, PRODUCT])
+    measured = alternate(workers, rounds, say, [*programs, PRODUCT], compile_together=on_gpu())
     for worker in workers.values():
         worker.close()
 
@@ -351,6 +372,7 @@ def ratios_of(measured: dict[tuple[str, str], Measured]) -> dict[str, float]:
         "the gain of exact sharing (TiUE, repeated, over TiUE)": ((OURS, REPEATED), (OURS, TIUE)),
         "TiUE over one step": ((OURS, TIUE), (OURS, ONE_STEP)),
         "4-step loop over TiUE": ((OURS, LOOP), (OURS, TIUE)),
+        "torch.compile's time over ours, the same work (TiUE, repeated)": ((COMPILED, REPEATED), (OURS, REPEATED)),
         "torch.compile's time over ours, TiUE": ((COMPILED, REPEATED), (OURS, TIUE)),
     }
     return {what: ratio(*pair) for what, pair in pairs.items() if all(key in measured for key in pair)}
@@ -364,15 +386,25 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_compile", action="store_true", help="without torch.compile, which needs a C++ compiler")
+    profiled = "programs of ours to profile at the end"
+    parser.add_argument("--kernels", nargs="+", choices=PROGRAMS, default=[], help=profiled)
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes share one GPU
-    versions = machine("jax", "torch", "diffusers")
+    import jax
+
+    versions = f"{jax.devices()[0].device_kind}, {machine('jax', 'torch', 'diffusers')}"
     how = args.batch_size, args.dtype, args.rounds, not args.no_compile, args.programs
     found = [compare(name, *how) for name in args.shapes]
-    print(f"\n{versions}; medians of {args.rounds} rounds, {args.dtype}.")
+    print(f"\n{versions}; medians of {args.rounds} rounds, {args.dtype}.", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": versions, "shapes": found}, indent=1))
+    for name in args.shapes if args.kernels else []:
+        programs = ours(shape(name)._replace(dtype=args.dtype), args.batch_size)
+        for program in args.kernels:
+            programs[program]()  # compiles
+            print(f"\n### kernels of {program}, {name}, batch of {args.batch_size}\n")
+            print(summary(kernels(programs[program])), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ of every library once, so that other load on the machine affects all of them. Me
 """
 
 import ctypes
+import functools
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,14 +44,21 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
         self._process.start()
         theirs.close()
-        self.programs: list[str] = self._receive()
+
+    @functools.cached_property
+    def programs(self) -> list[str]:
+        """The names of the programs. Waits until they are made."""
+        return self._receive()
 
     def run(self, program: str) -> tuple[float, int, np.ndarray]:
         """Runs a program. Returns seconds, the peak of memory in bytes, and the output."""
+        assert program in self.programs
         self._connection.send(program)
         return self._receive()
 
     def close(self) -> None:
+        """Ends the process, after all its programs were made."""
+        assert self.programs
         self._connection.send(None)
         self._process.join()
 
@@ -64,9 +73,16 @@ class Worker:
 
 
 def alternate(
-    workers: Mapping[str, Worker], rounds: int, say: Callable[[str], None], programs: Sequence[str] | None = None
+    workers: Mapping[str, Worker],
+    rounds: int,
+    say: Callable[[str], None],
+    programs: Sequence[str] | None = None,
+    *,
+    compile_together: bool = False,
 ) -> dict[tuple[str, str], Measured]:
     """Runs every program, or those in `programs`, once to compile and once in each round.
+
+    With `compile_together` the libraries make their first runs at the same time, which is faster with many cores.
 
     Returns the results by (library, program).
     """
@@ -77,10 +93,14 @@ def alternate(
         if programs is None or name in programs
     ]
     first, seconds, peaks, outputs = {}, {key: [] for key in everything}, dict.fromkeys(everything, 0), {}
-    for key in everything:
-        library, program = key
-        first[key], _, outputs[key] = workers[library].run(program)
-        say(f"{library}, {program}: {first[key]:.1f} s the first time")
+
+    def compile_all(library: str) -> None:
+        for key in [key for key in everything if key[0] == library]:
+            first[key], _, outputs[key] = workers[library].run(key[1])
+            say(f"{library}, {key[1]}: {first[key]:.1f} s the first time")
+
+    with futures.ThreadPoolExecutor(len(workers) if compile_together else 1) as pool:
+        list(pool.map(compile_all, workers))
     for number in range(rounds):
         for key in everything:
             library, program = key

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import (
 
 from tests import tiny
 from tiue_jax.cli import output
+from tiue_jax.models import plain_tokenizer
 from tiue_jax.models.tokenizer import TOKENIZER_FILES, Tokenizer
 from tiue_jax.weights import hub
 
@@ -34,6 +35,60 @@ def test_the_ids_are_those_of_transformers(length):
     ours = Tokenizer(SHIPPED, length)(PROMPTS)
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, expected)
+
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def flagged(text: str, *, normalized: bool) -> dict[str, object]:
+    """A special token as older versions of transformers wrote it."""
+    return {"content": text, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+
+
+def folder_with(folder: Path, config: dict, special: dict) -> Path:
+    """A copy of the shipped tokenizer with other fields."""
+    shutil.copytree(SHIPPED, folder)
+    for name, changed in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changed))
+    return folder
+
+
+@pytest.mark.parametrize("pad", [END, "!"])  # of Stable Diffusion 1.5 and of 2.1
+@pytest.mark.parametrize("normalized", [None, False, True])  # None: special tokens are written as plain texts
+def test_without_transformers_the_tokenizer_is_the_same(tmp_path, pad, normalized):
+    special = {"pad_token": pad}
+    if normalized is not None:
+        texts = {"bos_token": BEGIN, "eos_token": END, "unk_token": END}
+        special |= {name: flagged(text, normalized=normalized) for name, text in texts.items()}
+    config = {name: x | {"__type": "AddedToken"} if isinstance(x, dict) else x for name, x in special.items()}
+    notes = {"name_or_path": "openai/clip", "special_tokens_map_file": "./special_tokens_map.json"}
+    folder = folder_with(tmp_path / "tokenizer", config | notes, special)
+    ours, theirs = plain_tokenizer.read(folder), CLIPTokenizer.from_pretrained(folder)
+    assert ours is not None
+    assert json.loads(ours.backend_tokenizer.to_str()) == json.loads(theirs.backend_tokenizer.to_str())
+    assert ours.model_max_length == theirs.model_max_length == 16
+    assert ours.pad_token_id == theirs.pad_token_id
+    assert ours.added_tokens_encoder == theirs.added_tokens_encoder
+
+
+@pytest.mark.parametrize(
+    ("config", "special"),
+    [
+        ({"add_prefix_space": True}, {}),
+        ({"a_new_field": 1}, {}),
+        ({"added_tokens_decoder": {}}, {}),
+        ({}, {"additional_special_tokens": ["<cat>"]}),
+        ({}, {"pad_token": "!"}),  # the two files contradict each other
+        ({"model_max_length": 6.0}, {}),
+    ],
+)
+def test_unusual_tokenizers_are_left_to_transformers(tmp_path, config, special):
+    folder = folder_with(tmp_path / "tokenizer", config, special)
+    assert plain_tokenizer.read(folder) is None
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    limit = int(theirs.model_max_length)
+    expected = theirs(PROMPTS, padding="max_length", truncation=True, max_length=limit, return_tensors="np").input_ids
+    np.testing.assert_array_equal(Tokenizer(folder, 77)(PROMPTS), expected)
 
 
 def test_cut_text_is_logged(tmp_path, caplog):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tiue_jax.checked_fields import Range, check_fields, check_others, one_of, read
-from tiue_jax.models import attention
+from tiue_jax.models import attention, initial
 from tiue_jax.models.functional import dtype_of
 from tiue_jax.models.layers import layer_norm
 
@@ -209,10 +209,10 @@ class CLIPAttention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, *, is_causal: bool, rngs: nnx.Rngs):
         self.heads, self.is_causal = heads, is_causal
-        self.q_proj = nnx.Linear(dim, dim, rngs=rngs)
-        self.k_proj = nnx.Linear(dim, dim, rngs=rngs)
-        self.v_proj = nnx.Linear(dim, dim, rngs=rngs)
-        self.out_proj = nnx.Linear(dim, dim, rngs=rngs)
+        self.q_proj = initial.linear(dim, dim, rngs=rngs)
+        self.k_proj = initial.linear(dim, dim, rngs=rngs)
+        self.v_proj = initial.linear(dim, dim, rngs=rngs)
+        self.out_proj = initial.linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q = attention.project(self.q_proj, x, self.heads)
@@ -226,8 +226,8 @@ class CLIPMLP(nnx.Module):
 
     def __init__(self, dim: int, inner: int, hidden_act: str, *, rngs: nnx.Rngs):
         self.hidden_act = hidden_act
-        self.fc1 = nnx.Linear(dim, inner, rngs=rngs)
-        self.fc2 = nnx.Linear(inner, dim, rngs=rngs)
+        self.fc1 = initial.linear(dim, inner, rngs=rngs)
+        self.fc2 = initial.linear(inner, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
@@ -270,8 +270,8 @@ class CLIPTextEmbeddings(nnx.Module):
     """
 
     def __init__(self, cfg: CLIPTextConfig, *, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
-        self.position_embedding = nnx.Embed(cfg.max_position_embeddings, cfg.hidden_size, rngs=rngs)
+        self.token_embedding = initial.embed(cfg.vocab_size, cfg.hidden_size, rngs=rngs)
+        self.position_embedding = initial.embed(cfg.max_position_embeddings, cfg.hidden_size, rngs=rngs)
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         length, limit = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -293,8 +293,10 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.image_shape = (cfg.image_size, cfg.image_size, cfg.num_channels)
         dim, patch = cfg.hidden_size, (cfg.patch_size, cfg.patch_size)
         self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (dim,)))
-        self.patch_embedding = nnx.Conv(cfg.num_channels, dim, patch, patch, padding="VALID", use_bias=False, rngs=rngs)
-        self.position_embedding = nnx.Embed((cfg.image_size // cfg.patch_size) ** 2 + 1, dim, rngs=rngs)
+        self.patch_embedding = initial.conv(
+            cfg.num_channels, dim, patch, patch, padding="VALID", use_bias=False, rngs=rngs
+        )
+        self.position_embedding = initial.embed((cfg.image_size // cfg.patch_size) ** 2 + 1, dim, rngs=rngs)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         if pixel_values.shape[1:] != self.image_shape:
@@ -368,8 +370,8 @@ class CLIPModel(nnx.Module):
     def __init__(self, text_cfg: CLIPTextConfig, vision_cfg: CLIPVisionConfig, projection_dim: int, *, rngs: nnx.Rngs):
         self.text_model = CLIPTextTransformer(text_cfg, rngs=rngs)
         self.vision_model = CLIPVisionTransformer(vision_cfg, rngs=rngs)
-        self.text_projection = nnx.Linear(text_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.text_projection = initial.linear(text_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = initial.linear(vision_cfg.hidden_size, projection_dim, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.array(math.log(1 / 0.07), jnp.float32))
 
     def text_features(self, input_ids: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tiue_jax.models import chunks
+from tiue_jax.models import chunks, initial
 from tiue_jax.models.platforms import run_for_platform
 from tiue_jax.models.winograd import winograd
 
@@ -31,6 +31,9 @@ PIXELS = 2**14  # images with more pixels need twice as many channels
 
 class Conv(nnx.Conv):
     """A convolution whose linear part can be replaced, in order to compute it in parts or in another way."""
+
+    def __init__(self, *args: Any, kernel_init: Callable[..., jax.Array] = initial.kernel, **kwargs: Any):
+        super().__init__(*args, kernel_init=kernel_init, **kwargs)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         stride = self.strides

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tiue_jax.checked_fields import Range, check_fields, read
-from tiue_jax.models import attention
+from tiue_jax.models import attention, initial
 from tiue_jax.models.layers import layer_norm
 
 _Size = Annotated[int, Range(1, 65_536)]
@@ -61,16 +61,16 @@ class Dinov2Projections(nnx.Module):
     """The projections of self-attention to queries, keys and values."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.query = nnx.Linear(dim, dim, rngs=rngs)
-        self.key = nnx.Linear(dim, dim, rngs=rngs)
-        self.value = nnx.Linear(dim, dim, rngs=rngs)
+        self.query = initial.linear(dim, dim, rngs=rngs)
+        self.key = initial.linear(dim, dim, rngs=rngs)
+        self.value = initial.linear(dim, dim, rngs=rngs)
 
 
 class Dinov2Output(nnx.Module):
     """The projection of the heads of self-attention."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
-        self.dense = nnx.Linear(dim, dim, rngs=rngs)
+        self.dense = initial.linear(dim, dim, rngs=rngs)
 
 
 class Dinov2Attention(nnx.Module):
@@ -93,8 +93,8 @@ class Dinov2MLP(nnx.Module):
 
     def __init__(self, cfg: Dinov2Config, *, rngs: nnx.Rngs):
         inner = cfg.hidden_size * cfg.mlp_ratio
-        self.fc1 = nnx.Linear(cfg.hidden_size, inner, rngs=rngs)
-        self.fc2 = nnx.Linear(inner, cfg.hidden_size, rngs=rngs)
+        self.fc1 = initial.linear(cfg.hidden_size, inner, rngs=rngs)
+        self.fc2 = initial.linear(inner, cfg.hidden_size, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
@@ -131,7 +131,7 @@ class Dinov2PatchEmbeddings(nnx.Module):
 
     def __init__(self, cfg: Dinov2Config, *, rngs: nnx.Rngs):
         patch = (cfg.patch_size, cfg.patch_size)
-        self.projection = nnx.Conv(3, cfg.hidden_size, patch, patch, padding="VALID", rngs=rngs)
+        self.projection = initial.conv(3, cfg.hidden_size, patch, patch, padding="VALID", rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.projection(x)

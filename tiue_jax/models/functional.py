@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tiue_jax.models import initial
+
 Params = dict[str, Any]  # nested dict; leaves are arrays, list indices are ints
 
 
@@ -19,7 +21,8 @@ def abstract(cls: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> tuple
     def build(key: jax.Array) -> nnx.Module:
         return cls(*args, **kwargs, rngs=_Rngs(key))
 
-    graphdef, state = nnx.split(nnx.eval_shape(build, key))
+    with initial.only_shapes():
+        graphdef, state = nnx.split(nnx.eval_shape(build, key))
     return graphdef, nnx.to_pure_dict(state)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from tiue_jax.models import initial
+
 SIZE = 299
 FEATURES = 2048
 CLASSES = 1008
@@ -47,7 +49,7 @@ class BasicConv2d(nnx.Module):
     def __init__(self, cin: int, cout: int, kernel: int | Pair, stride: int = 1, *, same: bool = False, rngs: nnx.Rngs):
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         pad = tuple((size // 2, size // 2) if same else (0, 0) for size in kernel)
-        self.conv = nnx.Conv(cin, cout, kernel, stride, padding=pad, use_bias=False, rngs=rngs)
+        self.conv = initial.conv(cin, cout, kernel, stride, padding=pad, use_bias=False, rngs=rngs)
         self.bn = BatchNorm(cout)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -196,7 +198,7 @@ class InceptionV3(nnx.Module):
         self.Mixed_7a = InceptionD(768, rngs=rngs)
         self.Mixed_7b = InceptionE(1280, pools_maximum=False, rngs=rngs)
         self.Mixed_7c = InceptionE(2048, pools_maximum=True, rngs=rngs)
-        self.fc = nnx.Linear(FEATURES, CLASSES, rngs=rngs)
+        self.fc = initial.linear(FEATURES, CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> InceptionOutput:
         x = (resize_like_tensorflow(images.astype(jnp.float32), SIZE) - 128) / 128

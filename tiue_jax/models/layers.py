@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tiue_jax.models import attention, chunks, rows, upsampling
+from tiue_jax.models import attention, chunks, initial, rows, upsampling
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.platforms import run_for_platform
 
@@ -84,9 +84,9 @@ class TimestepEmbedding(nnx.Module):
     """Two-layer MLP on the sinusoidal embedding: [b c] -> [b d]. With `cond_dim` p it can add a condition [b p]."""
 
     def __init__(self, cin: int, dim: int, cond_dim: int | None = None, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(cin, dim, rngs=rngs)
-        self.cond_proj = None if cond_dim is None else nnx.Linear(cond_dim, cin, use_bias=False, rngs=rngs)
-        self.linear_2 = nnx.Linear(dim, dim, rngs=rngs)
+        self.linear_1 = initial.linear(cin, dim, rngs=rngs)
+        self.cond_proj = None if cond_dim is None else initial.linear(cond_dim, cin, use_bias=False, rngs=rngs)
+        self.linear_2 = initial.linear(dim, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array, cond: jax.Array | None = None) -> jax.Array:
         if cond is not None:
@@ -114,10 +114,10 @@ class Attention(nnx.Module):
         if dim % heads:
             raise ValueError(f"attention width must be a multiple of the number of heads, got {dim} for {heads} heads")
         self.heads = heads
-        self.to_q = nnx.Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs)])
+        self.to_q = initial.linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = initial.linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = initial.linear(context_dim or dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([initial.linear(dim, dim, rngs=rngs)])
 
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         context = x if context is None else context
@@ -132,7 +132,7 @@ class GEGLU(nnx.Module):
     """Gated GELU: [b l d] -> [b l 4d] (arXiv 2002.05202), with the exact GELU."""
 
     def __init__(self, dim: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(dim, 2 * inner, rngs=rngs)
+        self.proj = initial.linear(dim, 2 * inner, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -144,7 +144,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         # index 1 is the dropout of diffusers; it stays, since list indices are part of the tensor names
-        net: list[Any] = [GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, nnx.Linear(4 * dim, dim, rngs=rngs)]
+        net: list[Any] = [GEGLU(dim, 4 * dim, rngs=rngs), nnx.identity, initial.linear(4 * dim, dim, rngs=rngs)]
         self.net = nnx.List(net)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -200,7 +200,7 @@ class Transformer2DModel(nnx.Module):
     ):
         def project() -> nnx.Module:
             if use_linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
+                return initial.linear(channels, channels, rngs=rngs)
             return conv2d(channels, channels, 1, padding=0, rngs=rngs)
 
         self.norm = GroupNorm(channels, groups, 1e-6)
@@ -230,7 +230,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = GroupNorm(cin, groups, eps)
         self.conv1 = conv2d(cin, cout, rngs=rngs)
         if time_dim is not None:
-            self.time_emb_proj = nnx.Linear(time_dim, cout, rngs=rngs)
+            self.time_emb_proj = initial.linear(time_dim, cout, rngs=rngs)
         self.norm2 = GroupNorm(cout, groups, eps)
         self.conv2 = conv2d(cout, cout, rngs=rngs)
         self.conv_shortcut = conv2d(cin, cout, 1, padding=0, rngs=rngs) if cin != cout else None

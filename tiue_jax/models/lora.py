@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from tiue_jax.checked_fields import Range, check_fields
 from tiue_jax.files import writing_aside
+from tiue_jax.models import initial
 from tiue_jax.models.convolution import Conv
 from tiue_jax.models.functional import Params
 
@@ -57,9 +58,11 @@ class LoRALinear(nnx.Linear):
     """A linear layer like `base` with an adapter, whose parts have peft's names."""
 
     def __init__(self, base: nnx.Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
-        super().__init__(base.in_features, base.out_features, use_bias=base.use_bias, rngs=rngs)
-        self.lora_A = nnx.Linear(base.in_features, config.rank, use_bias=False, rngs=rngs)
-        self.lora_B = nnx.Linear(config.rank, base.out_features, use_bias=False, rngs=rngs)
+        super().__init__(
+            base.in_features, base.out_features, use_bias=base.use_bias, kernel_init=initial.kernel, rngs=rngs
+        )
+        self.lora_A = initial.linear(base.in_features, config.rank, use_bias=False, rngs=rngs)
+        self.lora_B = initial.linear(config.rank, base.out_features, use_bias=False, rngs=rngs)
         self.scale = config.alpha / config.rank
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tiue_jax.checked_fields import Range, check, read, shown
 from tiue_jax.files import read_json
+from tiue_jax.models import plain_tokenizer
 from tiue_jax.temporary import temporary_folder
 
 TokenId = Annotated[int, Range(0, 2**31 - 1)]
@@ -59,7 +60,7 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, length: int, vocab_size: int | None = None):
         folder = Path(folder)
-        tokenizer = load(folder)
+        tokenizer = _load_plain(folder) or load(folder)
         self.length = min(int(tokenizer.model_max_length), length)  # which a file may give as 8.0
         self.pad = check(f"{folder}: the id of the pad_token", TokenId, tokenizer.pad_token_id)
         self.backend = tokenizer.backend_tokenizer
@@ -82,7 +83,7 @@ class Tokenizer:
         for row, prompt, encoding in zip(padded, prompts, self.backend.encode_batch_fast(list(prompts)), strict=True):
             ids = expanded(encoding.ids, self.several)
             if len(ids) > self.length:
-                cut = self.backend.decode(ids[self.length - 1 : -1]).strip()
+                cut = self.backend.decode(ids[self.length - 1 : -1]).replace(plain_tokenizer.END_OF_WORD, " ").strip()
                 shown, ignored = _shortened(prompt), _shortened(cut)
                 logger.warning("prompt %s is longer than %d tokens, ignored: %s", shown, self.length, ignored)
                 cut_here += 1
@@ -172,6 +173,18 @@ def _check_ids(ids: dict[str, Any]) -> None:
 
 def _is_json(path: Path) -> bool:
     return path.suffix == ".json" and path.is_file()
+
+
+def _load_plain(folder: Path) -> plain_tokenizer.PlainTokenizer | None:
+    """The CLIPTokenizer without transformers. None if its files are unusual, or damaged: `load` says what is wrong."""
+    try:
+        tokenizer = plain_tokenizer.read(folder)
+        if tokenizer is not None:
+            tokenizer.backend_tokenizer.encode("a photo")
+            _check_files(folder)
+        return tokenizer
+    except Exception:  # the parsers in Rust raise plain Exceptions
+        return None
 
 
 def load(folder: Path) -> Any:
