@@ -96,7 +96,7 @@ def test_a_bad_value_is_named(name, value, message):
     assert len(str(caught.value)) <= MAX_MESSAGE
 
 
-@pytest.mark.parametrize("decoder_passes", [1, 4, 8])
+@pytest.mark.parametrize("decoder_passes", [1, 5])
 def test_one_program_draws_what_the_pipeline_draws_for_every_k(opened, decoder_passes):
     asked = controls(decoder_passes=decoder_passes)
     [sheet] = opened.draw(asked).sheets
@@ -111,7 +111,7 @@ def test_one_program_draws_what_the_pipeline_draws_for_every_k(opened, decoder_p
     assert sheet.work == f"1 encoder + {decoder_passes} decoder passes"
 
 
-@pytest.mark.parametrize(("steps", "guidance", "negative"), [(5, 4.0, ""), (3, 2.0, "red"), (2, 1.0, "")])
+@pytest.mark.parametrize(("steps", "guidance", "negative"), [(3, 2.0, "red"), (2, 1.0, "")])
 def test_one_program_draws_what_the_teacher_draws(opened, steps, guidance, negative):
     asked = controls(view=drawing.COMPARE, teacher_steps=steps, guidance_scale=guidance, negative_prompt=negative)
     student_sheet, teacher_sheet = opened.draw(asked).sheets
@@ -142,7 +142,10 @@ def test_no_value_compiles_again(opened, caplog):
             }
             opened.draw(controls(view=view, decoder_passes=1 + number, teacher_steps=9 - number, **changed))
         assert not [record.message for record in caplog.records if "Compiling" in record.message]
-        opened.draw(controls(size="24 x 16", images=1))  # a new size compiles, so that the log is known to work
+        new = controls(size="24 x 16", images=1)
+        assert opened.must_compile(new)
+        opened.draw(new)  # a new size compiles, so that the log is known to work
+    assert not opened.must_compile(new)
     compiled = {record.message.split()[1] for record in caplog.records if record.message.startswith("Compiling")}
     print("programs of a new size:", sorted(compiled))
     assert any("student_outputs" in name or "decode" in name for name in compiled)

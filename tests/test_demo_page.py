@@ -74,6 +74,8 @@ def context(browser):
     context.set_default_timeout(1000 * SECONDS)
     context.requested = []
     context.on("request", lambda request: context.requested.append(request.url))
+    context.refused = []
+    context.on("response", lambda answer: answer.status >= 400 and context.refused.append(answer.url))
     context.errors = []
     context.on("weberror", lambda error: context.errors.append(str(error.error)))
     yield context
@@ -301,7 +303,7 @@ def test_the_browser_asks_only_this_server(page, context, address):
     hosts = {urlsplit(url).netloc for url in context.requested if not url.startswith(("data:", "blob:"))}
     print(f"{len(context.requested)} requests, all to {hosts}")
     assert hosts == {urlsplit(address).netloc}
-    assert context.errors == []
+    assert context.errors == [] and context.refused == []
 
 
 def get(address: str, path: str) -> tuple[int, bytes]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tiue_jax.demo.studio import Studio
 
 FIRST_PROMPT = "a red apple"
 LAST_OF_SLIDER = 99  # seed
+SMALL = 128  # pixels: models whose images are not larger begin with four images
 CLEAN_UP_SECONDS = 60  # of dropped files that nobody read, such as those of a browser that was closed
 
 _INTRODUCTION = """# TiUE: images without a loop
@@ -41,21 +43,26 @@ def build(studio: Studio) -> gr.Blocks:
     has_teacher = studio.teacher is not None or not model.is_student
     names = [field.name for field in dataclasses.fields(Drawing)]
 
-    def draw(*given: Any) -> str:
+    def draw(*given: Any) -> Iterator[str]:
         """The result as HTML. Bad input is a message in its place."""
         try:
             drawing = read_controls(choices, **dict(zip(names, given, strict=True)))
-            return panels.result(drawing, studio.draw(drawing))
+            if studio.must_compile(drawing):
+                yield panels.note("Compiling for this size, once. It takes up to some minutes.")
+            yield panels.result(drawing, studio.draw(drawing))
         except (ValueError, FloatingPointError) as error:
-            return panels.alert(str(error))
+            yield panels.alert(str(error))
 
     def restore_from(path: str | None, *given: Any) -> list[Any]:
         """The values of all controls from a dropped image, a message, and None for the file, which is deleted."""
         if path is None:
             return [gr.skip() for _ in range(len(names) + 2)]
         try:
-            now = dataclasses.replace(start, view=given[0])
             chunks, size = read_png(path)
+            try:
+                now = read_controls(choices, **dict(zip(names, given, strict=True)))
+            except ValueError:  # a control has a bad value, which the image replaces
+                now = start
             found = restore(chunks, size, choices, now)
         except ValueError as error:
             return [*(gr.skip() for _ in names), panels.alert(str(error)), None]
@@ -140,14 +147,7 @@ def build(studio: Studio) -> gr.Blocks:
             api_name="draw",
         )
         sweep.input(None, sweep, seed, js="seed => seed", api_visibility="private")
-        gr.on(
-            [control.input for control in controls if hasattr(control, "input")],
-            lambda: "",
-            outputs=message,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        gr.on([control.input for control in (sweep, *controls)], None, outputs=message, js="() => ''")
         dropped.upload(
             restore_from,
             inputs=[dropped, *controls],
@@ -172,7 +172,7 @@ def first_drawing(studio: Studio) -> Drawing:
         prompt=FIRST_PROMPT,
         style="",
         seed=0,
-        images=min(4, choices.max_images),
+        images=min(4 if max(choices.sizes[0]) <= SMALL else 1, choices.max_images),
         size=choices.sizes[0],
         decoder_passes=min(passes or 4, MAX_DECODER_PASSES),
         teacher_steps=min(steps or 25, MAX_TEACHER_STEPS),

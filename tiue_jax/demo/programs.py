@@ -187,6 +187,10 @@ class Model:
             settings.check_negative_prompt(embeds_guidance=self.pipeline.unet.cfg.time_cond_proj_dim is not None)
         return settings
 
+    def must_compile(self, drawing: Drawing) -> bool:
+        """Says whether a drawing is the first of its size."""
+        return self.pipeline.latents_shape(*drawing.size) not in self._compiled
+
     def draw(self, drawing: Drawing) -> tuple[list[Drawn], float]:
         """The images of a drawing, and the seconds that they took. The time of a compilation does not count.
 

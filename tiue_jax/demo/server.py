@@ -78,7 +78,8 @@ def serving(studio: Studio, *, host: str = LOCAL, port: int | None = None, max_q
     with temporary_folder(tempfile.gettempdir(), "demo") as uploads, _environment(GRADIO_TEMP_DIR=str(uploads)):
         blocks = page.build(studio)
         blocks.queue(max_size=max_queue, default_concurrency_limit=1, api_open=False)
-        _, address, _ = blocks.launch(
+        address = _launch(
+            blocks,
             server_name=host,
             server_port=port,
             prevent_thread_lock=True,
@@ -102,6 +103,16 @@ def serving(studio: Studio, *, host: str = LOCAL, port: int | None = None, max_q
             yield address
         finally:
             blocks.close(verbose=False)
+
+
+def _launch(blocks: gr.Blocks, **settings: Any) -> str:
+    """Starts the server. Returns its address. OSError, naming the address, if it cannot listen there."""
+    try:
+        _, address, _ = blocks.launch(**settings)
+    except OSError as error:
+        where = f"{settings['server_name']}, port {settings['server_port'] or 'any from 7860'}"
+        raise OSError(f"cannot listen at {where}: taken, or no address of this machine; choose others") from error
+    return address
 
 
 def theme() -> gr.themes.Base:

@@ -91,6 +91,14 @@ class Studio:
         self.dtype = dtype
         self._lock = threading.Lock()
 
+    def models(self, drawing: Drawing) -> list[Model]:
+        """The models that draw in a view."""
+        return [self.model] + ([self.teacher] if drawing.view == COMPARE and self.teacher else [])
+
+    def must_compile(self, drawing: Drawing) -> bool:
+        """Says whether a drawing is the first of its size."""
+        return any(model.must_compile(drawing) for model in self.models(drawing))
+
     def draw(self, drawing: Drawing) -> Drawings:
         """Draws the images of a view.
 
@@ -98,7 +106,7 @@ class Studio:
             ValueError: a model cannot take a setting. Nothing was drawn.
             FloatingPointError: an image has values that are NaN or infinite.
         """
-        models = [self.model] + ([self.teacher] if drawing.view == COMPARE and self.teacher else [])
+        models = self.models(drawing)
         for model in models:
             model.settings(drawing)
         with self._lock:
