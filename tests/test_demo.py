@@ -1,10 +1,14 @@
 """What the web page of `tiue demo` computes, without Gradio and without a browser."""
 
 import dataclasses
+import importlib.util
 import io
 import logging
 import re
+import runpy
 import threading
+import tomllib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +17,12 @@ from PIL import Image
 
 from tests import tiny
 from tiue_jax import images, student
-from tiue_jax.cli.command_line import MAX_MESSAGE
+from tiue_jax.cli.command_line import BAD_INPUT, MAX_MESSAGE
+from tiue_jax.cli.main import main
 from tiue_jax.demo import drawing, panels, programs, studio, styles
 from tiue_jax.weights import hub
 
+SPACE = Path(__file__).parents[1] / "space"
 CHOICES = drawing.Choices(
     styles=("noto style", "3d render"), sizes=((16, 16), (16, 24), (24, 16)), max_images=4, views=drawing.VIEWS
 )
@@ -261,3 +267,48 @@ def test_many_threads_get_their_images(opened):
         thread.join()
     assert len(set(expected)) == len(asked)
     assert [got[index] for index in range(len(asked))] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port=0"], "port must be an integer between 1 and 65535 or None, got 0"),
+        (["--max_images=0"], "max_images must be an integer between 1 and 64, got 0"),
+        (["--max_queue=0"], "max_queue must be an integer between 1 and 10000, got 0"),
+        (["--model=nosuch"], "unknown model 'nosuch'"),
+        (["--dtype=int8"], "argument --dtype: invalid choice"),
+        (["--teacher=emoji", "--model=emoji"], "teacher is for a student, got 'emoji' for the model 'emoji'"),
+    ],
+)
+def test_a_bad_flag_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # Gradio may be missing here
+    assert main(["tiue", "demo", "--no_compile_cache", *arguments]) == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1 and len(errors) <= MAX_MESSAGE
+
+
+def test_without_gradio_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["tiue", "demo"]) == BAD_INPUT
+    assert "pip install 'tiue-jax[demo]'" in capsys.readouterr().err
+
+
+def test_the_space_calls_the_command_and_asks_for_what_the_package_needs(monkeypatch):
+    called = []
+    monkeypatch.setattr("tiue_jax.cli.main.main", lambda argv: called.append(argv) or 0)
+    monkeypatch.setenv("MODEL", "emoji-tiue")
+    monkeypatch.delenv("TEACHER", raising=False)
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    host = ["--host", "0.0.0.0", "--port", "7860", "--max_images", "4"]
+    assert (stop.value.code, called) == (0, [["tiue", "demo", *host, "--model", "emoji-tiue"]])
+
+    project = tomllib.loads((SPACE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == project["dependencies"]
+    front = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    about = dict(line.split(": ", 1) for line in front.splitlines())
+    pins = (SPACE.parent / "requirements-demo.txt").read_text(encoding="utf-8")
+    assert about["sdk"] == "gradio" and f"gradio=={about['sdk_version']}" in pins
+    assert (SPACE / about["app_file"]).is_file() and len(about["short_description"]) <= 60

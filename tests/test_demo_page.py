@@ -94,8 +94,8 @@ def page(context, address):
 
 def shown(page, model="student") -> list[tuple[np.ndarray, dict[str, str]]]:
     """The images on the page that can be downloaded, with their text chunks."""
-    links = page.locator(f"#result section[data-model='{model}'] a.download").all()
-    contents = [base64.b64decode(link.get_attribute("href").partition(",")[2]) for link in links]
+    links = page.locator(f"#result section[data-model='{model}'] a.download")
+    contents = [base64.b64decode(url.partition(",")[2]) for url in links.evaluate_all("all => all.map(a => a.href)")]
     return [images.read_png(io.BytesIO(content)) for content in contents]
 
 
@@ -181,7 +181,7 @@ def test_student_beside_teacher_from_the_same_noise(page, opened):
     expected = opened.teacher.pipeline(["a red apple"], seed=3, num_images_per_prompt=4)
     assert len(student) == len(teacher) == 4
     assert largest_difference(teacher, expected) <= 1
-    times = [time.inner_text() for time in page.locator("#result section .time").all()]
+    times = page.locator("#result section .time").all_inner_texts()
     print("times", times)
     assert len(times) == 2 and "the same noise" in page.locator("#result").inner_text()
 
@@ -192,7 +192,8 @@ def test_how_it_works(page, opened):
     table = page.locator("#result table[data-steps='5']")
     table.wait_for()
     form = opened.model.pipeline.schedule.closed_form(5)
-    weights = [float(cell.get_attribute("data-weight")) for cell in table.locator("[data-weight]").all()]
+    cells = table.locator("[data-weight]").evaluate_all("all => all.map(cell => cell.dataset.weight)")
+    weights = list(map(float, cells))
     np.testing.assert_allclose(weights, form.weights, atol=1e-6)
     assert float(table.locator("[data-scale]").get_attribute("data-scale")) == pytest.approx(form.scale, abs=1e-6)
     assert table.locator("img").count() == 6 * 3
@@ -286,10 +287,15 @@ def test_a_full_queue_is_a_message(browser, opened):
             pages = [context.new_page() for context in contexts]
             pages[0].goto(address)
             assert drawing_now.wait(SECONDS)
+            answers = []
             for page in pages[1:]:
-                page.goto(address)
-                page.wait_for_timeout(1500)
-            pages[2].get_by_text(re.compile("queue is full", re.IGNORECASE)).first.wait_for(timeout=1000 * SECONDS)
+                with page.expect_response(re.compile("/queue/join"), timeout=1000 * SECONDS) as answer:
+                    page.goto(address)
+                answers.append(answer.value.status)
+            assert answers == [200, 503]
+            message = pages[2].get_by_text(re.compile("queue is full|currently busy", re.IGNORECASE))
+            message.first.wait_for(timeout=1000 * SECONDS)
+            print("the third user reads:", message.first.inner_text())
             go_on.set()
             pages[1].locator("#result img").first.wait_for(timeout=1000 * SECONDS)
         finally:
@@ -304,6 +310,17 @@ def test_the_browser_asks_only_this_server(page, context, address):
     print(f"{len(context.requested)} requests, all to {hosts}")
     assert hosts == {urlsplit(address).netloc}
     assert context.errors == [] and context.refused == []
+
+
+def test_a_taken_port_is_named(opened, address):
+    from tiue_jax.demo import server
+
+    port = urlsplit(address).port
+    with (
+        pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port}: taken"),
+        server.serving(opened, port=port),
+    ):
+        pass
 
 
 def get(address: str, path: str) -> tuple[int, bytes]:

@@ -32,8 +32,8 @@ SMALL = 128  # pixels: models whose images are not larger begin with four images
 CLEAN_UP_SECONDS = 60  # of dropped files that nobody read, such as those of a browser that was closed
 
 _INTRODUCTION = """# TiUE: images without a loop
-The student reads the noise **once** with its encoder, runs its decoder at K timesteps at the same time, and adds the
-outputs up. Type a prompt: it draws while you type."""
+The student reads the noise **once** with its encoder, runs its decoder at K timesteps on the same features, and adds
+the outputs up: no pass waits for another. Type a prompt: it draws while you type."""
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -75,7 +75,10 @@ def build(studio: Studio) -> gr.Blocks:
         return [*to_controls(found), panels.note(text), None]
 
     with gr.Blocks(
-        title="TiUE-JAX", analytics_enabled=False, delete_cache=(CLEAN_UP_SECONDS, CLEAN_UP_SECONDS)
+        title="TiUE-JAX",
+        analytics_enabled=False,
+        delete_cache=(CLEAN_UP_SECONDS, CLEAN_UP_SECONDS),
+        fill_width=True,
     ) as blocks:
         gr.Markdown(_INTRODUCTION)
         with gr.Row(equal_height=False):
@@ -90,7 +93,7 @@ def build(studio: Studio) -> gr.Blocks:
                     MAX_DECODER_PASSES,
                     start.decoder_passes,
                     step=1,
-                    label="K, decoder passes of the student",
+                    label="K, decoder passes",
                     visible=model.is_student,
                     elem_id="passes",
                 )
@@ -105,7 +108,7 @@ def build(studio: Studio) -> gr.Blocks:
                         elem_id="size",
                     )
                 images = gr.Slider(1, choices.max_images, start.images, step=1, label="Images", elem_id="images")
-                title = "Teacher: negative prompt, guidance, steps" if model.is_student else "Guidance and steps"
+                title = "Settings of the teacher" if model.is_student else "Guidance and steps"
                 with gr.Accordion(title, open=not model.is_student, visible=has_teacher):
                     negative = gr.Textbox("", label="Negative prompt", max_length=MAX_CHARACTERS, elem_id="negative")
                     guidance = gr.Slider(
@@ -115,10 +118,10 @@ def build(studio: Studio) -> gr.Blocks:
                         1, MAX_TEACHER_STEPS, start.teacher_steps, step=1, label="Teacher steps", elem_id="steps"
                     )
                 dropped = gr.File(
-                    label="Drop a downloaded PNG to restore its settings",
+                    label="Restore the settings of a PNG",
                     file_types=[".png"],
                     type="filepath",
-                    height=110,
+                    height=150,
                     elem_id="restore",
                 )
             with gr.Column(scale=5, min_width=320):

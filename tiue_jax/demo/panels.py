@@ -16,7 +16,8 @@ STYLE = """
 .tiue h3 {margin: 0; font-size: 17px; font-weight: 600}
 .tiue .row {display: flex; flex-wrap: wrap; gap: 16px; margin: 10px 0 22px}
 .tiue .sides {display: flex; flex-wrap: wrap; gap: 8px 48px}
-.tiue figure {margin: 0}
+.tiue figure, .tiue figcaption {margin: 0; padding: 0}
+#message:not(:has(.tiue)) {display: none}
 .tiue img {display: block; max-width: 100%; border-radius: 6px; background: #fff;
   border: 1px solid var(--border-color-primary)}
 .tiue img.pixels {image-rendering: pixelated}
@@ -70,7 +71,7 @@ def file_name(drawing: Drawing, model: str, number: int) -> str:
 
 def _sheet(drawing: Drawing, sheet: Sheet, sheets: int) -> str:
     count = len(sheet.files)
-    side = 192 if sheets == 1 and count > 1 else 144 if count > 1 else 256 if sheets > 1 else _LONG_SIDE
+    side = 168 if count > 1 else 256 if sheets > 1 else _LONG_SIDE
     figures = "".join(
         f"<figure>{_picture(content, drawing.text, drawing.size, side)}"
         f"<figcaption>{_download(drawing, sheet, number)}</figcaption></figure>"
