@@ -14,11 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from tiue_jax import compile_cache
-from tiue_jax.demo import page as demo_page
-from tiue_jax.demo import server
 from tiue_jax.demo.drawing import COMPARE, EXPLAIN
-from tiue_jax.demo.studio import open_studio
 
 COLOURS = 192  # of the palette: half the size, and no difference to see
 
@@ -29,6 +25,11 @@ def served(address: str | None) -> Iterator[str]:
     if address is not None:
         yield address
         return
+    from tiue_jax import compile_cache  # here, since it takes long
+    from tiue_jax.demo import page as demo_page
+    from tiue_jax.demo import server
+    from tiue_jax.demo.studio import open_studio
+
     compile_cache.enable()
     studio = open_studio("emoji-tiue")
     demo_page.warm_up(studio)

@@ -121,7 +121,7 @@ def build(studio: Studio) -> gr.Blocks:
                     label="Restore the settings of a PNG",
                     file_types=[".png"],
                     type="filepath",
-                    height=150,
+                    height=180,
                     elem_id="restore",
                 )
             with gr.Column(scale=5, min_width=320):

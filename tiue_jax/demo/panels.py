@@ -23,13 +23,17 @@ STYLE = """
 .tiue img.pixels {image-rendering: pixelated}
 .tiue .muted, .tiue figcaption {color: var(--body-text-color-subdued); font-size: 13px}
 .tiue .time {font-variant-numeric: tabular-nums; font-weight: 600}
-.tiue a.download {font-size: 13px; text-decoration: underline}
+.tiue a.download {font-size: 13px; margin: 0; padding: 0; text-decoration: underline}
 .tiue .alert, .tiue .note {padding: 10px 14px; border-radius: 6px; margin: 0 0 14px; overflow-wrap: anywhere}
 .tiue .alert {background: #fde8e8; color: #8a1c1c; border: 1px solid #f3b4b4}
 .tiue .note {background: #eef4ff; color: #1f3f77; border: 1px solid #c3d5f5}
-.tiue table {border-collapse: separate; border-spacing: 10px 6px; margin: 4px 0 0 -10px}
-.tiue th {text-align: left; font-weight: 600; font-size: 13px; vertical-align: middle; max-width: 150px}
-.tiue td {text-align: center; font-size: 13px; vertical-align: middle; font-variant-numeric: tabular-nums}
+.tiue table, .tiue tr, .tiue th, .tiue td {border: 0 !important; background: none !important}
+.tiue table {border-collapse: collapse; margin: 8px 0}
+.tiue th, .tiue td {padding: 6px !important; font-size: 13px; vertical-align: middle}
+.tiue th {text-align: left; font-weight: 600; width: 140px; padding-left: 0 !important}
+.tiue td {text-align: center; font-variant-numeric: tabular-nums}
+.tiue td img {max-width: none; margin: 0 auto}
+.tiue sub {color: inherit}
 .tiue .bar {height: 8px; background: #4b7bd6; border-radius: 3px; margin: 3px auto 0}
 .tiue .scroll {overflow-x: auto}
 """
