@@ -36,7 +36,7 @@ CONTROLS = {
     "negative_prompt": "",
 }
 USERS = 20
-SECONDS = 60  # to wait for a result on a busy machine
+SECONDS = 120  # to wait for a result on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +249,10 @@ def test_twenty_users_at_once(browser, address, opened):
     prompts = [f"{chr(97 + i)} red" for i in range(USERS)]
     try:
         for page in pages:
-            page.goto(address)
+            page.set_default_timeout(1000 * SECONDS)
+            page.goto(address, wait_until="commit")  # the pages load side by side
         for page in pages:
-            page.locator("#result img").first.wait_for(timeout=1000 * SECONDS)
+            page.locator("#result img").first.wait_for()
         for i, page in enumerate(pages):
             page.locator("#seed input").fill(str(100 + i))
             page.locator("#prompt textarea").fill(prompts[i])
@@ -285,19 +286,21 @@ def test_a_full_queue_is_a_message(browser, opened):
         contexts = [browser.new_context() for _ in range(3)]
         try:
             pages = [context.new_page() for context in contexts]
+            for page in pages:
+                page.set_default_timeout(1000 * SECONDS)
             pages[0].goto(address)
             assert drawing_now.wait(SECONDS)
             answers = []
             for page in pages[1:]:
-                with page.expect_response(re.compile("/queue/join"), timeout=1000 * SECONDS) as answer:
+                with page.expect_response(re.compile("/queue/join")) as answer:
                     page.goto(address)
                 answers.append(answer.value.status)
             assert answers == [200, 503]
             message = pages[2].get_by_text(re.compile("queue is full|currently busy", re.IGNORECASE))
-            message.first.wait_for(timeout=1000 * SECONDS)
+            message.first.wait_for()
             print("the third user reads:", message.first.inner_text())
             go_on.set()
-            pages[1].locator("#result img").first.wait_for(timeout=1000 * SECONDS)
+            pages[1].locator("#result img").first.wait_for()
         finally:
             go_on.set()
             for context in contexts:
