@@ -1,5 +1,6 @@
 # make demo   sample the shipped student beside its teacher, then distil the teacher for a few minutes
 # make test   ruff, mypy and every test
+# make space  the folder build/space, ready to be uploaded to a Space of the Hugging Face hub
 # make venv   only the environment;  make lint  only ruff and mypy;  make pytest  only the tests;  make clean  removes what the others made
 #
 # VENV=path chooses the environment, PYTHON=path the interpreter it is made with, PYTEST_ARGS="-n 2 -k unet" the tests.
@@ -12,10 +13,17 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo test lint pytest venv clean
+.PHONY: demo space test lint pytest venv clean
 
 demo: $(VENV)/.installed
-	$(BIN)/tiue demo
+	$(BIN)/tiue quickstart
+
+space:
+	rm -rf build/space
+	mkdir -p build/space
+	cp space/* build/space/
+	cp -rL tiue_jax build/space/tiue_jax
+	find build/space -name __pycache__ -prune -exec rm -rf {} +
 
 test: lint pytest
 
@@ -39,10 +47,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq -r requirements.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-metrics.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-metrics.txt requirements-demo.txt
 	@echo "Installing requirements-test.txt into $(VENV): some minutes, once"
 	@$(BIN)/python -m pip install -qq -r requirements-test.txt
-	@$(BIN)/python -m pip install -qq --no-deps -r requirements-metrics.txt
+	@$(BIN)/python -m pip install -qq --no-deps -r requirements-metrics.txt -r requirements-demo.txt
 	@touch $@
 
 clean:

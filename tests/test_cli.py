@@ -19,7 +19,8 @@ WITH_DEFAULTS = [
     ("plan", "--mode=quick|full", "(default: quick)"),
     ("data prepare", "--split", "(default: train)"),
     ("data embed", "--batch_size", "(default: 64)"),
-    ("demo", "--minutes", "(default: 4)"),
+    ("demo", "--model", "(default: emoji-tiue)"),
+    ("quickstart", "--minutes", "(default: 4)"),
 ]
 
 

@@ -103,7 +103,7 @@ TRAIN = ["train", "--config", "emoji_tiue"]
         (["data", "embed"], "the following arguments are required: --model, --prompts, --out, see --help"),
         (["data", "embed", "--model=x", "--prompts=x", "--out=x", "--batch_size=x"], "argument --batch_size: invalid"),
         (["data", "prepare", "--prompts=x", "--out=x", "--what"], "unrecognized arguments: --what, see --help"),
-        (["demo", "--minutes=x"], "argument --minutes: invalid float value: 'x', see --help"),
+        (["quickstart", "--minutes=x"], "argument --minutes: invalid float value: 'x', see --help"),
         (["plan", "--config=emoji_tiue", "--mode=x"], "command line: --mode=x: expected one of quick, full"),
         ([f"no{'o' * 9999}"], "expected a command, one of train, "),
     ],

@@ -297,9 +297,9 @@ def test_a_link_to_itself_and_an_unknown_kind_of_path_are_one_line(tmp_path, cap
         ["convert", "export", "--checkpoint=emoji", "--out={}"],
         ["data", "prepare", f"--prompts={prompts}", "--out={}"],
         ["data", "embed", "--model=emoji", f"--prompts={prompts}", "--out={}"],
-        ["demo", "--outdir={}"],
+        ["quickstart", "--outdir={}"],
     ):
-        for out in (tmp_path / "loop", "s3x://a/b") if command[0] != "demo" else (tmp_path / "loop",):
+        for out in (tmp_path / "loop", "s3x://a/b") if command[0] != "quickstart" else (tmp_path / "loop",):
             assert main(["tiue", *(argument.format(out) for argument in command)]) == 2
             error = capsys.readouterr().err
             assert error.startswith("error: ") and str(out) in error and error.count("\n") == 1, error

@@ -16,6 +16,7 @@ FLOORS = (
     ("tiue_jax.plan",),
     ("tiue_jax.convert",),
     ("tiue_jax.evaluate",),
+    ("tiue_jax.demo",),
     ("tiue_jax.recipes",),
     ("tiue_jax.training",),
     ("tiue_jax.pipeline",),

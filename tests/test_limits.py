@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from tiue_jax import files, images, memory
-from tiue_jax.cli import demo, embed, prepare, sample
+from tiue_jax.cli import embed, prepare, quickstart, sample
 from tiue_jax.models.clip import CLIPTextConfig
 from tiue_jax.models.tokenizer import Tokenizer
 from tiue_jax.models.unet import UNetConfig
@@ -88,7 +88,7 @@ def test_embedding(model, tmp_path, capsys):
     [
         (embed.main, ["embed", "--model", "emoji", "--prompts", "emoji", "--out", ""]),
         (prepare.main, ["prepare", "--prompts", "emoji", "--out", ""]),
-        (demo.main, ["demo", "--outdir", ""]),
+        (quickstart.main, ["quickstart", "--outdir", ""]),
     ],
 )
 def test_an_empty_output_is_refused(main, argv, tmp_path, monkeypatch, capsys):

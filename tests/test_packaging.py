@@ -1,5 +1,6 @@
 """pyproject.toml and the pinned requirements agree, for every Python that is supported."""
 
+import itertools
 import tomllib
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def pins(filename: str, python: str) -> dict[str, Requirement]:
     [
         ("requirements.txt", PROJECT["dependencies"]),
         ("requirements-test.txt", PROJECT["optional-dependencies"]["test"]),
+        ("requirements-demo.txt", PROJECT["optional-dependencies"]["demo"]),
     ],
 )
 def test_pins_satisfy_the_ranges(filename, needs, python):
@@ -47,5 +49,7 @@ def test_pins_satisfy_the_ranges(filename, needs, python):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_no_package_is_pinned_in_both_files(python):
-    assert not pins("requirements.txt", python).keys() & pins("requirements-test.txt", python).keys()
+def test_no_package_is_pinned_in_two_files(python):
+    files = ("requirements.txt", "requirements-test.txt", "requirements-demo.txt")
+    for one, other in itertools.combinations(files, 2):
+        assert not pins(one, python).keys() & pins(other, python).keys(), (one, other)

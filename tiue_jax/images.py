@@ -1,5 +1,6 @@
 """Images as arrays: rounding, grids, enlarging, and PNG files with metadata."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,11 +109,19 @@ def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, object
     Raises:
         OSError: the file cannot be written; names the path.
     """
+    content = png_bytes(image, metadata)
+    with writing_aside(path) as aside:
+        aside.write_bytes(content)
+
+
+def png_bytes(image: np.ndarray, metadata: Mapping[str, object] | None = None) -> bytes:
+    """The content of a PNG file, see `write_png`."""
     info = PngImagePlugin.PngInfo()
     for key, value in (metadata or {}).items():
         info.add_text(key, str(value))
-    with writing_aside(path) as aside:
-        Image.fromarray(image).save(aside, format="PNG", pnginfo=info)
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG", pnginfo=info)
+    return content.getvalue()
 
 
 def read_png(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:

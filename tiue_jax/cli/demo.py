@@ -1,124 +1,84 @@
-"""Samples the shipped student beside its teacher, then distils the teacher for a few minutes.
+"""Opens a web page that draws as you type, with the student beside its teacher.
 
-    tiue demo [--minutes 4] [--outdir runs/demo]
+    tiue demo
+    tiue demo --model sd21-base --vae tiny
+    tiue demo --model runs/emoji_tiue/student --teacher emoji --port 8000
 
-Models and prompts are part of the package: nothing is downloaded. The distillation runs the recipe of the shipped
-student, emoji_tiue, and stops after a few minutes.
+The page needs Gradio: pip install "tiue-jax[demo]". It is for this machine only, unless --host says otherwise, and asks
+no other server for anything. Ctrl-C ends it. docs/demo.md describes it.
 """
 
-import dataclasses
-import shutil
-import subprocess
-import sys
-import time
+import argparse
+import importlib.util
+import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-import jax
-import numpy as np
-
-from tiue_jax import files, images
+from tiue_jax import compile_cache
 from tiue_jax.checked_fields import Range, check
-from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, path, print_error
-from tiue_jax.pipeline import Pipeline
-from tiue_jax.training import checkpoint_files
-
-TEACHER_STEPS = 25
-PROMPTS = (
-    "a red apple",
-    "a dog face",
-    "a sunflower",
-    "a rocket",
-    "an octopus",
-    "a hamburger",
-    "a soccer ball",
-    "a fire engine",
-)
-
-
-def sample(description: str, pipeline: Pipeline, **settings: object) -> np.ndarray:
-    """Samples one image of each prompt, uint8 [8 h w 3]. Prints the seconds per image and the seconds to compile."""
-    start = time.perf_counter()
-    pipeline(PROMPTS, seed=1, **settings)  # compiles
-    compiled = time.perf_counter()
-    drawn = pipeline(PROMPTS, seed=0, **settings)
-    seconds = time.perf_counter() - compiled
-    compiling = compiled - start - seconds
-    per_image = seconds / len(PROMPTS)
-    print(f"  {description:<44} {per_image:7.3f} s per image (and {compiling:.1f} s to compile, once)", flush=True)
-    return drawn
-
-
-def write(path: Path, rows: list[np.ndarray]) -> None:
-    """Writes a grid with one row of images for each model, enlarged for viewing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images.write_png(path, images.grid(np.concatenate(rows), columns=len(PROMPTS), gap=8, upscale=4))
-
-
-def distil(workdir: Path, minutes: float) -> None:
-    """Runs `tiue train` from the start; its progress bar goes to the terminal."""
-    if (workdir / "config.json").is_file():
-        shutil.rmtree(workdir)  # otherwise the command resumes the run of the last demo
-    arguments = ["train", "--config", "emoji_tiue", "--workdir", str(workdir)]
-    arguments += [f"--config.train.max_train_minutes={minutes}", "--config.train.validation_every=50"]
-    print("  " + " ".join(["tiue", *arguments]), flush=True)
-    subprocess.run([sys.executable, "-m", "tiue_jax", *arguments], check=True)
-
-
-def distilled(teacher: Pipeline, student: Pipeline, workdir: Path) -> Pipeline:
-    """The student of a run's last checkpoint (averaged weights), with the sampler settings of `student`."""
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), teacher.unet.params)
-    params = checkpoint_files.read_weights(workdir, structs)
-    return dataclasses.replace(student, name=str(workdir), unet=teacher.unet._replace(params=params))
-
-
-def run(minutes: float, outdir: Path) -> None:
-    """Samples, distils and samples again.
-
-    Raises:
-        ValueError, OSError: a folder cannot be written.
-        subprocess.CalledProcessError: the training run failed.
-    """
-    minutes = check("minutes", Annotated[float, Range(0, above_low=True)], minutes)
-    workdir = outdir / "distillation"
-
-    print(f"1. The shipped models, float32 on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
-    student, teacher = Pipeline.from_pretrained("emoji-tiue"), Pipeline.from_pretrained("emoji")
-    k = student.settings().num_inference_steps
-    shipped = sample(f"student, 1 encoder + {k} parallel decoder passes", student)
-    guided = sample(
-        f"teacher, {TEACHER_STEPS} guided steps", teacher, sampler="ddim", num_inference_steps=TEACHER_STEPS
-    )
-    write(outdir / "shipped.png", [shipped, guided])
-    print(f"  -> {outdir / 'shipped.png'}: first row student, second row teacher")
-    print(f"  columns: {', '.join(PROMPTS)}")
-
-    print(f"\n2. Distilling the teacher, for {minutes:g} minutes at most")
-    distil(workdir, minutes)
-
-    print("\n3. The effect of the distillation")
-    loop_free = dataclasses.replace(teacher, sampling=student.sampling)
-    before = sample("teacher's weights, sampled without a loop", loop_free)
-    after = sample("the same after this distillation", distilled(teacher, student, workdir))
-    write(outdir / "distilled.png", [before, after, shipped, guided])
-    print(f"  -> {outdir / 'distilled.png'}: rows before, after, shipped student, teacher")
-    print(f"\nGrids made while training: {workdir / 'samples'}; curves: tensorboard --logdir {workdir / 'tensorboard'}")
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, print_error
+from tiue_jax.demo.studio import open_studio
+from tiue_jax.weights.pipeline_folder import DTYPES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, that of a failed training run, or 2 after one line on stderr."""
+    """Serves the page until Ctrl-C. Returns the exit status: 130 after Ctrl-C, or 2 after one line on stderr."""
     parser = ArgumentParser(argv, __doc__)
+    parser.add_argument("--model", default="emoji-tiue", help="a name as for tiue sample (default: %(default)s)")
+    teacher = "drawn beside a student, a name like --model; by default the teacher of a shipped student"
+    parser.add_argument("--teacher", help=teacher)
+    styles = "words for the style, which the page adds to the prompt; may be repeated"
+    parser.add_argument("--style", action="append", default=[], help=styles)
+    parser.add_argument("--vae", help="an autoencoder that replaces the model's: tiny (TAESD), a file, or a name")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="(default: %(default)s)")
+    host = "the address to listen at; 0.0.0.0 is open to the network (default: %(default)s)"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument(
-        "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
+        "--max_images", type=int, default=8, help="images of one request, at most (default: %(default)s)"
     )
-    parser.add_argument("--outdir", type=path, default="runs/demo", help="of images and the run (default: %(default)s)")
+    parser.add_argument(
+        "--max_queue", type=int, default=64, help="requests that may wait; others get a message (default: %(default)s)"
+    )
+    parser.add_argument("--no_compile_cache", action="store_true", help="compile again, and keep nothing")
     try:
         args = parser.parse_args(argv[1:])
-        run(args.minutes, files.resolve(args.outdir))
-    except subprocess.CalledProcessError as error:  # the training run has printed its error
-        return error.returncode
+        run(args)
     except (ValueError, OSError) as error:
         print_error(error)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Reads the models, compiles, and serves the page until the process is interrupted.
+
+    Raises:
+        ValueError, OSError: an argument or a model is wrong, or the port is taken.
+    """
+    port = check("port", Annotated[int, Range(1, 65_535)] | None, args.port)
+    max_images = check("max_images", Annotated[int, Range(1, 64)], args.max_images)
+    max_queue = check("max_queue", Annotated[int, Range(1, 10_000)], args.max_queue)
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the page needs Gradio, which is not installed: pip install 'tiue-jax[demo]'")
+    if args.no_compile_cache:
+        compile_cache.disable()
+    else:
+        compile_cache.enable()
+    studio = open_studio(
+        args.model,
+        args.teacher,
+        given_styles=args.style,
+        max_images=max_images,
+        dtype=args.dtype,
+        vae=args.vae,
+    )
+    from tiue_jax.demo import page, server  # here, since Gradio takes seconds
+
+    print("Compiling, once; the next start is faster", flush=True)
+    page.warm_up(studio)
+    with server.serving(studio, host=args.host, port=port, max_queue=max_queue) as address:
+        print(f"{studio.model.name} draws at {address}   (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()

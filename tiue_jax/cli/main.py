@@ -1,5 +1,6 @@
 """Distils Stable Diffusion into a loop-free student, and samples it.
 
+    tiue quickstart
     tiue demo
     tiue sample --model emoji-tiue --prompt "a red apple" --out apple.png
     tiue train --config emoji_tiue --workdir runs/emoji
@@ -22,7 +23,8 @@ COMMANDS = {
     "evaluate": "measure how good the images of models are, and write a report",
     "plan": "estimate memory and speed of a training run on a TPU pod, on any machine",
     "data": "prepare prompts and text embeddings for training",
-    "demo": "sample the shipped models, then distil one of them for a few minutes",
+    "demo": "open a web page that draws as you type, the student beside its teacher",
+    "quickstart": "sample the shipped models, then distil one of them for a few minutes",
 }
 
 

@@ -26,6 +26,7 @@ from tiue_jax.data.prompt_files import read_texts
 from tiue_jax.models import platforms
 from tiue_jax.models.tiling import Tiling
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling import image_metadata
 from tiue_jax.sampling.batches import number_images
 from tiue_jax.sampling.samplers import SAMPLERS, takers
 from tiue_jax.sampling.settings import Sampling, read_key_steps, read_timesteps
@@ -282,26 +283,30 @@ def metadata(
         negative_prompts: of the file's images, or one for all; one a line in the result.
         number: of the image among those of its prompt. None for a grid.
     """
-    about = {"prompt": "\n".join(prompts), "seed": args.seed, "model": args.model, **settings.to_dict()}
-    if any(negative_prompts):
-        about["negative_prompt"] = "\n".join(negative_prompts)
+    others = {}
     for name in ("base", "latents", "vae", "vae_dtype", "tile_sample_min_size", "tile_overlap_factor"):
         value = getattr(args, name)
         if value is not None:
-            about[name] = value
+            others[name] = value
     if args.embedding:
-        about["embedding"] = "\n".join(args.embedding)
+        others["embedding"] = "\n".join(args.embedding)
     if args.clip_skip:
-        about["clip_skip"] = args.clip_skip
+        others["clip_skip"] = args.clip_skip
     if args.vae_tiling:
-        about["vae_tiling"] = True
+        others["vae_tiling"] = True
     if args.upscale > 1:
-        about["upscale"] = args.upscale
-    if number is None:
-        about["num_images_per_prompt"] = args.num_images_per_prompt
-    else:
-        about["image_number"] = number
-    return about | {"dtype": args.dtype, "software": "tiue-jax"}
+        others["upscale"] = args.upscale
+    return image_metadata.describe(
+        prompts,
+        seed=args.seed,
+        model=args.model,
+        settings=settings,
+        dtype=args.dtype,
+        negative_prompts=negative_prompts,
+        others=others,
+        number=number,
+        num_images_per_prompt=args.num_images_per_prompt,
+    )
 
 
 def _enlarged(stream: Iterable[np.ndarray], upscale: int, total: int) -> Iterator[np.ndarray]:
