@@ -83,16 +83,18 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from nbclient.exceptions import CellExecutionError
 
-    for name in args.names or names:
-        start = time.monotonic()
-        try:
-            left_out = execute(FOLDER / f"{name}.ipynb", args.store)
-        except CellExecutionError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 1
-        print(f"{name}: executed in {time.monotonic() - start:.0f} s", flush=True)
-        for reason in left_out:
-            print(f"    left out: {reason}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="tiue-jax-") as programs:  # compiled once for all notebooks
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+        for name in args.names or names:
+            start = time.monotonic()
+            try:
+                left_out = execute(FOLDER / f"{name}.ipynb", args.store)
+            except CellExecutionError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 1
+            print(f"{name}: executed in {time.monotonic() - start:.0f} s", flush=True)
+            for reason in left_out:
+                print(f"    left out: {reason}", flush=True)
     return 0
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests import malformed
 from tests.good_inputs import Inputs
+from website import messages
 
 COUNT = 150
 SEED = 17
@@ -23,11 +24,14 @@ def test_the_good_inputs_are_read(inputs):
 
 
 def test_malformed_inputs_are_one_line(inputs):
-    kinds, faults = collections.Counter(), []
+    kinds, faults, explained = collections.Counter(), [], 0
     for case, answer in malformed.answers(inputs, malformed.cases(inputs), COUNT, SEED):
         kinds[answer.kind] += 1
-        if answer.kind not in ("success", "error"):
+        if answer.kind == "error":
+            explained += messages.find(answer.text) is not None
+        elif answer.kind != "success":
             faults.append(f"{answer.kind}: {case.name}: {answer.text[-600:]}")
     print(f"{COUNT} malformed inputs: {dict(kinds)}")
-    assert faults == []
+    print(f"explained in the documentation: {explained} of {kinds['error']} errors")
+    assert faults == [] and explained == kinds["error"]
     assert kinds["error"] > COUNT / 2

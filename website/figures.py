@@ -61,9 +61,17 @@ def timesteps(folder: Path) -> None:
     abar = Schedule().alphas_cumprod
     axes.plot(np.sqrt(abar), color=GREEN, label="share of the image, $\\sqrt{\\bar\\alpha_t}$")
     axes.plot(np.sqrt(1 - abar), color=GREY, label="share of the noise, $\\sqrt{1-\\bar\\alpha_t}$")
-    for spacing, marker, color in (("leading", "o", BLUE), ("trailing", "s", ORANGE)):
+    for spacing, marker, color, size in (("trailing", "s", ORANGE, 9), ("leading", "o", BLUE, 5)):
         t = Schedule(timestep_spacing=spacing).timesteps(4)
-        axes.plot(t, np.sqrt(abar[t]), marker, color=color, clip_on=False, label=f"{spacing}: {', '.join(map(str, t))}")
+        axes.plot(
+            t,
+            np.sqrt(abar[t]),
+            marker,
+            color=color,
+            markersize=size,
+            clip_on=False,
+            label=f"{spacing}: {', '.join(map(str, t))}",
+        )
     axes.set(xlabel="timestep t", xlim=(0, 1000), ylim=(0, 1.02))
     axes.legend(frameon=False, fontsize=9)
     save(figure, folder / "timesteps.svg")
@@ -104,10 +112,9 @@ def parts(folder: Path) -> None:
     box(3, 3.2, 2, "encoder\nonce", GREEN)
     for i, step in enumerate(t):
         y = 5.7 - 1.65 * i
-        box(7.4, y, 2.4, f"decoder, t = {step}", BLUE)
+        box(7.4, y, 2.4, f"decoder, t = {step}\ntimes $E_{{{step}}}$", BLUE)
         arrow((5.1, 3.2), (7.1, y))
         arrow((10.1, y - 0.05), (12.1, 3.2 + (y - 3.2) / 8))
-        axes.text(10.3, y + 0.12, f"times E$_{{{step}}}$", fontsize=9)
     box(12.2, 3.2, 0.8, "sum", ORANGE)
     box(14.3, 3.2, 1.6, "VAE\nimage", "#eceff1")
     arrow((1.6, 4.1), (2.9, 3.4))
