@@ -64,7 +64,7 @@ def execute(path: Path, store: bool) -> list[str]:
         for cell, executed in zip(notebook["cells"], run["cells"], strict=True):
             if cell["cell_type"] == "code":
                 cell["outputs"], cell["execution_count"] = images_of(executed["outputs"]), None
-        nbformat.write(notebook, path)
+        nbformat.write(nbformat.from_dict(notebook), path)
     reasons = [reason_to_leave_out(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return [reason for reason in reasons if reason is not None]
 
