@@ -47,6 +47,7 @@ class Explanation(NamedTuple):
         match: regular expressions for "file: message".
         why: the cause.
         do: the remedy.
+        also: messages of the operating system and of libraries.
     """
 
     topic: str
@@ -54,6 +55,7 @@ class Explanation(NamedTuple):
     match: list[str]
     why: str
     do: str
+    also: tuple[str, ...] = ()
 
     def explains(self, message: Message) -> bool:
         """Returns True if one of the patterns is found."""
@@ -137,7 +139,8 @@ def _squeezed(text: str) -> str:
 def explained() -> dict[Message, Explanation | None]:
     """Each message with its explanation."""
     entries = explanations()
-    return {message: next((e for e in entries if e.explains(message)), None) for message in messages()}
+    found = {message: next((e for e in entries if e.explains(message)), None) for message in messages()}
+    return found | {Message("", text): entry for entry in entries for text in entry.also}
 
 
 def find(error: str) -> Explanation | None:
