@@ -76,7 +76,7 @@ def messages(root: Path = PACKAGE) -> list[Message]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 functions.setdefault(node.name, []).append(node)
-    found = {}
+    found: dict[Message, None] = {}
     for path, tree in trees.items():
         file = path.relative_to(root).as_posix()
         for scope in ast.walk(tree):
@@ -91,7 +91,14 @@ def messages(root: Path = PACKAGE) -> list[Message]:
 
 
 def _raised(call: ast.Call, scope: ast.FunctionDef, functions: dict[str, list[ast.FunctionDef]]) -> Iterator[str]:
-    """The texts of an error: those of the first argument that has any. An OSError has a number before its text."""
+    """The texts of an error: those of the first argument that has any. An OSError has a number before its text.
+
+    If a function of the package makes the error, they are those of the error that it returns.
+    """
+    for function in functions.get(_name(call), []):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and _name(node.value)[:1].isupper():
+                yield from _raised(node.value, function, functions)
     for argument in call.args:
         texts = list(_texts(argument, scope, functions, depth=3))
         if any(text.strip(HOLE) for text in texts):
@@ -119,7 +126,7 @@ def _texts(
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == value.id for t in node.targets):
                 yield from _texts(node.value, scope, functions, depth - 1)
     elif isinstance(value, ast.Call) and depth:
-        name = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+        name = _name(value)
         if name in _WRAPPERS:
             yield from _texts(value.args[0], scope, functions, depth - 1)
         for function in [] if name in _WRAPPERS else functions.get(name, []):
@@ -128,6 +135,11 @@ def _texts(
                     yield from _texts(node.value, function, functions, depth - 1)
     else:
         yield HOLE
+
+
+def _name(call: ast.Call) -> str:
+    """The name of the function that is called, without its module."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
 def _squeezed(text: str) -> str:

@@ -56,5 +56,8 @@ def notebook_page(path: Path) -> str:
             accelerator = "accelerator" in cell["metadata"].get("tags", [])
             parts += ["*The next cell needs an accelerator.*"] if accelerator else []
             parts.append(f"```python\n{text}\n```")
+            for output in cell["outputs"]:  # small images only, as tests/test_notebooks.py checks
+                image = "".join(output["data"]["image/png"]).replace("\n", "")
+                parts.append(f"![Images that the cell above shows](data:image/png;base64,{image})")
     where = f"*This page shows the notebook [{path.name}](../repository/notebooks/{path.name}).*"
     return "\n\n".join([parts[0], where, *parts[1:]]) + "\n"
