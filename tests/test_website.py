@@ -144,10 +144,17 @@ def check(x):
 
 def other(x):
     raise ValueError(kind(x))
+
+def broken(x):
+    return ValueError(f"{x} is broken")
+
+def last(x):
+    raise broken(x)
 """
     (tmp_path / "a.py").write_text(source)
     found = {message.text for message in messages.messages(tmp_path)}
-    assert found == {"…: wrong colour, got …", "first choice", "second choice", "this is … and not safe"}
+    choices = {"first choice", "second choice"}
+    assert found == {"…: wrong colour, got …", "this is … and not safe", "… is broken"} | choices
 
 
 def test_public_names_have_docstrings(tmp_path):
