@@ -1,6 +1,7 @@
 # make demo   sample the shipped student beside its teacher, then distil the teacher for a few minutes
 # make test   ruff, mypy and every test
 # make space  the folder build/space, ready to be uploaded to a Space of the Hugging Face hub
+# make docs   builds the documentation site into .cache/site: open .cache/site/index.html
 # make venv   only the environment;  make lint  only ruff and mypy;  make pytest  only the tests;  make clean  removes what the others made
 #
 # VENV=path chooses the environment, PYTHON=path the interpreter it is made with, PYTEST_ARGS="-n 2 -k unet" the tests.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: demo space test lint pytest venv clean
+.PHONY: demo space test lint pytest docs venv clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tiue quickstart
@@ -34,6 +35,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	.ci/site $(VENV)
 
 venv: $(VENV)/.installed
 

@@ -13,6 +13,7 @@ from tiue_jax.models import functional
 from tiue_jax.models.clip import CLIPTextModel
 from tiue_jax.models.unet import UNet
 from tiue_jax.weights import diagnosis
+from website import messages
 
 SHAPES = {
     "unet": functional.abstract(UNet, tiny.UNET)[1],
@@ -69,6 +70,7 @@ def test_every_error_about_sixty_files_names_the_kind_and_is_short(written, tmp_
             count += 1
             longest = max(longest, (error, f"{name}, {file.kind}"), key=lambda pair: len(pair[0]))
             assert str(path) in error, (name, error)
+            assert messages.find(error) is not None, error  # the documentation explains it
             if name == "merge-lora" and kind is not None:
                 assert f"this is {kind}" in error, error
             if name in ("import", "sample --model") and "ControlNet" not in str(kind) and is_foreign(file):

@@ -6,6 +6,7 @@ import pytest
 
 from tests import malformed
 from tests.good_inputs import Inputs
+from website import messages
 
 COUNT = 150
 SEED = 17
@@ -23,11 +24,14 @@ def test_the_good_inputs_are_read(inputs):
 
 
 def test_malformed_inputs_are_one_line(inputs):
-    kinds, faults = collections.Counter(), []
+    kinds, faults, unexplained = collections.Counter(), [], []
     for case, answer in malformed.answers(inputs, malformed.cases(inputs), COUNT, SEED):
         kinds[answer.kind] += 1
         if answer.kind not in ("success", "error"):
             faults.append(f"{answer.kind}: {case.name}: {answer.text[-600:]}")
+        elif answer.kind == "error" and messages.find(answer.text) is None:
+            unexplained.append(answer.text)
     print(f"{COUNT} malformed inputs: {dict(kinds)}")
     assert faults == []
+    assert unexplained == []  # in the documentation's page on errors
     assert kinds["error"] > COUNT / 2

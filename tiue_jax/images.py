@@ -61,7 +61,9 @@ def grid_size(shape: Sequence[int], columns: int | None = None, *, gap: int = 2,
 
     Args:
         shape: n, h and w.
-        columns, gap, upscale: as for `grid`.
+        columns: as for `grid`.
+        gap: as for `grid`.
+        upscale: as for `grid`.
 
     Raises:
         ValueError: an argument is out of range, or the grid does not fit into memory. It names the arguments.

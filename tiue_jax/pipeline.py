@@ -50,7 +50,9 @@ class Pipeline:
     Attributes:
         name: of the model, for error messages.
         tokenizer_dir: folder with the tokenizer's files.
-        text_encoder, unet, vae: the models with their parameters, which are copied to all local devices.
+        text_encoder: the text encoder with its parameters, which are copied to all local devices, as in the next two.
+        unet: the student or the teacher.
+        vae: the autoencoder.
         schedule: the noise schedule that the UNet was trained with.
         sampling: the settings of the sampler, where a call gives none.
         vae_tiling: decodes large images in tiles, in the memory of one tile.

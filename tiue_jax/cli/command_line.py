@@ -104,6 +104,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=argv[0], description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
+        """Raises ValueError with the message of argparse."""
         raise ValueError(f"{message}, see --help")
 
 

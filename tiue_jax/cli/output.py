@@ -32,6 +32,7 @@ class LenientStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Writes the text if that is possible. Returns its length."""
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.write(text)
             if "\n" in text:
@@ -39,6 +40,7 @@ class LenientStream:
         return len(text)
 
     def flush(self) -> None:
+        """Flushes the stream if that is possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 

@@ -47,7 +47,8 @@ def export_compiled(
         pipe: the pipeline to compile. It computes in the dtypes of its parameters.
         out: a new folder; or, with `overwrite`, the folder of an older compiled sampler.
         batch_size: of every call; None for any.
-        height, width: of the images, in pixels; the UNet's training size by default.
+        height: of the images, in pixels; the UNet's training size by default.
+        width: as `height`.
         platforms: among PLATFORMS. The machine that exports needs none of them.
         overwrite: replace an older compiled sampler.
         sampling: arguments of `Pipeline.settings`.

@@ -50,7 +50,9 @@ def open_prompts(
 
     Args:
         path: a corpus folder, or the name of a shipped model that comes with prompts, or what `PromptReader` takes.
-        field, split, max_bad_share: as for `PromptReader`. They are not used for a corpus.
+        field: as for `PromptReader`. It is not used for a corpus, like the next two.
+        split: as for `PromptReader`.
+        max_bad_share: as for `PromptReader`.
 
     Raises:
         FileNotFoundError, ValueError: as `PromptReader` or `Corpus`.
@@ -73,7 +75,10 @@ def write(
     """Writes a corpus of all prompts of some files, each prompt once. After an error, `out` does not exist.
 
     Args:
-        paths, field, split, max_bad_share: as for `PromptReader`.
+        paths: as for `PromptReader`, like the next three.
+        field: the field of the prompts.
+        split: of a data set.
+        max_bad_share: the share of bad rows that may be left out.
         out: a new folder on this disk or in a bucket.
 
     Raises:

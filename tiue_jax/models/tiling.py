@@ -18,9 +18,12 @@ class Autoencoder(Protocol):
     """The part of an autoencoder's configuration that tiling reads."""
 
     @property
-    def factor(self) -> int: ...  # pixels per latent along each side
+    def factor(self) -> int:
+        """Pixels of the image for each latent, along each side."""
+
     @property
-    def sample_size(self) -> int: ...  # pixels
+    def sample_size(self) -> int:
+        """Height and width of the training images, in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)

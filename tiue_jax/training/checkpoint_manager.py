@@ -40,6 +40,7 @@ class CheckpointManager(ocp.CheckpointManager):
         super().__init__(folder, options=options)
 
     def reached_preemption(self, step: int) -> bool:
+        """Returns False: stop requests are handled by stop_request."""
         return False
 
     def metrics(self, step: int) -> dict[str, float] | None:

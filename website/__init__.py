@@ -1,0 +1,1 @@
+"""Makes the documentation site of docs/: the generated pages, the figures, and the explanations of errors."""
