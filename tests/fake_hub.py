@@ -16,7 +16,8 @@ from huggingface_hub import constants
 
 TOKEN = "hf_of_the_fake_hub"  # may write
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_CONSTANTS = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
+# Uploads go by the hub's older protocol, over HTTP: the newer one, Xet, is binary and has servers of its own.
+_CONSTANTS = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")
 
 
 _STEPS = {"create": "api/repos/create", "preupload": "/preupload/", "lfs": ".git/info/lfs", "commit": "/commit/"}
@@ -203,7 +204,7 @@ def serve(cache: Path, repositories: dict[str, dict[str, bytes]]) -> Iterator[Fa
     endpoint = f"http://127.0.0.1:{server.server_port}"
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     before = {name: getattr(constants, name) for name in _CONSTANTS}
-    for name, value in zip(_CONSTANTS, (endpoint, template, str(cache), False), strict=True):
+    for name, value in zip(_CONSTANTS, (endpoint, template, str(cache), False, True), strict=True):
         setattr(constants, name, value)
     try:
         yield hub

@@ -46,6 +46,7 @@ def test_what_arrives_is_what_was_written(source, hub, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"pushed: {constants.ENDPOINT}/{NAME}/commit/")
     assert hub.repositories == {NAME: content(out)} and hub.private == {NAME}
     assert len(hub.commits) == 1  # whole or not at all
+    assert not [name for name, x in content(out).items() if fake_hub.TOKEN.encode() in x]
     large = {
         hashlib.sha256(x).hexdigest() for name, x in content(out).items() if name.endswith((".safetensors", ".png"))
     }

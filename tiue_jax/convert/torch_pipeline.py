@@ -291,7 +291,7 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("expected either prompt or prompt_embeds, got " + ("both" if prompt else "neither"))
+            raise ValueError(f"expected either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
         if prompt is not None:
             prompt = [prompt] if isinstance(prompt, str) else list(prompt)
             if not prompt:
@@ -307,7 +307,7 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
         noise = self._noise(count, height, width, generator, latents, device)
         take_one_pass(self.unet)  # it may have been replaced
 
-        modules = [self.text_encoder, self.unet] if scale != 1 else []
+        modules = [part for part in (self.text_encoder, self.unet) if part is not None and scale != 1]
         for module in modules:
             scale_lora_layers(module, scale)
         try:
@@ -343,7 +343,7 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
         images, flagged = self.vae.decode(scaled, return_dict=False)[0].float(), None
         if self.safety_checker is not None:
             seen = self.image_processor.postprocess(images, output_type="pil")
-            inputs = self.feature_extractor(seen, return_tensors="pt").pixel_values.to(device, self.text_encoder.dtype)
+            inputs = self.feature_extractor(seen, return_tensors="pt").pixel_values.to(device, self.unet.dtype)
             images, flagged = self.safety_checker(images=images, clip_input=inputs)
         # a flagged image is black, which is 0 and not -1: it is not mapped from [-1, 1] to [0, 1]
         in_range = [not flag for flag in flagged or [False] * len(images)]
