@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
             if name in self.hub.repositories:
-                return self._refuse(409, "Exists")
+                return self._answer({"url": f"{constants.ENDPOINT}/{name}"}, 409)
             self.hub.repositories[name] = {}
             self.hub.private |= {name} if asked.get("private") or asked.get("visibility") == "private" else set()
             return self._answer({"url": f"{constants.ENDPOINT}/{name}"})
@@ -147,8 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _answer(self, value: dict) -> None:
-        self._send(json.dumps(value).encode(), "application/json")
+    def _answer(self, value: dict, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), "application/json", status=status)
 
     def do_HEAD(self):
         self.do_GET()
@@ -176,8 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
         return self._send(self.hub.content(repository, filename), "application/octet-stream", headers)
 
-    def _send(self, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self.send_response(200)
+    def _send(self, content: bytes, kind: str, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -11,10 +11,13 @@ from tests import fake_hub, finished_run, tiny
 from tiue_jax import images
 from tiue_jax.cli.convert import main
 from tiue_jax.convert import card
-from tiue_jax.convert.publish import check_push
+from tiue_jax.convert.export import export_pipeline
+from tiue_jax.convert.publish import check_push, upload
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.weights.hub import resolve
 
 NAME = "me/student"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +68,37 @@ def test_what_arrives_is_what_was_written(source, hub, tmp_path, capsys):
         assert facts["prompt"] == prompt and f"![{prompt}]({path})" in text
 
 
-def test_what_was_pushed_can_be_downloaded(source, hub, tmp_path):
-    assert export(source, tmp_path / "out", "--push_to_hub", NAME, "--license", "mit") == 0
-    ours, theirs = (Pipeline.from_pretrained(name)(["red"], seed=3) for name in (tmp_path / "out", NAME))
-    np.testing.assert_array_equal(ours, theirs)
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "out"
+    export_pipeline(source, out)
+    return out
 
 
-def test_a_second_push_replaces_the_files(source, hub, tmp_path):
-    for dtype in ("float32", "float16"):
-        out = tmp_path / dtype
-        assert export(source, out, "--push_to_hub", NAME, "--license", "mit", "--dtype", dtype) == 0
-    assert hub.repositories == {NAME: content(tmp_path / "float16")} and len(hub.commits) == 2
+def test_a_second_push_replaces_the_files_and_is_downloaded(source, exported, hub, tmp_path):
+    export_pipeline(source, tmp_path / "half", dtype="float16")
+    for folder in (exported, tmp_path / "half"):
+        upload(folder, NAME)
+        assert hub.repositories == {NAME: content(folder)}
+    assert len(hub.commits) == 2
+    downloaded = content(resolve(NAME))
+    assert downloaded and downloaded.items() <= hub.repositories[NAME].items() and UNET_FILE in downloaded
 
 
 @pytest.mark.parametrize(("step", "status"), [("create", 403), ("preupload", 404), ("lfs", 413), ("commit", 412)])
-def test_a_failed_push_leaves_the_export_whole(source, hub, tmp_path, capsys, step, status):
+def test_a_refused_push_leaves_nothing_on_the_hub(exported, hub, step, status):
     hub.refused = {step: status}
+    before = content(exported)
+    with pytest.raises(Exception, match=f"{status}"):
+        upload(exported, NAME)
+    assert not hub.repositories.get(NAME) and hub.commits == [] and content(exported) == before
+
+
+@pytest.mark.parametrize("failure", ["refused", "unreachable"])
+def test_a_failed_push_leaves_the_export_whole_and_says_so(source, hub, tmp_path, capsys, monkeypatch, failure):
+    hub.refused = {"commit": 412}
+    if failure == "unreachable":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     out = tmp_path / "out"
     assert export(source, out, "--push_to_hub", NAME, "--license", "mit") == 1
     error = capsys.readouterr().err
@@ -88,16 +106,8 @@ def test_a_failed_push_leaves_the_export_whole(source, hub, tmp_path, capsys, st
     assert said == error.splitlines()[-1:] and len(said[0]) <= 607
     assert f"{out} is whole, but was not pushed to {NAME}; to push it later: hf upload {NAME} {out}; " in said[0]
     print(said[0])
-    assert not hub.repositories.get(NAME) and hub.commits == []
-    assert Pipeline.from_pretrained(out)(["red"], seed=0).shape == (1, 16, 16, 3)
-
-
-def test_a_hub_that_cannot_be_reached(source, hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert export(source, tmp_path / "out", "--push_to_hub", NAME, "--license", "mit") == 1
-    assert (
-        "is whole, but was not pushed" in capsys.readouterr().err and (tmp_path / "out" / "model_index.json").exists()
-    )
+    assert hub.commits == [] and resolve(out) == out
+    assert (out / "images" / "0.png").is_file() and (out / UNET_FILE).read_bytes() == (source / UNET_FILE).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The exported pipeline.py does what diffusers' users expect of a pipeline: arguments, LoRAs, compiling, offloading."""
 
+import copy
 import inspect
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,20 +25,28 @@ LATENTS = {"output_type": "latent", "return_dict": False}
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     root = tmp_path_factory.mktemp("students")
-    tiny.write_pipeline(root / "source", {"sampler": "tiue", "num_inference_steps": 3})
+    tiny.write_pipeline(root / "source", {"sampler": "tiue", "num_inference_steps": 3}, unet=tiny.ONE_LEVEL_UNET)
     export.export_pipeline(root / "source", root / "student")
     return root / "student"
 
 
 @pytest.fixture(scope="module")
-def reference(student):
-    """The latents of two prompts from one noise, by the pipeline as it is loaded."""
-    return latents_of(TiUEPipeline.from_pretrained(student))
+def loaded(student):
+    """The pipeline of the student, for tests that do not change it."""
+    return TiUEPipeline.from_pretrained(student)
+
+
+@pytest.fixture(scope="module")
+def reference(loaded):
+    """The latents of two prompts from one noise."""
+    return latents_of(loaded)
 
 
 @pytest.fixture
-def pipe(student):
-    return TiUEPipeline.from_pretrained(student)
+def pipe(loaded):
+    """A copy of the pipeline, for tests that change it."""
+    copies = {name: copy.deepcopy(loaded.components[name]) for name in ("unet", "text_encoder", "vae")}
+    return TiUEPipeline(**{**loaded.components, **copies})
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -55,17 +64,17 @@ def close(name: str, got: np.ndarray, want: np.ndarray, bound: float = 1e-5) -> 
     assert error <= bound
 
 
-def test_prompt_embeds_in_place_of_prompts(pipe, reference):
-    text = pipe.encode_prompts(["red", "apple"], "cpu")
-    close("prompt_embeds", latents_of(pipe, None, prompt_embeds=text), reference, 0)
-    stock = StableDiffusionPipeline(**pipe.components)
+def test_prompt_embeds_in_place_of_prompts(loaded, reference):
+    text = loaded.encode_prompts(["red", "apple"], "cpu")
+    close("prompt_embeds", latents_of(loaded, None, prompt_embeds=text), reference, 0)
+    stock = StableDiffusionPipeline(**loaded.components)
     of_stock, _ = stock.encode_prompt(["red", "apple"], "cpu", 1, False)
-    close("embeddings of a stock pipeline", latents_of(pipe, None, prompt_embeds=of_stock), reference)
-    several = latents_of(pipe, None, prompt_embeds=text, num_images_per_prompt=2)
-    close("two images of each", several, latents_of(pipe, ("red", "red", "apple", "apple")))
+    close("embeddings of a stock pipeline", latents_of(loaded, None, prompt_embeds=of_stock), reference)
+    several = latents_of(loaded, None, prompt_embeds=text, num_images_per_prompt=2)
+    close("two images of each", several, latents_of(loaded, ("red", "red", "apple", "apple")))
 
 
-def test_every_argument_of_a_stock_pipeline_is_taken_or_refused(pipe):
+def test_every_argument_of_a_stock_pipeline_is_taken_or_refused(loaded):
     theirs = inspect.signature(StableDiffusionPipeline.__call__).parameters
     ours = inspect.signature(TiUEPipeline.__call__).parameters
     known = ours.keys() | torch_pipeline.REFUSED.keys()
@@ -74,7 +83,7 @@ def test_every_argument_of_a_stock_pipeline_is_taken_or_refused(pipe):
     assert unknown == ["clip_skip", "kwargs"]  # clip_skip: an exported folder lacks the layers already
     defaults = {name: p.default for name, p in theirs.items() if p.default is not inspect.Parameter.empty}
     harmless = {name: defaults[name] for name in (*torch_pipeline.REFUSED,) if name in defaults}
-    assert len(pipe("red", callback_on_step_end_tensor_inputs=["latents"], **harmless).images) == 1
+    assert len(loaded("red", callback_on_step_end_tensor_inputs=["latents"], **harmless).images) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,18 +112,19 @@ def test_every_argument_of_a_stock_pipeline_is_taken_or_refused(pipe):
         ({"prompts": "red"}, TypeError, "TiUEPipeline has no argument 'prompts'"),
     ],
 )
-def test_refused_arguments(pipe, kwargs, error, message):
+def test_refused_arguments(loaded, kwargs, error, message):
     with pytest.raises(error, match=message):
-        pipe(**{"prompt": "red", **kwargs})
+        loaded(**{"prompt": "red", **kwargs})
 
 
-def test_images_of_each_output_type_are_the_same(pipe):
-    images = {kind: pipe("red", generator=seeded(), output_type=kind).images for kind in ("pil", "np", "pt")}
+def test_images_of_each_output_type_are_the_same(loaded):
+    images = {kind: loaded("red", generator=seeded(), output_type=kind).images for kind in ("pil", "np", "pt")}
     assert images["np"].shape == (1, 16, 16, 3) and images["pt"].shape == (1, 3, 16, 16)
     np.testing.assert_array_equal(images["pt"].permute(0, 2, 3, 1).numpy(), images["np"])
     np.testing.assert_array_equal(np.array(images["pil"][0]), np.round(255 * images["np"][0]).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_compiled_unet_runs_compiled(pipe, reference, how):
     seen = []
@@ -130,7 +140,7 @@ def test_a_compiled_unet_runs_compiled(pipe, reference, how):
         pipe.unet.compile(backend=backend, fullgraph=True)
     close(f"compiled {how}", latents_of(pipe), reference)
     print(f"graphs: {seen}")
-    assert len(seen) == 1 and seen[0] > 100  # the whole pass is one graph
+    assert len(seen) == 1 and seen[0] > 50  # the whole pass is one graph
     latents_of(pipe)
     assert len(seen) == 1  # and it is not compiled again
 
@@ -145,7 +155,7 @@ def test_channels_last(pipe, reference):
     assert layouts == [True]
 
 
-def test_offloading_moves_the_unet_for_the_pass_and_away_after_it(pipe, reference, monkeypatch):
+def test_offloading_moves_the_unet_for_the_pass(pipe, student, reference, monkeypatch):
     """An accelerator is at hand in few tests: hooks as enable_model_cpu_offload sets them, all to the CPU."""
     moves = []
     pipe.unet, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
@@ -159,23 +169,22 @@ def test_offloading_moves_the_unet_for_the_pass_and_away_after_it(pipe, referenc
     close("offloaded", latents_of(pipe), reference, 0)
     assert moves == ["UNet2DConditionModel"]
 
-    other = TiUEPipeline.from_pretrained(pipe.config._name_or_path)
-    other.unet, _ = cpu_offload_with_hook(StableDiffusionPipeline(**pipe.components).unet, torch.device("cpu"))
-    close("a UNet that was offloaded before it came", latents_of(other), reference, 0)
+    other, _ = cpu_offload_with_hook(UNet2DConditionModel.from_pretrained(student / "unet"), torch.device("cpu"))
+    pipe.unet = other
+    close("a UNet that was offloaded before it came", latents_of(pipe), reference, 0)
+    assert moves == ["UNet2DConditionModel"] * 2
 
 
-def test_enable_model_cpu_offload_keeps_every_module_where_it_should_be(pipe, reference):
+def test_enable_model_cpu_offload_hooks_every_part(pipe, reference):
     pipe.enable_model_cpu_offload(device="cpu")
     close("enable_model_cpu_offload", latents_of(pipe), reference, 0)
     assert [hasattr(module, "_hf_hook") for module in (pipe.text_encoder, pipe.unet, pipe.vae)] == [True] * 3
-    pipe.enable_sequential_cpu_offload(device="cpu")
-    close("enable_sequential_cpu_offload", latents_of(pipe), reference, 0)
 
 
-def test_a_stock_pipeline_shares_the_parts(pipe):
-    stock = StableDiffusionPipeline(**pipe.components)
+def test_a_stock_pipeline_shares_the_parts(loaded, student):
+    stock = StableDiffusionPipeline(**loaded.components)
     stock.set_progress_bar_config(disable=True)
-    own = StableDiffusionPipeline.from_pretrained(pipe.config._name_or_path, safety_checker=None)
+    own = StableDiffusionPipeline.from_pretrained(student)
     own.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
     np.testing.assert_array_equal(
@@ -241,11 +250,11 @@ def checker():
     return model, extractor
 
 
-def test_the_safety_checker_blackens_what_it_flags(student, checker):
+def test_the_safety_checker_blackens_what_it_flags(student, loaded, checker):
     model, extractor = checker
     given = {"safety_checker": model, "feature_extractor": extractor}
     pipe = TiUEPipeline.from_pretrained(student, **given)
-    plain = TiUEPipeline.from_pretrained(student)("red", generator=seeded(), output_type="np").images
+    plain = loaded("red", generator=seeded(), output_type="np").images
     for flag in (False, True):
         model.concept_embeds_weights.data.fill_(-2.0 if flag else 2.0)  # a cosine similarity is above, or below
         done = pipe("red", generator=seeded(), output_type="np")

@@ -80,17 +80,10 @@ def push(
     Raises:
         PushError: the reason, and how to push the folder later. The folder is whole.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     folder = Path(folder)
     try:
         complete(folder, licence, prompts)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        api = HfApi()
-        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
-        additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        # one commit: the hub never shows a part of the files
-        return api.create_commit(repository, additions, commit_message="Export of TiUE-JAX").commit_url
+        return upload(folder, name, private=private)
     except Exception as error:  # of the hub, its HTTP library, the operating system, or the sampler
         later = f"hf upload {name} {folder}"
         raise PushError(
@@ -116,3 +109,18 @@ def complete(folder: Path, licence: str | None, prompts: Sequence[str]) -> None:
     new = folder / f"{CARD}.new"
     new.write_text(card.with_images(text, names), encoding="utf-8")
     new.replace(folder / CARD)
+
+
+def upload(folder: Path, name: str, *, private: bool = False) -> str:
+    """Pushes all files of a folder in one commit, so that the hub never shows a part of them. Returns its address.
+
+    Raises:
+        Exception: of the hub, its HTTP library, or the operating system.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    return api.create_commit(repository, additions, commit_message="Export of TiUE-JAX").commit_url
