@@ -111,16 +111,21 @@ def alternate(
     return {key: Measured(seconds[key], first[key], peaks[key], outputs[key]) for key in everything}
 
 
-def medians(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Runs programs of this process, alternating. Returns the median seconds of each without the first run."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+def rounds_of(programs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Runs programs of this process, alternating. Returns the seconds of each round, without the first run."""
+    seconds: dict[Any, list[float]] = {name: [] for name in programs}
     for counted in [False] + [True] * rounds:
         for name, program in programs.items():
             started = time.perf_counter()
             program()
             if counted:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+    return seconds
+
+
+def medians(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Runs programs as `rounds_of`. Returns the median seconds of each."""
+    return {name: statistics.median(taken) for name, taken in rounds_of(programs, rounds).items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

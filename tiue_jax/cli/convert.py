@@ -1,7 +1,7 @@
 """Converts checkpoints: says what they are, exports, imports, and merges LoRAs.
 
     tiue convert inspect community.safetensors
-    tiue convert export --checkpoint runs/x --out student [--dtype float16] [--verify]
+    tiue convert export --checkpoint runs/x --out student [--dtype float16] [--verify] [--push_to_hub owner/name]
     tiue convert export-compiled --model emoji-tiue --out compiled
     tiue convert import --file community.safetensors --out teacher
     tiue convert import --file owner/unet --base sd15 --vae vae.safetensors --out teacher
@@ -10,7 +10,7 @@
     tiue convert average --model runs/a --model runs/b --weight 0.5 --weight 0.5 --out student
 
 `tiue convert COMMAND --help` describes a command. Exit status: 0 done; 1 written, but --verify found a difference from
-PyTorch; 2 a wrong argument, file or folder.
+PyTorch, or --push_to_hub failed; 2 a wrong argument, file or folder.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from absl import flags
 
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, named_argument, parse, print_error, require, subcommand
 from tiue_jax.cli.inspect_report import define_inspect, run_inspect
-from tiue_jax.convert import export, export_compiled
+from tiue_jax.convert import export, export_compiled, publish
 from tiue_jax.convert.average import average
 from tiue_jax.convert.import_single_file import import_single_file
 from tiue_jax.convert.merge_lora import merge_lora
@@ -35,7 +35,7 @@ from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS
 from tiue_jax.temporary import temporary_folder
 from tiue_jax.weights.pipeline_folder import DTYPES, STORED_DTYPES
 
-DIFFERENT = 1  # exit status: PyTorch computes something else
+DIFFERENT = NOT_PUSHED = 1  # exit statuses: PyTorch computes something else, or the hub did not take the folder
 
 _A_PIPELINE = "a pipeline: a shipped model or alias, a folder, or a hub repository (required)"
 _EMBEDDING = "a textual inversion embedding to add: FILE, TOKEN=FILE, a folder or a hub repository; may be repeated"
@@ -80,6 +80,14 @@ def define_export(values: flags.FlagValues) -> None:
     verify = "compare the folder in JAX and in PyTorch, part by part; needs pip install 'tiue-jax[torch]'"
     flags.DEFINE_bool("verify", False, verify, **add)
     flags.DEFINE_bool("overwrite", False, "replace an older pipeline in OUT", **add)
+    push = "push OUT to this repository of the Hugging Face hub, owner/name, with sample images (default: none)"
+    flags.DEFINE_string("push_to_hub", None, push, **add)
+    license_of = (
+        "the hub's identifier of the licence of the weights, such as apache-2.0 (default: the model's, if known)"
+    )
+    flags.DEFINE_string("license", None, license_of, **add)
+    flags.DEFINE_multi_string("prompt", list(publish.PROMPTS), "of the images that are pushed; may be repeated", **add)
+    flags.DEFINE_bool("private", False, "make a new repository of the hub private", **add)
 
 
 def run_export(args: flags.FlagValues) -> int:
@@ -94,6 +102,10 @@ def run_export(args: flags.FlagValues) -> int:
         require(args, "teacher")
     if args.step not in ("best", "last") and not args.step.isdecimal():
         raise ValueError(f"--step must be best, last or a number, got {args.step!r}")
+    if args["push_to_hub"].present:
+        publish.check_push(args.push_to_hub, args.license, export.base_of(args.checkpoint).licence)
+    elif unused := [name for name in ("license", "prompt", "private") if args[name].present]:
+        raise ValueError(f"--{unused[0]} is for --push_to_hub, which is not given")
     if export.is_run(args.checkpoint):
         if args.embedding:
             raise ValueError(f"--embedding is for a pipeline, a run has model.embeddings, got {args.embedding[0]}")
@@ -118,11 +130,21 @@ def run_export(args: flags.FlagValues) -> int:
         export.export_pipeline(args.checkpoint, args.out, embeddings=args.embedding, **kept)
         written = f"the pipeline {args.checkpoint}"
     print(f"{args.out}: {written} in {args.dtype}")
-    if not args.verify:
-        return 0
-    report = verify(args.out)
-    print(report.table())
-    return 0 if report.passed else DIFFERENT
+    if args.verify:
+        report = verify(args.out)
+        print(report.table())
+        if not report.passed:
+            return DIFFERENT
+    if args.push_to_hub:
+        try:
+            url = publish.push(
+                args.out, args.push_to_hub, licence=args.license, prompts=args.prompt, private=args.private
+            )
+        except publish.PushError as error:
+            print_error(error)
+            return NOT_PUSHED
+        print(f"pushed: {url}")
+    return 0
 
 
 def define_export_compiled(values: flags.FlagValues) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "prepare prompts and text embeddings for training",
     "demo": "open a web page that draws as you type, the student beside its teacher",
     "quickstart": "sample the shipped models, then distil one of them for a few minutes",
+    "env": "print versions, devices and settings, for a report of a problem",
 }
 
 
@@ -43,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print_error(ValueError(f"expected a command, one of {', '.join(COMMANDS)}, got {name!r}; see --help"))
         return BAD_INPUT
-    from tiue_jax.models import platforms  # here, since jax takes a second
+    if name != "env":  # which reports a jax that cannot be imported
+        from tiue_jax.models import platforms  # here, since jax takes a second
 
-    platforms.leave_out_missing_tpu()
+        platforms.leave_out_missing_tpu()
     command = importlib.import_module(f"tiue_jax.cli.{name}")  # only one, since imports take seconds
     return command.main([f"tiue {name}", *rest])
 

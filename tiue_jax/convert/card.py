@@ -212,6 +212,26 @@ def card(
     return "".join(parts)
 
 
+def with_images(text: str, images: Mapping[str, str]) -> str:
+    """Adds sample images to a card: to its front matter, where the hub's page finds them, and above the first section.
+
+    Args:
+        text: of `card`.
+        images: the path of each image in the folder, by its prompt.
+    """
+    _, front, body = text.split("---\n", 2)
+    widget = [line for prompt, path in images.items() for line in _widget(prompt, path)]
+    front += "".join(f"{line}\n" for line in ("widget:", *widget))
+    shown = "\n".join(f"![{prompt}]({path})" for prompt, path in images.items())
+    title, rest = body.lstrip("\n").split("\n", 1)
+    return f"---\n{front}---\n\n{title}\n\n{shown}\n{rest}"
+
+
+def _widget(prompt: str, path: str) -> list[str]:
+    """The entry of one image in the front matter. JSON's texts are texts of YAML, too."""
+    return [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {path}"]
+
+
 def _front_matter(base: Base, is_student: bool) -> str:
     """The YAML header of the card. The hub refuses a card whose `base_model` is not a repository on the hub."""
     tags = ["stable-diffusion", "tiue-jax", *(["tiue", "distillation"] if is_student else [])]

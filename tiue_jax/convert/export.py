@@ -49,6 +49,26 @@ def is_run(source: str | Path) -> bool:
     return (path / "config.json").is_file() and not (path / layout.MODEL_INDEX).exists()
 
 
+def base_of(source: str | Path) -> card.Base:
+    """The model that a run's student, or a pipeline, derives from, with its licence as far as it is known.
+
+    Raises:
+        OSError, ValueError: one line naming the run's `config.json`, and what is wrong with it.
+    """
+    if not is_run(source):
+        return card.find_base(str(source))
+    return card.find_base(_settings(source).model.pretrained_model_name_or_path)
+
+
+def _settings(workdir: str | Path) -> Settings:
+    """The settings of a run. Errors as `base_of`."""
+    config = files.at(workdir) / "config.json"
+    try:
+        return Settings.from_dict(read_json(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config}: {error}") from error
+
+
 def export_run(
     workdir: str | Path,
     out: str | Path,
@@ -81,11 +101,7 @@ def export_run(
     if weights not in STUDENT_WEIGHTS:
         raise ValueError(f"weights must be among {list(STUDENT_WEIGHTS)}, got {weights!r}")
     check_writable(out, overwrite)
-    config = files.at(workdir) / "config.json"
-    try:
-        settings = Settings.from_dict(read_json(config))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config}: {error}") from error
+    settings = _settings(workdir)
     folder = _find_teacher(settings.model.pretrained_model_name_or_path, teacher)
     check_writable(out, overwrite, [workdir, folder])
     folder = vocabulary.extend(folder, settings.model.embeddings)

@@ -10,23 +10,37 @@ The UNet's encoder runs once, on noise. The UNet's decoder runs at all K timeste
 weighted sum of the noise and the decoder's outputs. There is no loop and no guidance. A stock StableDiffusionPipeline
 loads the same folder, but it runs the encoder at every step, and therefore computes other images.
 
+LoRAs, textual inversion, a safety checker, torch.compile, channels_last and offloading work as in diffusers' pipelines.
+
 This file is part of TiUE-JAX, but it runs without it. SPDX-License-Identifier: Apache-2.0
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import TextualInversionLoaderMixin
-from diffusers.utils import logging
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.get_logger(__name__)
 
 SETTINGS = "_tiue"  # the field of scheduler_config.json with the student's K and spacing; diffusers ignores it
+
+_NO_GUIDANCE = "a student has no guidance"
+REFUSED = {  # arguments of diffusers' StableDiffusionPipeline that have no effect here, with the reason
+    **dict.fromkeys(("negative_prompt", "negative_prompt_embeds", "guidance_rescale"), _NO_GUIDANCE),
+    **dict.fromkeys(("callback_on_step_end", "callback"), "a student has no steps between which it could be called"),
+    **dict.fromkeys(("timesteps", "sigmas"), "num_inference_steps and timestep_spacing choose the timesteps"),
+    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), "image prompts are not supported"),
+    "eta": "a student adds no noise",
+}
 
 
 class ClosedForm(NamedTuple):
@@ -97,8 +111,6 @@ def encode(
 
     latents [b c h w], timesteps [b], text [b l d] -> mid feature and skips, all [b c h w] of their level.
     """
-    if hasattr(unet, "_hf_hook"):  # enable_model_cpu_offload moves the UNet in its forward, which is not called here
-        unet._hf_hook.pre_forward(unet)
     latents, text = latents.to(unet.dtype), text.to(unet.dtype)
     temb = _embed_time(unet, timesteps)
     h = unet.conv_in(latents)
@@ -143,6 +155,32 @@ def combine(noise: torch.Tensor, outputs: torch.Tensor, form: ClosedForm) -> tor
     return form.scale * noise.float() + (weights.view(-1, 1, 1, 1, 1) * outputs.float()).sum(0)
 
 
+def take_one_pass(unet: torch.nn.Module) -> None:
+    """Makes `unet(noise, timesteps, text, one_pass=True)` run the encoder once and the decoder at all timesteps.
+
+    noise [b c h w], timesteps [k*b], text [b l d] -> outputs [k b c h w]. Without `one_pass` the UNet is as before. So
+    what acts on the call of a module acts on the one pass, too: torch.compile, and hooks that offload.
+    """
+    module = getattr(unet, "_orig_mod", unet)  # of a compiled UNet
+    if getattr(module, "takes_one_pass", False):
+        return  # done before
+    name = "_old_forward" if hasattr(module, "_old_forward") else "forward"  # accelerate's hooks call the first
+    setattr(module, name, functools.partial(_forward, module, getattr(module, name)))
+    module.takes_one_pass = True
+
+
+def _forward(
+    unet: UNet2DConditionModel, forward: Callable[..., Any], *args: Any, one_pass: bool = False, **kwargs: Any
+):
+    if not one_pass:
+        return forward(*args, **kwargs)
+    noise, timesteps, text = args
+    batch, k = len(noise), len(timesteps) // len(noise)
+    mid, skips = encode(unet, noise, timesteps[:batch], text)
+    skips = tuple(_repeat(skip, k) for skip in skips)
+    return decode(unet, _repeat(mid, k), skips, timesteps, _repeat(text, k)).unflatten(0, (k, batch))
+
+
 def _repeat(x: torch.Tensor, k: int) -> torch.Tensor:
     """k copies on the batch axis: [b ...] -> [k*b ...]."""
     return x.repeat(k, *[1] * (x.ndim - 1))
@@ -158,19 +196,15 @@ def _text_for(block: torch.nn.Module, text: torch.Tensor) -> dict[str, torch.Ten
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
-class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
+class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
     """Samples images of texts in one pass. Has the components of StableDiffusionPipeline.
 
     For Stable Diffusion 1.x and 2.x with epsilon or v_prediction.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
-
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    scheduler: SchedulerMixin
+    _optional_components = ["safety_checker", "feature_extractor"]
+    _exclude_from_cpu_offload = ["safety_checker"]
 
     def __init__(
         self,
@@ -179,11 +213,26 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
+        safety_checker: torch.nn.Module | None = None,
+        feature_extractor: Any = None,
+        requires_safety_checker: bool = False,
     ):
         super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError("safety_checker needs a feature_extractor, such as a CLIPImageProcessor, got None")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        take_one_pass(unet)
 
     def closed_form(self, num_inference_steps: int | None = None, timestep_spacing: str | None = None) -> ClosedForm:
         """The timesteps and weights. The defaults are those that the student was trained with."""
@@ -199,7 +248,7 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -207,10 +256,13 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        negative_prompt: str | list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        **refused: Any,
+    ) -> StableDiffusionPipelineOutput | tuple:
         """Samples images. The images of one prompt follow each other.
 
         Args:
@@ -222,44 +274,55 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
             num_images_per_prompt: at least 1.
             generator: one generator, or a list with one for each image.
             latents: the initial standard normal noise of each image [b c h w], instead of the generator's.
+            prompt_embeds: text embeddings [b l d], instead of `prompt`; see `encode_prompts`.
+            guidance_scale: at most 1, which is no guidance, as in diffusers.
+            cross_attention_kwargs: {"scale": s} multiplies the LoRAs that are loaded by s.
             output_type: "pil", "np" (float32 [b h w 3] in 0 ... 1), "pt", or "latent" (float32 z_0 [b c h w], in the
                 UNet's scaling: divide by the VAE's scaling_factor before decoding).
-            return_dict: False returns a tuple.
-            negative_prompt: refused, since a student has no guidance. An empty text is no negative prompt.
+            return_dict: False returns the tuple (images, nsfw_content_detected).
+            refused: the arguments in REFUSED, which raise an error if they are set.
 
         Raises:
             ValueError: names the argument and its value.
+            TypeError: an argument that does not exist.
         """
         form = self.closed_form(num_inference_steps, timestep_spacing)
-        if any([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []):
-            raise ValueError(
-                "negative_prompt has no effect on a student, which has no guidance, "
-                f"got {negative_prompt!r}: leave it out"
-            )
+        _refuse(refused, guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("prompt must be a text or a list of at least one, got []")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError(f"expected either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
+        if prompt is not None:
+            prompt = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompt:
+                raise ValueError("prompt must be a text or a list of at least one, got []")
+        elif prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != self.unet.config.cross_attention_dim:
+            expected = f"[b, l, {self.unet.config.cross_attention_dim}]"
+            raise ValueError(f"prompt_embeds must be of shape {expected}, got {list(prompt_embeds.shape)}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
+        scale = _lora_scale(cross_attention_kwargs)
         device = self._execution_device
-        noise = self._noise(len(prompts) * num_images_per_prompt, height, width, generator, latents, device)
-        text = self.encode_prompts(prompts, device).repeat_interleave(num_images_per_prompt, dim=0)  # [b l d]
+        count = len(prompt if prompt_embeds is None else prompt_embeds) * num_images_per_prompt
+        noise = self._noise(count, height, width, generator, latents, device)
+        take_one_pass(self.unet)  # it may have been replaced
 
-        k, batch = len(form.timesteps), len(noise)
-        timesteps = torch.tensor(form.timesteps, device=device).repeat_interleave(batch)  # [k*b], the noisiest first
-        mid, skips = encode(self.unet, noise, timesteps[:batch], text)
-        skips = tuple(_repeat(skip, k) for skip in skips)
-        outputs = decode(self.unet, _repeat(mid, k), skips, timesteps, _repeat(text, k))
-        z = combine(noise, outputs.unflatten(0, (k, batch)), form)
-
-        images = z
+        modules = [part for part in (self.text_encoder, self.unet) if part is not None and scale != 1]
+        for module in modules:
+            scale_lora_layers(module, scale)
+        try:
+            text = self.encode_prompts(prompt, device) if prompt_embeds is None else prompt_embeds.to(device)
+            text = text.repeat_interleave(num_images_per_prompt, dim=0)  # [b l d]
+            timesteps = torch.tensor(form.timesteps, device=device).repeat_interleave(count)  # [k*b], noisiest first
+            outputs = self.unet(noise, timesteps, text, one_pass=True)
+        finally:
+            for module in modules:
+                unscale_lora_layers(module, scale)
+        images, flagged = combine(noise, outputs, form), None
         if output_type != "latent":
-            decoded = self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
-            images = self.image_processor.postprocess(decoded.float(), output_type=output_type)
+            images, flagged = self._decode(images, output_type, device)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return StableDiffusionPipelineOutput(images, flagged) if return_dict else (images, flagged)
 
     def encode_prompts(self, prompts: list[str], device: torch.device | str) -> torch.Tensor:
         """Text embeddings [b l d]. Logs a warning for each prompt beyond the text encoder's context, and cuts it."""
@@ -272,15 +335,21 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(device))[0]
 
-    def _noise(
-        self,
-        batch: int,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        device: torch.device | str,
-    ) -> torch.Tensor:
+    def _decode(
+        self, latents: torch.Tensor, output_type: str, device: torch.device | str
+    ) -> tuple[Any, list[bool] | None]:
+        """Latents z_0 [b c h w] as images, and which of them the safety checker has blackened; None without one."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images, flagged = self.vae.decode(scaled, return_dict=False)[0].float(), None
+        if self.safety_checker is not None:
+            seen = self.image_processor.postprocess(images, output_type="pil")
+            inputs = self.feature_extractor(seen, return_tensors="pt").pixel_values.to(device, self.unet.dtype)
+            images, flagged = self.safety_checker(images=images, clip_input=inputs)
+        # a flagged image is black, which is 0 and not -1: it is not mapped from [-1, 1] to [0, 1]
+        in_range = [not flag for flag in flagged or [False] * len(images)]
+        return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=in_range), flagged
+
+    def _noise(self, batch: int, height: int | None, width: int | None, generator, latents, device) -> torch.Tensor:
         """The initial latents, float32 [b c h w]. Drawn in float32, so that they are the same for every dtype."""
         factor, channels = self.vae_scale_factor, self.unet.config.in_channels
         for name, pixels in (("height", height), ("width", width)):
@@ -300,3 +369,31 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin):
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"generator must be one, or one for each of the {batch} images, got {len(generator)}")
         return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+
+
+def _refuse(arguments: dict[str, Any], guidance_scale: float | None) -> None:
+    """Raises TypeError for an unknown argument, and ValueError for one that is set and would have no effect."""
+    for name, value in arguments.items():
+        if name not in REFUSED and not name.startswith("callback_"):
+            raise TypeError(f"TiUEPipeline has no argument {name!r}")
+        if name in REFUSED and _is_set(value):
+            got = repr(value) if isinstance(value, (str, list, tuple, int, float)) else type(value).__name__
+            raise ValueError(f"{name} has no effect, since {REFUSED[name]}, got {got:.100}: leave it out")
+    if guidance_scale is not None and guidance_scale > 1:
+        raise ValueError(f"guidance_scale must be at most 1, since {_NO_GUIDANCE}, got {guidance_scale}")
+
+
+def _is_set(value: Any) -> bool:
+    """False for None, 0, an empty text, and lists of these."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_set, value))
+    return bool(value) if isinstance(value, (str, int, float)) else value is not None
+
+
+def _lora_scale(cross_attention_kwargs: dict[str, Any] | None) -> float:
+    """The factor of the LoRAs. ValueError for another key of `cross_attention_kwargs`."""
+    given = dict(cross_attention_kwargs or {})
+    scale = given.pop("scale", 1.0)
+    if given:
+        raise ValueError(f"cross_attention_kwargs may only have 'scale', got {sorted(given)}")
+    return scale
