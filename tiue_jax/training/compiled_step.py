@@ -31,6 +31,7 @@ class TrainProgram(NamedTuple):
     frozen: Frozen
     batch: dict[str, jax.ShapeDtypeStruct]
     key: jax.ShapeDtypeStruct
+    distillation: Distillation  # the parts of `step`
 
     def trace(self) -> jax.stages.Traced:
         """The jitted step, traced. It donates the state, and returns it with the same shardings."""
@@ -102,4 +103,5 @@ def make(
         frozen=all_with(inputs.frozen, everywhere) if replicated else by_rule(inputs.frozen),
         batch=all_with(inputs.batch, by_row),
         key=all_with(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        distillation=distillation,
     )

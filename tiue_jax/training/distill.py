@@ -291,6 +291,36 @@ class Distillation:
         _, sigma = self.schedule.signal_and_noise(t)
         return losses.vsd(latents, real, fake, losses.timestep_weight(config.timestep_weighting, sigma))
 
+    def sample_student(self, params: Params, noise: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The student's outputs as noise predictions [b k h w c], and its latents z_0 [b h w c], without gradients."""
+        unet = functional.bind(self.student, functional.cast(params, self.dtype))
+        outputs = student.predict(unet, noise, text, self.form.timesteps)
+        return self._student_epsilons(noise, outputs), student.combine(noise, outputs, self.form)
+
+    def predict_noise(
+        self,
+        adapters: Params,
+        frozen: Frozen,
+        latents: jax.Array,
+        t: jax.Array,
+        texts: tuple[jax.Array, jax.Array],
+        guidance_scale: jax.Array,
+    ) -> jax.Array:
+        """The noise that the LoRA teacher predicts in latents z_t [b h w c], with guidance, float32 [b h w c].
+
+        With adapters of zeros it is the teacher's prediction.
+
+        Args:
+            adapters: of the LoRA teacher.
+            frozen: the teacher.
+            latents: z_t [b h w c].
+            t: int32 [b].
+            texts: text embeddings of the prompts and of the null prompt, each [b l d].
+            guidance_scale: float32 [].
+        """
+        unet = lora.merge(functional.cast(frozen.unet, self.dtype), functional.cast(adapters, self.dtype))
+        return guided(self._epsilon(functional.bind(self.lora_teacher, unet)), latents, t, *texts, guidance_scale)
+
     def _lora_loss(self, adapters: Params, latents: jax.Array, inputs: _Inputs) -> losses.Loss:
         """The LoRA teacher's denoising loss on the student's latents (step 8)."""
         t, noise = inputs.draws.lora_timesteps, inputs.draws.lora_noise

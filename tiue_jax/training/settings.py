@@ -21,10 +21,9 @@ from tiue_jax.models.unet import REMAT_POLICIES, UNetConfig
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import SPACINGS
 from tiue_jax.sharding import REPLICATE_BELOW
-from tiue_jax.training import losses, optim
+from tiue_jax.training import eval_metrics, losses, optim
+from tiue_jax.training.eval_metrics import EVAL_METRICS
 
-# Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
-EVAL_METRICS = {"eval/teacher_distance": "min"}
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 _INT32 = 2**31 - 1  # the counters of steps are int32 on the devices
@@ -129,6 +128,17 @@ class TrainConfig:
         mesh_fsdp: size of the mesh axis that shards the parameters; -1 takes the devices that mesh_data leaves.
         mesh_replicate_below: arrays of fewer elements are not sharded over fsdp.
         mesh_replicate_frozen: every device holds the whole teacher and text encoder, so that they are never gathered.
+        health_images: the number of images of the health panel, which is made at every validation, see docs/health.md;
+            0 makes no panel.
+        evaluation_metrics: the metrics of a small evaluation within the run, some of EVALUATION_METRICS; none makes no
+            evaluation. docs/evaluation.md says what they are.
+        evaluation_every: steps between evaluations.
+        evaluation_images: the number of images of an evaluation. An image has the same prompt and noise every time.
+        evaluation_images_per_prompt: "diversity" needs at least 2.
+        evaluation_prompts: the prompts of the images, as a file that `tiue sample --prompt_file` takes; None takes
+            some of the run's prompts.
+        evaluation_extractor: the network of the metrics, as for `tiue evaluate --extractor`.
+        evaluation_reference: real images, as for `tiue evaluate --reference`, for the metrics that compare with them.
     """
 
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
@@ -149,19 +159,20 @@ class TrainConfig:
     mesh_fsdp: Annotated[int, Range(-1, _INT32)] = 1
     mesh_replicate_below: AtLeastZero = REPLICATE_BELOW
     mesh_replicate_frozen: bool = False
+    health_images: Annotated[int, Range(0, 1024)] = 8
+    evaluation_metrics: tuple[str, ...] = ()
+    evaluation_every: Count = 1_000
+    evaluation_images: Count = 256
+    evaluation_images_per_prompt: Count = 1
+    evaluation_prompts: str | None = None
+    evaluation_extractor: str | None = None
+    evaluation_reference: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "validation_prompts", _list_as_tuple(self.validation_prompts))
+        for name in ("validation_prompts", "evaluation_metrics"):
+            object.__setattr__(self, name, _list_as_tuple(getattr(self, name)))
         check_fields(self, "train")
-        if (metric := self.checkpoints_best_metric) is not None:
-            if not self.validation_prompts:
-                raise ValueError(f"train.checkpoints_best_metric = {metric!r} needs validation_prompts, got none")
-            if self.checkpoint_every % self.validation_every:
-                every_two = f"{self.checkpoint_every} and {self.validation_every}"
-                raise ValueError(
-                    f"train.checkpoints_best_metric = {metric!r} needs a validation at each checkpoint: expected "
-                    f"checkpoint_every to be a multiple of validation_every, got {every_two}"
-                )
+        eval_metrics.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
