@@ -13,12 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from tests import devices
 from tests.events import scalars
-from tests.tiny_run import ROOT, assert_same_end, checkpoints, command, compile_cache, losses, saved, write_model
+from tests.tiny_run import (
+    ROOT,
+    assert_same_end,
+    checkpoints,
+    command,
+    compile_cache,
+    losses,
+    programs_compiled_once,
+    saved,
+    write_model,
+)
 from tiue_jax.cli import embed, prepare, train
 from tiue_jax.images import read_png
 from tiue_jax.pipeline import Pipeline
@@ -28,20 +37,8 @@ from tiue_jax.training.metrics import MetricsWriter
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """All runs of this module share their compiled programs, also those in other processes."""
-    settings = {
-        "jax_enable_compilation_cache": True,  # conftest.py forbids it
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with programs_compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def test_what_a_run_leaves(whole, model):
     distances = {s: v for s, tag, v in scalars(whole) if tag == "eval/teacher_distance"}
     assert distances.keys() == {3, 4} and all(0 < v < 1 for v in distances.values())
     assert sorted(step for step, tag in losses(whole) if tag == "train/loss_vsd") == [1, 2, 3, 4]
-    images = sorted((whole / "samples").iterdir())
+    images = sorted((whole / "samples").glob("student*"))
     placed = [line.split("\t") for line in (whole / "memory_table.tsv").read_text().splitlines()]
     assert placed[0][0] == "part" and {"student", "teacher", "LoRA, Adam nu"} <= {part for part, *_ in placed[1:]}
     assert [p.name for p in images] == [f"student_above_teacher_000000{step}.png" for step in (3, 4)]

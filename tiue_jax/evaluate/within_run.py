@@ -54,15 +54,6 @@ class Evaluation:
                 raise ValueError(f"train.evaluation_reference = {path}: statistics of another extractor than {kind}")
             self._reference = reference.read(path, self._extractor, Resize())
 
-    def share(self) -> np.ndarray:
-        """The numbers of the images that this process makes. All processes have the same number of them.
-
-        The last processes may make images that others make too, see `gather`.
-        """
-        count, processes = len(self._numbers), jax.process_count()
-        each = -(-count // processes)
-        return np.minimum(jax.process_index() * each + np.arange(each), count - 1)
-
     def features(self, unet: functional.Params) -> Features:
         """The features of this process's images. It does not communicate.
 
@@ -72,7 +63,7 @@ class Evaluation:
         Raises:
             FloatingPointError: an image has values that are NaN or infinite.
         """
-        mine = self.share()
+        mine = share(len(self._numbers), jax.process_index(), jax.process_count())
         made = self._student(
             unet,
             [self._prompts[number] for number in self._numbers[mine]],
@@ -98,6 +89,15 @@ class Evaluation:
         if missing := [name for name in self._metrics if name not in found.metrics]:
             raise ValueError(f"no {', '.join(missing)}: {'; '.join(found.notes)}")
         return {f"eval/{name}": found.metrics[name].value for name in self._metrics}
+
+
+def share(count: int, process: int, processes: int) -> np.ndarray:
+    """The numbers of the images that a process makes: int [n], n the same for all processes.
+
+    One process after the other, they are 0 to count - 1, and after that copies of the last number.
+    """
+    each = -(-count // processes)
+    return np.minimum(process * each + np.arange(each), count - 1)
 
 
 def choose_prompts(settings: Settings, prompts: PromptSource) -> list[str]:
