@@ -66,6 +66,7 @@ from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
+from tiue_jax.evaluate import within_run
 from tiue_jax.models import functional, platforms
 from tiue_jax.training import compiled_step, distributed, health, joining, memory_table, summary, train_state
 from tiue_jax.training.best_checkpoint import find_best
@@ -128,6 +129,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(output.few_warnings_of_cut_prompts())
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
+    evaluation = within_run.prepare(settings, prompts)
     fingerprints = teacher.fingerprints() | {"prompts": prompts.fingerprint}
     resumption = Resumption(settings, fingerprints, arguments.override_settings)
     distributed.check_same(resumption.facts())
@@ -175,7 +177,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         writer.changed(start, history[-1])
     if jax.process_index() == 0:
         memory_table.write(workdir.local / "memory_table.tsv", arrays)
-    validation = Validation(settings, teacher, program, frozen, prompts, writer, json_log)
+    validation = Validation(settings, teacher, program, frozen, evaluation, writer, json_log)
     progress = stack.enter_context(output.RunProgress(start, train.max_train_steps, json_log))
     stop.listen(train.max_train_minutes)
     profile = stack.enter_context(StepProfile(workdir.local / "tensorboard", train.profile_steps))

@@ -16,8 +16,7 @@ import numpy as np
 from tiue_jax.cli.command_line import one_line
 from tiue_jax.cli.output import JsonLog, say
 from tiue_jax.data import embeddings
-from tiue_jax.data.prompts import PromptSource
-from tiue_jax.evaluate.within_run import Evaluation, choose_prompts
+from tiue_jax.evaluate.within_run import Evaluation
 from tiue_jax.models import functional
 from tiue_jax.training import distributed
 from tiue_jax.training.compiled_step import TrainProgram
@@ -39,11 +38,11 @@ class Validation:
         teacher: of the run.
         program: of the run.
         frozen: the teacher's weights.
-        prompts: of the run.
+        evaluation: of the run; None if there is none.
         writer, json_log: where images and metrics go.
 
     Raises:
-        OSError, ValueError: a model, or what the evaluation reads, is missing or wrong.
+        OSError, ValueError: a part of the teacher is missing or wrong.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class Validation:
         teacher: Teacher,
         program: TrainProgram,
         frozen: Frozen,
-        prompts: PromptSource,
+        evaluation: Evaluation | None,
         writer: MetricsWriter,
         json_log: JsonLog,
     ):
@@ -61,16 +60,15 @@ class Validation:
         self._preview: Preview | None = None
         self._sampler: StudentSampler | None = None
         self._panel: HealthPanel | None = None
-        self._evaluation: Evaluation | None = None
+        self._evaluation = evaluation
         self._compiled = False  # all programs have run once
         if train.validation_prompts and jax.process_index() == 0:
             self._preview = Preview(teacher.folder, settings)
             self._sampler = self._preview.student
         distributed.barrier("before the first step")  # process 0 has sampled the teacher
-        if train.evaluation_metrics:
+        if evaluation is not None:
             if self._sampler is None:
                 self._sampler = StudentSampler(load_teacher(teacher.folder, settings), settings)
-            self._evaluation = Evaluation(settings, self._sampler, choose_prompts(settings, prompts))
             count, every = train.evaluation_images, train.evaluation_every
             say(f"evaluation: {', '.join(train.evaluation_metrics)} of {count} images every {every:,} steps")
         if train.validation_prompts and train.health_images:
@@ -107,7 +105,8 @@ class Validation:
             began = time.monotonic()
             yield
             seconds = time.monotonic() - began
-            costs.append(f"{name} {seconds:.2g} s ({seconds / (every * seconds_per_step):.1%})")
+            share = f" ({seconds / (every * seconds_per_step):.1%})" if np.isfinite(seconds_per_step) else ""
+            costs.append(f"{name} {seconds:.2g} s{share}")
 
         every = min([train.validation_every] * show + [train.evaluation_every] * evaluate)
         with timed("weights to the host", every):
@@ -134,7 +133,7 @@ class Validation:
         train = self._settings.train
         return (
             bool(train.validation_prompts) and (last or done % train.validation_every == 0),
-            bool(train.evaluation_metrics) and (last or done % train.evaluation_every == 0),
+            self._evaluation is not None and (last or done % train.evaluation_every == 0),
         )
 
     def _show(self, done: int, average: functional.Params | None) -> dict[str, float]:
@@ -170,9 +169,9 @@ class Validation:
 
     def _evaluate(self, done: int, evaluation: Evaluation, average: functional.Params | None) -> dict[str, float]:
         """Measures the student on the devices of all processes."""
-        assert average is not None
-        nothing = f"step {done}: no evaluation"
-        mine = self._attempt(nothing, lambda: evaluation.features(average))
+        sampler, nothing = self._sampler, f"step {done}: no evaluation"
+        assert average is not None and sampler is not None
+        mine = self._attempt(nothing, lambda: evaluation.features(sampler, average))
         if not distributed.all_agree(mine is not None):
             return {}
         assert mine is not None

@@ -28,7 +28,6 @@ class Evaluation:
 
     Args:
         settings: of the run. `train.evaluation_metrics` is not empty.
-        student: the sampler of this process.
         prompts: the prompts of the images in order, see `choose_prompts`.
 
     Raises:
@@ -36,10 +35,10 @@ class Evaluation:
             measured with them.
     """
 
-    def __init__(self, settings: Settings, student: StudentSampler, prompts: Sequence[str]):
+    def __init__(self, settings: Settings, prompts: Sequence[str]):
         train = settings.train
         assert train.evaluation_extractor is not None  # checked by the settings
-        self._metrics, self._student = train.evaluation_metrics, student
+        self._metrics = train.evaluation_metrics
         distinct = list(dict.fromkeys(prompts))
         numbers = prompt_numbers(train.evaluation_images, train.evaluation_images_per_prompt)
         self._prompts = distinct
@@ -54,20 +53,21 @@ class Evaluation:
                 raise ValueError(f"train.evaluation_reference = {path}: statistics of another extractor than {kind}")
             self._reference = reference.read(path, self._extractor, Resize())
 
-    def features(self, unet: functional.Params) -> Features:
+    def features(self, student: StudentSampler, unet: functional.Params) -> Features:
         """The features of this process's images. It does not communicate.
 
         Args:
+            student: the sampler of this process.
             unet: the student's parameters, numpy arrays.
 
         Raises:
             FloatingPointError: an image has values that are NaN or infinite.
         """
         mine = share(len(self._numbers), jax.process_index(), jax.process_count())
-        made = self._student(
+        made = student(
             unet,
             [self._prompts[number] for number in self._numbers[mine]],
-            latents=noise([int(number) for number in mine], self._student.latents_shape),
+            latents=noise([int(number) for number in mine], student.latents_shape),
             batch_size=_BATCH_SIZE * jax.local_device_count(),
         )
         return self._extractor.image_features(made)
@@ -89,6 +89,13 @@ class Evaluation:
         if missing := [name for name in self._metrics if name not in found.metrics]:
             raise ValueError(f"no {', '.join(missing)}: {'; '.join(found.notes)}")
         return {f"eval/{name}": found.metrics[name].value for name in self._metrics}
+
+
+def prepare(settings: Settings, prompts: PromptSource) -> Evaluation | None:
+    """The evaluation that the settings of a run ask for; None if they ask for none. Errors as Evaluation's."""
+    if not settings.train.evaluation_metrics:
+        return None
+    return Evaluation(settings, choose_prompts(settings, prompts))
 
 
 def share(count: int, process: int, processes: int) -> np.ndarray:
