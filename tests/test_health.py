@@ -1,6 +1,8 @@
 """The health panel, the evaluation within a run, and the summary of a run."""
 
+import math
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.tiny_run import UNET, command, programs_compiled_once, write_model
+from tests.tiny_run import UNET, command, write_model
 from tiue_jax import sharding, student
 from tiue_jax.cli import train, validation
+from tiue_jax.cli.output import JsonLog
 from tiue_jax.evaluate import protocols, within_run
 from tiue_jax.evaluate.report import METRICS
 from tiue_jax.evaluate.run import Model, evaluate
@@ -41,12 +44,6 @@ SHOWN = {
     "train__validation_num_inference_steps": 2,
     "train__health_images": 2,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with programs_compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -269,39 +266,62 @@ def test_a_wrong_summary_is_one_line(argv, message, capsys):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_nothing_that_is_shown_can_stop_a_run(model, tmp_path, monkeypatch, capsys):
-    def fail(*_, **__):
+class Failing:
+    """A preview, a panel and an evaluation that fail, and a sampler."""
+
+    compile_seconds, timesteps = 0.0, [1]
+
+    def __init__(self, *_):
+        self.student = self
+
+    def __call__(self, *_):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(health.HealthPanel, "__call__", fail)
-    monkeypatch.setattr(validation.Preview, "__call__", fail)
-    monkeypatch.setattr(within_run.Evaluation, "features", fail)
-    monkeypatch.setattr(train.summary, "lines", fail)
-    assert train.main(command(model, tmp_path, **SHOWN, **EVALUATION)) == 0
-    errors = [line for line in capsys.readouterr().err.splitlines() if "on purpose" in line]
-    wanted = ("no images of the student", "no health panel", "no evaluation")
-    assert [
-        sum(f"step {step}: {what}: on purpose" in line for line in errors) for step in (2, 4) for what in wanted
-    ] == [1] * 6
-    assert len(errors) == 7 and "no summary of the run: on purpose" in errors[-1]
-    assert not any(tag.startswith(("eval/", "health/z0")) for tag in read_run(tmp_path))
+    features = __call__
 
 
-def test_a_panel_that_cannot_be_made_is_one_line_and_images_0_makes_none(model, tmp_path, monkeypatch, capsys):
-    made = []
+def make_validation(tmp_path, monkeypatch, panel, **changed):
+    """A validation whose every part fails, its writer, and a state of one number."""
+    monkeypatch.setattr(validation, "Preview", Failing)
+    monkeypatch.setattr(validation, "make_panel", panel)
+    shown = TrainConfig(validation_prompts=PROMPTS, validation_every=2, evaluation_every=4, **changed)
+    settings = Settings(ModelConfig("x"), DataConfig("y"), shown, DistillConfig(max_train_steps=4))
+    writer = MetricsWriter(tmp_path)
+    teacher = SimpleNamespace(folder=tmp_path)
+    made = validation.Validation(settings, teacher, None, None, Failing(), writer, JsonLog(None))
+    return made, writer, SimpleNamespace(ema={"a": jnp.ones(2)})
 
-    def fail(*_):
+
+def test_nothing_that_is_shown_can_stop_a_run(tmp_path, monkeypatch, capsys):
+    shows, writer, state = make_validation(tmp_path, monkeypatch, Failing)
+    assert [shows.is_due(step, last=False) for step in (1, 2, 3, 4)] == [False, True, False, True]
+    with writer:
+        assert shows(2, False, state, None, 0.5) == {} == shows(4, False, state, None, math.nan)
+    out, err = capsys.readouterr()
+    first, second = ("no images of the student", "no health panel"), ("no evaluation",)
+    wanted = [(2, what) for what in first] + [(4, what) for what in first + second]
+    assert err.splitlines() == [f"warning: step {n}: {what}: on purpose; the run goes on" for n, what in wanted]
+    assert "step 2: took weights to the host" in out and "nan" not in out
+    assert read_run(tmp_path) == {}
+
+
+def test_a_panel_that_cannot_be_made_is_one_line_and_no_images_make_none(tmp_path, monkeypatch, capsys):
+    def no_room(*_):
         made.append(1)
         raise ValueError("no room")
 
-    monkeypatch.setattr(validation, "make_panel", fail)
-    assert train.main(command(model, tmp_path / "a", **SHOWN, train__max_train_steps=2)) == 0
-    assert capsys.readouterr().err.count("warning: no health panels: no room; the run goes on\n") == 1
-    none = SHOWN | {"train__health_images": 0}
-    assert train.main(command(model, tmp_path / "b", **none, train__max_train_steps=2)) == 0
-    assert made == [1] and [path.name for path in (tmp_path / "b" / "samples").iterdir()] == [
-        "student_above_teacher_0000002.png"
-    ]
+    made = []
+    shows, writer, state = make_validation(tmp_path, monkeypatch, no_room)
+    shows(2, False, state, None, 0.5)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: no health panels: no room; the run goes on\n") and "no health panel:" not in err
+    shows, _, _ = make_validation(tmp_path, monkeypatch, no_room, health_images=0)
+    assert made == [1]
+
+
+def test_an_error_in_the_summary_does_not_change_how_a_run_ends(tmp_path, capsys):
+    train.print_summary(SimpleNamespace(path=tmp_path))
+    assert capsys.readouterr().err.startswith(f"warning: no summary of the run: {tmp_path}: no config.json in it")
 
 
 def test_what_a_resumed_run_logs_again_replaces_what_was_there(tmp_path):

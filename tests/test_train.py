@@ -13,21 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from tests import devices
 from tests.events import scalars
-from tests.tiny_run import (
-    ROOT,
-    assert_same_end,
-    checkpoints,
-    command,
-    compile_cache,
-    losses,
-    programs_compiled_once,
-    saved,
-    write_model,
-)
+from tests.tiny_run import ROOT, assert_same_end, checkpoints, command, compile_cache, losses, saved, write_model
 from tiue_jax.cli import embed, prepare, train
 from tiue_jax.images import read_png
 from tiue_jax.pipeline import Pipeline
@@ -37,8 +28,20 @@ from tiue_jax.training.metrics import MetricsWriter
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    with programs_compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+    """All runs of this module share their compiled programs, also those in other processes."""
+    settings = {
+        "jax_enable_compilation_cache": True,  # conftest.py forbids it
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

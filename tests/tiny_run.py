@@ -1,15 +1,12 @@
 """A training run on a tiny random model: its teacher, its command line, and what its folder holds afterwards."""
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import tiny
 from tests.events import scalars
@@ -57,24 +54,6 @@ def command(model: Path, workdir: Path, **changed: object) -> list[str]:
     } | changed
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
     return ["train.py", "--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", str(workdir), *flags]
-
-
-@contextlib.contextmanager
-def programs_compiled_once(folder: Path) -> Iterator[None]:
-    """Within it, runs share their compiled programs, also those in other processes. conftest.py forbids it."""
-    settings = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def compile_cache(folder: Path | str) -> dict[str, str]:
