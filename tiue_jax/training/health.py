@@ -169,9 +169,9 @@ class HealthPanel:
             train.validation_num_inference_steps
         )
         x = self._noise
-        for t, c, d in zip(form.timesteps, form.c, form.d, strict=True):
-            time = self._everywhere(np.int32(t))
-            epsilon = self._epsilon(self._no_adapters, frozen, x, time, train.validation_guidance_scale)
+        for timestep, c, d in zip(form.timesteps, form.c, form.d, strict=True):
+            t = self._everywhere(np.int32(timestep))
+            epsilon = self._epsilon(self._no_adapters, frozen, x, t, train.validation_guidance_scale)
             x = self._add(x, epsilon, self._everywhere(np.float32(c)), self._everywhere(np.float32(d)))
         return {f"teacher_{name}": float(value) for name, value in self._moments(x).items()}
 
