@@ -14,7 +14,7 @@ import peft
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 
 class PyTorchTrainingStep:

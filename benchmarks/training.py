@@ -28,7 +28,7 @@ from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.plan.flops import flops
 from tiue_jax.schedule import Schedule
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 OURS, EAGER = "tiue_jax", "PyTorch"
 STEP = "training step"

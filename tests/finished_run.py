@@ -13,7 +13,8 @@ from tests import tiny
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet
 from tiue_jax.training.checkpoint import Checkpoints
-from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
 METRIC = "eval/teacher_distance"
 LORA = lora.LoRAConfig(rank=2, alpha=3.0, targets=("to_q", "to_v"))

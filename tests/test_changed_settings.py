@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from tiue_jax.training.changed_settings import FIXED, Change, Resumption, compare
-from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
 SETTINGS = Settings(
     ModelConfig("runs/teacher"), DataConfig("a.txt"), TrainConfig(max_train_steps=9), DistillConfig(max_train_steps=9)

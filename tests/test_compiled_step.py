@@ -17,7 +17,8 @@ from tiue_jax.models.clip import CLIPConfig, CLIPModel, CLIPVisionConfig
 from tiue_jax.models.tiny_vae import AutoencoderTiny
 from tiue_jax.plan import architecture, chips, programs
 from tiue_jax.training import compiled_step, step_inputs
-from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 from tiue_jax.training.teacher import read_teacher
 from tiue_jax.weights import model_folder
 

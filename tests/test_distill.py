@@ -18,7 +18,7 @@ from tiue_jax.sampling import samplers
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tiue_jax import sharding
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
 from tiue_jax.training import distill, memory_table, train_state
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 MESH = AbstractMesh((2, 4), ("data", "fsdp"))
 CONFIG = DistillConfig(lora_rank=2)

@@ -12,8 +12,9 @@ from tiue_jax import images
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
+from tiue_jax.training.distill_settings import DistillConfig
 from tiue_jax.training.preview import GRID_PIXELS, Preview, side_by_side
-from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
 PROMPTS = ("a red apple", "b")
 

@@ -167,7 +167,7 @@ CONFIG = {
         ),
         (
             {"train": {"checkpoints_best_metric": "train/loss"}},
-            r"must be among \['eval/teacher_distance'\] or None, got 'train/l",
+            r"must be among \['eval/teacher_distance', .*\] or None, got 'train/l",
         ),
         ({"train": {"checkpoints_best_metric": "eval/teacher_distance"}}, "needs validation_prompts, got none"),
         (
@@ -180,6 +180,37 @@ CONFIG = {
                 }
             },
             "expected checkpoint_every to be a multiple of validation_every, got 1000 and 1500",
+        ),
+        (
+            {"train": {"evaluation_metrics": ["fid"]}},
+            "evaluation_metrics must be some of frechet_distance.*, got 'fid'",
+        ),
+        (
+            {"train": {"evaluation_metrics": ["retrieval"]}},
+            "needs evaluation_extractor, such as 'emoji-clip', got none",
+        ),
+        (
+            {"train": {"evaluation_metrics": ["recall"], "evaluation_extractor": "emoji-clip"}},
+            "recall needs evaluation_reference, got none",
+        ),
+        (
+            {"train": {"evaluation_metrics": ["diversity"], "evaluation_extractor": "emoji-clip"}},
+            "diversity needs evaluation_images_per_prompt >= 2, got 1",
+        ),
+        (
+            {"train": {"checkpoints_best_metric": "eval/clip_score"}},
+            r"'eval/clip_score' needs 'clip_score' in evaluation_metrics, got \[\]",
+        ),
+        (
+            {
+                "train": {
+                    "checkpoints_best_metric": "eval/clip_score",
+                    "evaluation_metrics": ["clip_score"],
+                    "evaluation_extractor": "emoji-clip",
+                    "checkpoint_every": 100,
+                }
+            },
+            "expected checkpoint_every to be a multiple of evaluation_every, got 100 and 1000",
         ),
         ({"train": {"batch_size": "16"}}, "train.batch_size must be an integer between 1 and .*, got '16'"),
         ({"train": {"validation_prompts": "a red apple"}}, "must be a tuple of texts, got 'a red apple'"),
@@ -207,7 +238,19 @@ def plain_type(setting: str) -> tuple[type, bool]:
     return (kind, False) if inner is None else (inner, True)
 
 
-SETTINGS = [name for name in flat(VERSION_0_1_0 | {"train": VERSION_0_1_0["train"] | {"profile_steps": None}})]
+# Those of the loop that later versions added, with their defaults. A run of an older version has none of them.
+ADDED_TO_TRAIN = {
+    "profile_steps": None,
+    "health_images": 8,
+    "evaluation_metrics": [],
+    "evaluation_every": 1000,
+    "evaluation_images": 256,
+    "evaluation_images_per_prompt": 1,
+    "evaluation_prompts": None,
+    "evaluation_extractor": None,
+    "evaluation_reference": None,
+}
+SETTINGS = [name for name in flat(VERSION_0_1_0 | {"train": VERSION_0_1_0["train"] | ADDED_TO_TRAIN})]
 SETTINGS.remove("distill.max_train_steps")
 
 
@@ -307,7 +350,7 @@ def test_the_settings_that_are_free_on_resume_exist():
 def test_a_run_of_an_older_version_is_read_and_goes_on():
     settings = Settings.from_dict(VERSION_0_1_0)
     assert settings.train.validation_prompts == ("a red apple", "a dog face")
-    added = {"train.profile_steps": None, "data.split": "train", "data.max_bad_share": 0.01}
+    added = flat({"train": ADDED_TO_TRAIN}) | {"data.split": "train", "data.max_bad_share": 0.01}
     added |= {"distill.negative_prompt": "", "model.embeddings": [], "model.clip_skip": 0}
     added |= {"model.student_name_or_path": None, "distill.timesteps": None}
     added |= {"distill.teacher_guidance_scale_max": None, "distill.lora_updates_per_step": 1}

@@ -11,7 +11,7 @@ from tiue_jax.models.unet import UNetConfig
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 UNET = UNetConfig(
     sample_size=8,

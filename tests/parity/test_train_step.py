@@ -22,7 +22,7 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import train_state
 from tiue_jax.training.distill import Distillation, Frozen
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 TOLERANCE = 1e-4
 CONFIG = DistillConfig(

@@ -14,7 +14,8 @@ import numpy as np
 from tiue_jax import sharding
 from tiue_jax.training import compiled_step, train_state
 from tiue_jax.training.distill import Frozen
-from tiue_jax.training.settings import DataConfig, DistillConfig, ModelConfig, Settings, TrainConfig
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 from tiue_jax.training.teacher import read_teacher
 from tiue_jax.training.train_state import TrainState
 

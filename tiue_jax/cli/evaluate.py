@@ -6,10 +6,11 @@
     tiue evaluate --model sd21-base --prompt_file coco.txt --guidance_scales 1,2,3,4.5,7.5 --out curve
     tiue evaluate compare a/results.json b/results.json
     tiue evaluate statistics --reference val2014/ --extractor inception/ --resize 256 --out val2014.npz
+    tiue evaluate curves --run runs/x --run healthy --out curves.svg
 
 Writes results.json, report.html and, for each model, the images and their features to --out. The same command goes on
 where a killed one stopped. `compare` shows results of one protocol side by side. `statistics` writes those of real
-images to a file, which --reference takes.
+images to a file, which --reference takes. `curves` lays the curves of a training run over those of others.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from tiue_jax import compile_cache
 from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, parse, print_error, require
 from tiue_jax.convert import export
 from tiue_jax.data.prompt_files import read_texts
-from tiue_jax.evaluate import compare, extractors, reference
+from tiue_jax.evaluate import compare, curves, extractors, reference
 from tiue_jax.evaluate.pixels import FILTERS, Resize
 from tiue_jax.evaluate.protocols import PROTOCOLS, Protocol
 from tiue_jax.evaluate.report import write_report
@@ -33,6 +34,7 @@ from tiue_jax.evaluate.run import RESULTS, Model, evaluate
 from tiue_jax.models import platforms
 from tiue_jax.sampling.samplers import SAMPLERS
 from tiue_jax.temporary import temporary_folder
+from tiue_jax.training.events import write_csv
 from tiue_jax.weights.pipeline_folder import DTYPES
 
 _SPLIT = "the split of a --reference of tensorflow-datasets"
@@ -134,6 +136,47 @@ def run_statistics(args: flags.FlagValues) -> None:
     print(f"{args.out}: {real.statistics.images:,} images, {len(real.statistics.mean)} features of {args.extractor}")
 
 
+def define_curves(values: flags.FlagValues) -> None:
+    """Defines the flags of `tiue evaluate curves`."""
+    add: dict[str, Any] = {"flag_values": values}
+    shipped = ", ".join(curves.names())
+    run = f"the folder of a training run, a .csv file that --csv wrote, or a shipped one: {shipped}; may be repeated"
+    flags.DEFINE_multi_string("run", None, f"{run} (required)", **add)
+    flags.DEFINE_string("out", None, "the .svg file to write", **add)
+    flags.DEFINE_string("csv", None, "a .csv file to write, with all curves of the first --run", **add)
+    tag = "plots the tags that begin with this, such as health/; may be repeated; by default a choice"
+    flags.DEFINE_multi_string("tag", [], tag, **add)
+
+
+def run_curves(args: flags.FlagValues) -> None:
+    """Lays the curves of training runs over each other in one image, or writes those of a run to a CSV file.
+
+    docs/health.md says what the shipped curves are, and how to read them.
+
+    Raises:
+        ValueError, OSError: an argument or a file is wrong, or a file cannot be written.
+    """
+    require(args, "run")
+    for name in ("out", "csv"):
+        ending = {"out": ".svg", "csv": ".csv"}[name]
+        if (path := getattr(args, name)) is not None and not path.endswith(ending):
+            raise ValueError(f"--{name} must end in {ending}, got {path!r}")
+    if args.out is None and args.csv is None:
+        raise ValueError("--out or --csv is missing, see --help")
+    labels = [Path(source).stem for source in args.run]
+    read = {
+        source if labels.count(label) > 1 else label: curves.read(source)
+        for source, label in zip(args.run, labels, strict=True)
+    }
+    if args.csv is not None:
+        write_csv(args.csv, next(iter(read.values())))
+        print(f"{args.csv}: the curves of {args.run[0]}")
+    if args.out is not None:
+        tags = curves.choose_tags(list(read.values()), args.tag)
+        curves.write_svg(args.out, read, tags)
+        print(f"{args.out}: {len(tags)} plots of {', '.join(read)}")
+
+
 def _model(name: str, step: str, aside: Path, names: Sequence[str]) -> Model:
     """A model of the command line. The student of a training run is written to the folder `aside` first."""
     label = Path(name).name
@@ -194,6 +237,11 @@ def main(argv: Sequence[str]) -> int:
             args = parse([f"{argv[0]} statistics", *argv[2:]], define_statistics, run_statistics.__doc__ or "")
             if args is not None:
                 run_statistics(args)
+            return 0
+        if len(argv) > 1 and argv[1] == "curves":
+            args = parse([f"{argv[0]} curves", *argv[2:]], define_curves, run_curves.__doc__ or "")
+            if args is not None:
+                run_curves(args)
             return 0
         args = parse(argv, define_flags, __doc__)
         if args is not None:

@@ -21,6 +21,9 @@ If the newest checkpoint is broken, `--allow_older` resumes from the one before.
 the teacher, and records the change in the checkpoints, in `config.json` and in TensorBoard. Without it such a change is
 refused. `--config.model.student_name_or_path` starts a new run from the student of an earlier one.
 
+`tiue train --summary WORKDIR` says what a run has done until now: its steps, its speed, its best checkpoint, and where
+its images are. A run says the same at its end.
+
 In a terminal the run shows a bar. Otherwise it prints a line per logged step. `--log_json FILE` appends one JSON object
 a logged step to a file, for programs that collect logs.
 
@@ -54,27 +57,29 @@ import numpy as np
 
 from tiue_jax import compile_cache, sharding
 from tiue_jax.cli import config_flags, output
-from tiue_jax.cli.command_line import BAD_INPUT, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, one_line, print_error
 from tiue_jax.cli.output import say
-from tiue_jax.cli.train_flags import Arguments, define_flags, print_settings, read_flags
+from tiue_jax.cli.train_flags import Arguments, define_flags, print_settings, read_flags, summary_folder
+from tiue_jax.cli.validation import Validation
 from tiue_jax.convert.card import Training
 from tiue_jax.convert.export import export_student
 from tiue_jax.data import corpus, embeddings
 from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
+from tiue_jax.evaluate import within_run
 from tiue_jax.models import functional, platforms
-from tiue_jax.training import compiled_step, distributed, joining, memory_table, train_state
+from tiue_jax.training import compiled_step, distributed, health, joining, memory_table, summary, train_state
 from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.changed_settings import Resumption
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
 from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.compiled_step import TrainProgram
 from tiue_jax.training.distill import Metrics
+from tiue_jax.training.eval_metrics import EVAL_METRICS
 from tiue_jax.training.listing import listed
 from tiue_jax.training.metrics import MetricsWriter
-from tiue_jax.training.preview import Preview
 from tiue_jax.training.profile import StepProfile
-from tiue_jax.training.settings import EVAL_METRICS, Settings
+from tiue_jax.training.settings import Settings
 from tiue_jax.training.stop_request import StopRequest
 from tiue_jax.training.teacher import Teacher, read_teacher
 from tiue_jax.training.workdir import Workdir
@@ -124,6 +129,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         columns["clip_input_ids"] = tokens(prompts, teacher.tokenize_clip)
     stack.enter_context(output.few_warnings_of_cut_prompts())
     say(f"prompts: {len(prompts):,} from {settings.data.prompts}{describe(prompts.dropped)}")
+    evaluation = within_run.prepare(settings, prompts)
     fingerprints = teacher.fingerprints() | {"prompts": prompts.fingerprint}
     resumption = Resumption(settings, fingerprints, arguments.override_settings)
     distributed.check_same(resumption.facts())
@@ -169,12 +175,9 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     writer.config(settings.to_dict(), history)
     if resumption.changes:
         writer.changed(start, history[-1])
-    preview = None
     if jax.process_index() == 0:
         memory_table.write(workdir.local / "memory_table.tsv", arrays)
-        if train.validation_prompts:
-            preview = Preview(teacher.folder, settings)
-    distributed.barrier("before the first step")  # process 0 has sampled the teacher
+    validation = Validation(settings, teacher, program, frozen, evaluation, writer, json_log)
     progress = stack.enter_context(output.RunProgress(start, train.max_train_steps, json_log))
     stop.listen(train.max_train_minutes)
     profile = stack.enter_context(StepProfile(workdir.local / "tensorboard", train.profile_steps))
@@ -183,6 +186,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     skipped = int(jax.device_get(state.skipped))
     done = logged = start
     logged_at = time.monotonic()
+    seconds_per_step = float("nan")  # between the last two logged steps
     last, stopped = start >= train.max_train_steps, False
 
     # ---- loop -----------------------------------------------------------------------------------------------------
@@ -205,7 +209,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         last = stopped or done == train.max_train_steps
         save_now = last or done % train.checkpoint_every == 0
         log_now = save_now or done % train.log_every == 0
-        validate_now = (last or done % train.validation_every == 0) and bool(train.validation_prompts)
+        validate_now = validation.is_due(done, last)
         if stopped and stop.cause():  # a machine that is taken back leaves little time
             validate_now = False
 
@@ -214,8 +218,10 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
             if "input_ids" in columns:
                 values["cut_prompts_share"] = teacher.tokenize.cut_share
             rate = (done - logged) / (time.monotonic() - logged_at)
+            seconds_per_step = 1 / rate
             writer.scalars(done, {f"train/{name}": value for name, value in values.items()})
             writer.scalars(done, {"perf/images_per_sec": train.batch_size * rate})
+            writer.scalars(done, health.clipped_share(values, config.max_grad_norm))
             progress.logged(done, values, rate, train.batch_size, stop.minutes_left)
             stop_if_not_finite(values, done, train.max_skipped_steps, checkpoints)
             if (new := int(values["skipped_steps"]) - skipped) > 0:
@@ -230,16 +236,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         evaluated = {}
         if validate_now:
             paused = time.monotonic()
-            distance = 0.0
-            ema = distributed.to_process_0(state.ema)
-            if preview is not None:
-                grid, distance = preview(ema)
-                about = {"step": done, "prompts": "; ".join(train.validation_prompts)}
-                writer.image(done, "student_above_teacher", grid, about)
-            distributed.barrier(f"images of step {done}")
-            evaluated = {"eval/teacher_distance": distributed.from_process_0(distance)}
-            writer.scalars(done, evaluated)
-            json_log.write({"step": done} | evaluated)
+            evaluated = validation(done, last, state, frozen, seconds_per_step)
             logged_at += time.monotonic() - paused
         if save_now:
             about = resumption.about(history)
@@ -251,6 +248,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     progress.close()
     checkpoints.wait()
     if stopped and (cause := stop.cause()):
+        print_summary(workdir)
         say(f"stopped by {cause.name}: saved {checkpoints.folder / str(done)}, resume with the same command")
         return 128 + cause
     ema = distributed.to_process_0(state.ema)
@@ -259,8 +257,19 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
         export_student(workdir.local / "student", teacher.folder, ema, settings, training, overwrite=True)
     if train.checkpoints_best_metric is not None:
         export_best(workdir, settings, teacher, program)
+    workdir.publish()
+    print_summary(workdir)
     say(f"done: {done} steps, student: {workdir.path / 'student'}, images: {workdir.path / 'samples'}")
     return 0
+
+
+def print_summary(workdir: Workdir) -> None:
+    """Prints what the run did. An error in it is one line: it does not change how the run ends."""
+    if jax.process_index() == 0:
+        try:
+            say("\n".join(summary.lines(workdir.path)))
+        except Exception as error:
+            say(f"warning: no summary of the run: {one_line(error)}", sys.stderr)
 
 
 def export_best(workdir: Workdir, settings: Settings, teacher: Teacher, program: TrainProgram) -> None:
@@ -325,6 +334,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with contextlib.ExitStack() as stack:
             try:
+                if (folder := summary_folder(argv)) is not None:
+                    print("\n".join(summary.lines(folder)))
+                    return 0
                 arguments = read_flags(argv)
                 if arguments.print_config:
                     print_settings(arguments.settings)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from absl import flags
 
 from tiue_jax.cli import config_flags
-from tiue_jax.cli.command_line import require
+from tiue_jax.cli.command_line import parse, require
 from tiue_jax.training import joining
 from tiue_jax.training.settings import Settings, default_config
 
@@ -41,12 +41,31 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("log_json", None, "A file that gets a JSON line per logged step.", flag_values=values)
     flags.DEFINE_bool("no_compile_cache", False, "Compile again, and keep nothing in the cache.", flag_values=values)
+    flags.DEFINE_string("summary", None, "Print what the run in this folder did, and end.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "Number of processes that train together.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
     waiting = "Seconds that a process waits at the start for the others."
     flags.DEFINE_integer("join_timeout", joining.JOIN_TIMEOUT, waiting, flag_values=values)
     return values
+
+
+def summary_folder(argv: Sequence[str]) -> str | None:
+    """The folder of `--summary`; None without this flag.
+
+    Raises:
+        ValueError: there is another flag beside it, or no folder.
+    """
+    if not any(argument.lstrip("-").split("=")[0] == "summary" for argument in argv[1:] if argument.startswith("-")):
+        return None
+    given = parse(argv, _define_summary, "")
+    assert given is not None  # there is no --help: main answers it
+    require(given, "summary")
+    return str(given.summary)
+
+
+def _define_summary(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("summary", None, "The run's folder.", flag_values=values)
 
 
 def read_flags(argv: Sequence[str]) -> Arguments:

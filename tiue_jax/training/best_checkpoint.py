@@ -5,7 +5,8 @@ import os
 
 from tiue_jax.files import read_json
 from tiue_jax.training.checkpoint_files import checkpoints_folder, saved_steps
-from tiue_jax.training.settings import EVAL_METRICS, Settings
+from tiue_jax.training.eval_metrics import EVAL_METRICS
+from tiue_jax.training.settings import Settings
 
 
 def find_best(workdir: str | os.PathLike[str], settings: Settings) -> tuple[int, float]:

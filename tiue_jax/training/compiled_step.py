@@ -16,7 +16,8 @@ from tiue_jax.models.platforms import compiler_options
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import step_inputs, train_state
 from tiue_jax.training.distill import Distillation, Frozen, TrainStep
-from tiue_jax.training.settings import DistillConfig, Settings
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.settings import Settings
 from tiue_jax.training.step_inputs import FrozenModels
 from tiue_jax.training.train_state import TrainState
 
@@ -31,6 +32,7 @@ class TrainProgram(NamedTuple):
     frozen: Frozen
     batch: dict[str, jax.ShapeDtypeStruct]
     key: jax.ShapeDtypeStruct
+    distillation: Distillation  # the parts of `step`
 
     def trace(self) -> jax.stages.Traced:
         """The jitted step, traced. It donates the state, and returns it with the same shardings."""
@@ -102,4 +104,5 @@ def make(
         frozen=all_with(inputs.frozen, everywhere) if replicated else by_rule(inputs.frozen),
         batch=all_with(inputs.batch, by_row),
         key=all_with(jax.eval_shape(lambda: jax.random.key(0)), everywhere),
+        distillation=distillation,
     )

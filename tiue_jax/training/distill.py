@@ -22,7 +22,8 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.sampling.samplers import guided
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import losses, optim
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.draws import Draws, draw
 from tiue_jax.training.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -39,24 +40,6 @@ class Frozen(NamedTuple):
     text_encoder: Params = {}
     tiny_vae: Params = {}
     clip: Params = {}
-
-
-class Draws(NamedTuple):
-    """The random numbers of one step."""
-
-    noise: jax.Array  # float32 [b h w c], the student's input
-    timesteps: jax.Array  # int32 [b], at which the two teachers are compared
-    diffusion_noise: jax.Array  # float32 [b h w c], added to the student's latents at `timesteps`
-    lora_timesteps: jax.Array  # int32 [b], of the LoRA teacher's update
-    lora_noise: jax.Array  # float32 [b h w c], added to the student's latents at `lora_timesteps`
-    drop_text: jax.Array  # bool [], the LoRA teacher's update uses the null prompt
-    guidance_scales: jax.Array | None = None  # float32 [b], of the teacher, if they are drawn from a range
-
-    def by_row(self) -> dict[str, jax.Array]:
-        """The draws that have one entry for each row of the batch: all but `drop_text`."""
-        rows = {name: x for name, x in self._asdict().items() if x is not None}
-        del rows["drop_text"]
-        return rows
 
 
 class _Inputs(NamedTuple):
@@ -147,21 +130,7 @@ class Distillation:
 
     def draw(self, key: jax.Array, batch_size: int) -> Draws:
         """The random numbers of a step. They are the same for every sharding of the batch (partitionable threefry)."""
-        config, shape = self.config, (batch_size, *self.latent_shape)
-        keys = jax.random.split(key, 6)
-        draws = Draws(
-            noise=jax.random.normal(keys[0], shape),
-            timesteps=jax.random.randint(keys[1], (batch_size,), config.min_timestep, config.max_timestep + 1),
-            diffusion_noise=jax.random.normal(keys[2], shape),
-            lora_timesteps=jax.random.randint(keys[3], (batch_size,), 0, self.schedule.num_train_timesteps),
-            lora_noise=jax.random.normal(keys[4], shape),
-            drop_text=jax.random.bernoulli(keys[5], config.text_dropout),
-        )
-        if (most := config.teacher_guidance_scale_max) is not None:
-            key, least = jax.random.fold_in(key, 0), config.teacher_guidance_scale
-            scales = jax.random.uniform(key, (batch_size,), minval=least, maxval=most)
-            draws = draws._replace(guidance_scales=scales)
-        return draws._replace(**sharding.split_rows(draws.by_row()))
+        return draw(key, self.config, (batch_size, *self.latent_shape), self.schedule.num_train_timesteps)
 
     def update(
         self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws, more: Sequence[Draws] = ()
@@ -346,6 +315,36 @@ class Distillation:
         fake = guided(lora_teacher, noisy, t, *texts, config.lora_guidance_scale)
         _, sigma = self.schedule.signal_and_noise(t)
         return losses.vsd(latents, real, fake, losses.timestep_weight(config.timestep_weighting, sigma))
+
+    def sample_student(self, params: Params, noise: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The student's outputs as noise predictions [b k h w c], and its latents z_0 [b h w c], without gradients."""
+        unet = functional.bind(self.student, functional.cast(params, self.dtype))
+        outputs = student.predict(unet, noise, text, self.form.timesteps)
+        return self._student_epsilons(noise, outputs), student.combine(noise, outputs, self.form)
+
+    def predict_noise(
+        self,
+        adapters: Params,
+        frozen: Frozen,
+        latents: jax.Array,
+        t: jax.Array,
+        texts: tuple[jax.Array, jax.Array],
+        guidance_scale: jax.Array,
+    ) -> jax.Array:
+        """The noise that the LoRA teacher predicts in latents z_t [b h w c], with guidance, float32 [b h w c].
+
+        With adapters of zeros it is the teacher's prediction.
+
+        Args:
+            adapters: of the LoRA teacher.
+            frozen: the teacher.
+            latents: z_t [b h w c].
+            t: int32 [b].
+            texts: text embeddings of the prompts and of the null prompt, each [b l d].
+            guidance_scale: float32 [].
+        """
+        unet = lora.merge(functional.cast(frozen.unet, self.dtype), functional.cast(adapters, self.dtype))
+        return guided(self._epsilon(functional.bind(self.lora_teacher, unet)), latents, t, *texts, guidance_scale)
 
     def _lora_loss(self, adapters: Params, latents: jax.Array, inputs: _Inputs) -> losses.Loss:
         """The LoRA teacher's denoising loss on the student's latents (step 8)."""

@@ -96,8 +96,17 @@ def to_process_0(tree: Any) -> Any:
     here = jax.process_index() == 0
 
     def fetch(x: jax.Array) -> np.ndarray | None:
-        whole = np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        whole = _whole(x)
         return whole if here else None
 
     fetched = jax.tree.map(fetch, tree)
     return fetched if here else None
+
+
+def to_every_process(tree: Any) -> Any:
+    """A tree of arrays on the devices of all processes as numpy arrays, on every process. All must call it."""
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)

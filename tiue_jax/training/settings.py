@@ -9,42 +9,17 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 from ml_collections import config_dict
 
 from tiue_jax.checked_fields import Range, check_fields, one_of, shown, without_none
-from tiue_jax.models.lora import LoRAConfig
-from tiue_jax.models.unet import REMAT_POLICIES, UNetConfig
+from tiue_jax.models.unet import UNetConfig
 from tiue_jax.sampling.settings import Sampling
-from tiue_jax.schedule import SPACINGS, CustomTimesteps, check_descending
 from tiue_jax.sharding import REPLICATE_BELOW
-from tiue_jax.training import losses, optim
-
-# Metrics of the student that a run measures at every validation, and whether the smallest or largest value is best.
-EVAL_METRICS = {"eval/teacher_distance": "min"}
-COMPUTE_DTYPES = ("float32", "bfloat16")
-
-_INT32 = 2**31 - 1  # the counters of steps are int32 on the devices
-Count = Annotated[int, Range(1, _INT32)]
-AtLeastZero = Annotated[int, Range(0, _INT32)]
-Positive = Annotated[float, Range(0, above_low=True)]
-Weight = Annotated[float, Range(0)]
-GuidanceScale = Annotated[float, Range(1)]
-Fraction = Annotated[float, Range(0, 1, below_high=True)]
-Schedule = Annotated[str, one_of(optim.LEARNING_RATE_SCHEDULES)]
-Spacing = Annotated[str, one_of(SPACINGS)]
-Weighting = Annotated[str, one_of(losses.TIMESTEP_WEIGHTINGS)]
-ComputeDtype = Annotated[str, one_of(COMPUTE_DTYPES)]
-Remat = Annotated[str, one_of(list(REMAT_POLICIES))]
-Size = Annotated[int, Range(1, 65_536)]
-
-
-def _list_as_tuple(value: Any) -> Any:
-    """A list, which JSON has for a tuple, as a tuple. Other values as they are."""
-    return tuple(value) if isinstance(value, list) else value
+from tiue_jax.training import eval_metrics
+from tiue_jax.training.distill_settings import DistillConfig
+from tiue_jax.training.eval_metrics import EVAL_METRICS
+from tiue_jax.training.setting_types import INT32_MAX, AtLeastZero, Count, Positive, list_as_tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +48,7 @@ class ModelConfig:
     student_name_or_path: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "embeddings", _list_as_tuple(self.embeddings))
+        object.__setattr__(self, "embeddings", list_as_tuple(self.embeddings))
         check_fields(self, "model")
 
 
@@ -129,6 +104,17 @@ class TrainConfig:
         mesh_fsdp: size of the mesh axis that shards the parameters; -1 takes the devices that mesh_data leaves.
         mesh_replicate_below: arrays of fewer elements are not sharded over fsdp.
         mesh_replicate_frozen: every device holds the whole teacher and text encoder, so that they are never gathered.
+        health_images: the number of images of the health panel, which is made at every validation, see docs/health.md;
+            0 makes no panel.
+        evaluation_metrics: the metrics of a small evaluation within the run, some of EVALUATION_METRICS; none makes no
+            evaluation. docs/evaluation.md says what they are.
+        evaluation_every: steps between evaluations.
+        evaluation_images: the number of images of an evaluation. An image has the same prompt and noise every time.
+        evaluation_images_per_prompt: "diversity" needs at least 2.
+        evaluation_prompts: the prompts of the images, as a file that `tiue sample --prompt_file` takes; None takes
+            some of the run's prompts.
+        evaluation_extractor: the network of the metrics, as for `tiue evaluate --extractor`.
+        evaluation_reference: real images, as for `tiue evaluate --reference`, for the metrics that compare with them.
     """
 
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
@@ -145,144 +131,24 @@ class TrainConfig:
     validation_prompts: tuple[str, ...] = ()
     validation_num_inference_steps: Count = 25
     validation_guidance_scale: float = 7.5
-    mesh_data: Annotated[int, Range(-1, _INT32)] = -1
-    mesh_fsdp: Annotated[int, Range(-1, _INT32)] = 1
+    mesh_data: Annotated[int, Range(-1, INT32_MAX)] = -1
+    mesh_fsdp: Annotated[int, Range(-1, INT32_MAX)] = 1
     mesh_replicate_below: AtLeastZero = REPLICATE_BELOW
     mesh_replicate_frozen: bool = False
+    health_images: Annotated[int, Range(0, 1024)] = 8
+    evaluation_metrics: tuple[str, ...] = ()
+    evaluation_every: Count = 1_000
+    evaluation_images: Count = 256
+    evaluation_images_per_prompt: Count = 1
+    evaluation_prompts: str | None = None
+    evaluation_extractor: str | None = None
+    evaluation_reference: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "validation_prompts", _list_as_tuple(self.validation_prompts))
+        for name in ("validation_prompts", "evaluation_metrics"):
+            object.__setattr__(self, name, list_as_tuple(getattr(self, name)))
         check_fields(self, "train")
-        if (metric := self.checkpoints_best_metric) is not None:
-            if not self.validation_prompts:
-                raise ValueError(f"train.checkpoints_best_metric = {metric!r} needs validation_prompts, got none")
-            if self.checkpoint_every % self.validation_every:
-                every_two = f"{self.checkpoint_every} and {self.validation_every}"
-                raise ValueError(
-                    f"train.checkpoints_best_metric = {metric!r} needs a validation at each checkpoint: expected "
-                    f"checkpoint_every to be a multiple of validation_every, got {every_two}"
-                )
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """The distillation. The defaults are the recipe of the paper for an 866M-parameter UNet.
-
-    Raises:
-        ValueError: a setting out of its range, with its name, its value and what was expected.
-    """
-
-    num_inference_steps: Count = 4  # K, the number of decoder passes
-    timestep_spacing: Spacing = "leading"  # or "trailing", "linspace"; the last pass of "leading" weighs almost nothing
-    timesteps: CustomTimesteps | None = None  # of the decoder passes, such as (999, 749, 499, 249), without a spacing
-    teacher_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
-    teacher_guidance_scale_max: GuidanceScale | None = None  # each sample's scale is drawn from the range up to this
-    negative_prompt: str = ""  # what the guidance of both teachers leads away from, instead of the empty prompt
-    lora_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the LoRA teacher; 1 is no guidance
-    min_timestep: AtLeastZero = 20  # the first timestep at which the teachers are compared
-    max_timestep: AtLeastZero = 980  # the last timestep at which the teachers are compared
-    timestep_weighting: Weighting = "one_minus_alphas_cumprod"  # of L_vsd; or "uniform"
-    lora_rank: Size = 64  # of the LoRA teacher's adapters
-    lora_alpha: Positive = 108.0  # the adapters' scale is alpha / rank
-    lora_targets: tuple[str, ...] = ("to_q", "to_v")  # ends of the names of linear and convolution layers, as in peft
-    kl_weight: Weight = 0.1  # lambda_kl; 0 leaves the term out
-    kl_batch_size: Positive = 8.0  # the KL term is its mean over the batch times this number, see losses.kl
-    clip_weight: Weight = 0.0  # of L_clip at step 0, from where it falls linearly to 0; 0 leaves the term out
-    clip_decay_steps: Count | None = None  # the step at which the weight of L_clip is 0; None is max_train_steps
-    clip_threshold: float = 0.35  # tau: the similarity above which L_clip is 0
-    clip_normalize: bool = True  # apply CLIP's mean and standard deviation to its images; the reference does not
-    text_dropout: Fraction = 0.1  # probability that the LoRA teacher's update uses the null prompt, for the whole batch
-    ema_decay: Fraction = 0.9999  # upper limit of the moving average's decay; 0 makes it a copy of the weights
-    student_learning_rate: Positive = 1e-6  # of Adam, after the warm-up
-    student_learning_rate_schedule: Schedule = "constant"  # or "linear", "cosine": both fall to 0 at max_train_steps
-    lora_learning_rate: Positive = 1e-3  # of Adam, after the warm-up
-    lora_learning_rate_schedule: Schedule = "constant"  # see student_learning_rate_schedule
-    lora_updates_per_step: Annotated[int, Range(1, 100)] = 1  # of the LoRA teacher, each on new latents of the student
-    warmup_steps: AtLeastZero = 0  # linear warm-up of both learning rates
-    max_train_steps: Count | None = None  # a recipe does not set it: it is train.max_train_steps
-    max_grad_norm: Positive = 1.0  # global norm to which each of the two gradients is clipped
-    adam_b1: Fraction = 0.9  # decay of the mean of the gradients, for both optimizers
-    adam_b2: Fraction = 0.999  # decay of the mean of the squared gradients
-    adam_eps: Positive = 1e-8  # added to the root of the mean of the squared gradients
-    compute_dtype: ComputeDtype = "bfloat16"  # of the networks; losses, schedule and trained weights are always float32
-    gradient_accumulation_steps: Count = 1  # micro-batches that a batch is split into, computed one after the other
-    remat: Remat = "none"  # activations that the backward pass computes again: see models.unet.REMAT_POLICIES
-    latent_size: Size | None = None  # height and width of the latents; None is the UNet's sample_size
-
-    def __post_init__(self):
-        object.__setattr__(self, "lora_targets", _list_as_tuple(self.lora_targets))
-        object.__setattr__(self, "timesteps", _list_as_tuple(self.timesteps))
-        check_fields(self, "distill")
-        if self.timesteps is not None:
-            check_descending(self.timesteps)
-            if self.num_inference_steps != len(self.timesteps):
-                raise ValueError(
-                    f"distill.num_inference_steps must be the number of distill.timesteps {list(self.timesteps)}, "
-                    f"got {self.num_inference_steps}"
-                )
-        if (most := self.teacher_guidance_scale_max) is not None and most < self.teacher_guidance_scale:
-            least = f"teacher_guidance_scale = {self.teacher_guidance_scale}"
-            raise ValueError(f"distill.teacher_guidance_scale_max must be >= {least}, got {most}")
-        if not self.max_timestep >= self.min_timestep:
-            raise ValueError(
-                f"distill.max_timestep must be >= distill.min_timestep = {self.min_timestep}, got {self.max_timestep}"
-            )
-        if self.negative_prompt and not max(self.teacher_guidance_scale, self.teacher_guidance_scale_max or 0) > 1:
-            raise ValueError(
-                f"distill.negative_prompt = {self.negative_prompt!r} needs teacher_guidance_scale above 1, "
-                f"got {self.teacher_guidance_scale}"
-            )
-        if self.clip_weight and not (self.clip_decay_steps or self.max_train_steps):
-            raise ValueError(
-                f"distill.clip_weight = {self.clip_weight} needs clip_decay_steps or max_train_steps, got neither"
-            )
-        try:
-            self.learning_rates()
-        except ValueError as error:
-            raise ValueError(f"distill.warmup_steps or train.max_train_steps: {error}") from error
-        if not all(self.lora_targets or [""]):
-            raise ValueError(f"distill.lora_targets must be at least one name of a layer, got {self.lora_targets!r}")
-        LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)  # raises ValueError on a wrong rank
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Reads a plain mapping. ValueError naming each setting that does not exist, or is out of its range."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"unknown distillation settings {unknown}, expected some of {sorted(known)}")
-        return cls(**settings)
-
-    @property
-    def lora(self) -> LoRAConfig:
-        """The adapters of the LoRA teacher."""
-        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
-
-    def clip_weight_at(self, step: jax.Array) -> jax.Array:
-        """The weight of L_clip at a step, float32 []."""
-        end = self.clip_decay_steps or self.max_train_steps
-        assert end is not None  # checked in __post_init__
-        return self.clip_weight * jnp.maximum(0.0, 1 - step.astype(jnp.float32) / end)
-
-    def learning_rates(self) -> tuple[optax.Schedule, optax.Schedule]:
-        """Learning rates of the student and of the LoRA teacher, as functions of the number of steps with an update."""
-
-        def schedule(kind: str, peak: float) -> optax.Schedule:
-            return optim.learning_rate(kind, peak, warmup_steps=self.warmup_steps, total_steps=self.max_train_steps)
-
-        return (
-            schedule(self.student_learning_rate_schedule, self.student_learning_rate),
-            schedule(self.lora_learning_rate_schedule, self.lora_learning_rate),
-        )
-
-    def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        """The optimizers of the student and of the LoRA teacher."""
-        settings = {"b1": self.adam_b1, "b2": self.adam_b2, "eps": self.adam_eps, "max_grad_norm": self.max_grad_norm}
-        student_rate, lora_rate = self.learning_rates()
-
-        def lora_rate_by_update(count: Any) -> Any:
-            return lora_rate(count // self.lora_updates_per_step)
-
-        return optim.adam(student_rate, **settings), optim.adam(lora_rate_by_update, **settings)
+        eval_metrics.check(self)
 
 
 HISTORY = "history"  # of the changes of settings: an entry of a run's config.json beside the sections

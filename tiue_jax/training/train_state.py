@@ -10,7 +10,7 @@ import optax
 from tiue_jax.models import functional, lora
 from tiue_jax.models.functional import Params
 from tiue_jax.models.unet import UNet, UNetConfig
-from tiue_jax.training.settings import DistillConfig
+from tiue_jax.training.distill_settings import DistillConfig
 
 
 class TrainState(NamedTuple):
