@@ -81,7 +81,8 @@ def page() -> str:
     """The page of the site. ValueError if a setting has no meaning."""
     parts = [
         "# Settings",
-        "This page is made from the dataclasses in `tiue_jax/training/settings.py` and `sampling/settings.py`.",
+        "This page is made from the dataclasses in `tiue_jax/training/settings.py`, `training/distill_settings.py` and "
+        "`sampling/settings.py`.",
         "A recipe changes some of these settings. A command line changes others, as in `--config.train.batch_size=8`. "
         "`tiue train --config RECIPE --print_config` prints all of them.",
     ]

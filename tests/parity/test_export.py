@@ -21,6 +21,7 @@ from tiue_jax.convert.verify import verify
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
+from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import PREDICTION_TYPES, SPACINGS, Schedule
 from tiue_jax.weights import model_folder
 
@@ -115,6 +116,29 @@ def test_the_closed_form_is_ours(kind, spacing, set_alpha_to_one):
         ours, theirs = schedule.closed_form(k), torch_pipeline.closed_form(config, k, spacing)
         np.testing.assert_array_equal(theirs.timesteps, ours.timesteps)
         np.testing.assert_allclose([theirs.scale, *theirs.weights], [ours.scale, *ours.weights], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_the_closed_form_of_free_timesteps_is_ours(kind, set_alpha_to_one):
+    timesteps = (999, 640, 310, 90)
+    schedule = Schedule(prediction_type=kind, set_alpha_to_one=set_alpha_to_one, custom_timesteps=timesteps)
+    config = DDIMScheduler.from_config(schedule.to_dict()).config
+    ours, theirs = schedule.closed_form(4), torch_pipeline.closed_form(config, 4, "leading", list(timesteps))
+    np.testing.assert_array_equal(theirs.timesteps, ours.timesteps)
+    np.testing.assert_allclose([theirs.scale, *theirs.weights], [ours.scale, *ours.weights], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"must be the number of the student's timesteps \[9, 1\], got 4"):
+        torch_pipeline.closed_form(config, 4, "leading", [9, 1])
+
+
+def test_free_timesteps_travel_with_the_folder(student, tmp_path):
+    ours = Pipeline.from_pretrained(student)
+    free = dataclasses.replace(ours, sampling=Sampling("tiue", timesteps=(900, 500, 100)))
+    free.save_pretrained(tmp_path / "free")
+    assert Pipeline.from_pretrained(tmp_path / "free").settings().timesteps == (900, 500, 100)
+    theirs = TiUEPipeline.from_pretrained(tmp_path / "free", use_safetensors=True)
+    assert theirs.closed_form().timesteps.tolist() == [900, 500, 100]
+    assert theirs.closed_form(2, "leading").timesteps.tolist() == [501, 1]
 
 
 def test_a_stock_pipeline_loads_the_folder_without_a_complaint(student):

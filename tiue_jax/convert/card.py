@@ -191,7 +191,7 @@ def card(
         rows |= {
             "decoder passes, K": str(k),
             "timesteps": ", ".join(map(str, form.timesteps.tolist())),
-            "timestep spacing": str(sampling.timestep_spacing),
+            "timestep spacing": sampling.timestep_spacing or "free",
         }
         fields |= {"k": k, "scale": form.scale}
         pairs = zip(form.timesteps.tolist(), form.weights.tolist(), strict=True)

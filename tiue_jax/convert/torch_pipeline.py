@@ -57,13 +57,14 @@ class ClosedForm(NamedTuple):
     weights: np.ndarray
 
 
-def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str) -> ClosedForm:
+def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str, free: list | None = None) -> ClosedForm:
     """Unrolls DDIM (arXiv 2010.02502, equation 12), whose steps are linear in the latents and the network's output.
 
     Args:
         config: the configuration of the diffusers scheduler.
         num_inference_steps: K.
         timestep_spacing: "leading", "trailing" or "linspace".
+        free: K timesteps, descending, in the place of a spacing.
 
     Raises:
         ValueError: the number of steps or a field of the configuration is not supported; the error gives the value.
@@ -71,15 +72,16 @@ def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str) -
     k, total, offset = num_inference_steps, config["num_train_timesteps"], config.get("steps_offset", 0)
     if not 1 <= k <= total:
         raise ValueError(f"num_inference_steps must be between 1 and {total}, got {k}")
-    if timestep_spacing == "leading":
-        timesteps = (np.arange(k) * (total // k))[::-1] + offset
-    elif timestep_spacing == "trailing":
-        timesteps = np.round(np.arange(total, 0, -total / k))[:k] - 1
-    elif timestep_spacing == "linspace":
-        timesteps = np.round(np.linspace(0, total - 1, k))[::-1]
-    else:
-        raise ValueError(f"timestep_spacing must be 'leading', 'trailing' or 'linspace', got {timestep_spacing!r}")
-    timesteps = timesteps.astype(np.int64)
+    spaced = {
+        "leading": (np.arange(k) * (total // k))[::-1] + offset,
+        "trailing": np.round(np.arange(total, 0, -total / k))[:k] - 1,
+        "linspace": np.round(np.linspace(0, total - 1, k))[::-1],
+    }
+    if timestep_spacing not in spaced:
+        raise ValueError(f"timestep_spacing must be among {list(spaced)}, got {timestep_spacing!r}")
+    timesteps = np.array(spaced[timestep_spacing] if free is None else free, np.int64)
+    if len(timesteps) != k:
+        raise ValueError(f"num_inference_steps must be the number of the student's timesteps {free}, got {k}")
     if timesteps[0] >= total:
         raise ValueError(f"steps_offset {offset} reaches timestep {timesteps[0]}, expected at most {total - 1}")
 
@@ -89,7 +91,7 @@ def closed_form(config: dict, num_inference_steps: int, timestep_spacing: str) -
     power = powers[config["beta_schedule"]]
     betas = np.linspace(config["beta_start"] ** power, config["beta_end"] ** power, total) ** (1 / power)
     abar = np.cumprod(1 - betas)
-    successors = timesteps - total // k
+    successors = timesteps - total // k if free is None else np.append(timesteps[1:], -1)
     a_t = abar[timesteps]
     a_s = np.where(successors >= 0, abar[np.maximum(successors, 0)], 1.0 if config.get("set_alpha_to_one") else abar[0])
     if config["prediction_type"] == "epsilon":
@@ -239,11 +241,10 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
         trained = self.scheduler.config.get(SETTINGS) or {}
         steps = trained.get("num_inference_steps") if num_inference_steps is None else num_inference_steps
         if steps is None:
-            raise ValueError(
-                f"num_inference_steps is needed: the scheduler's config has no {SETTINGS!r}, as a student's has"
-            )
+            raise ValueError(f"num_inference_steps is needed: the scheduler's config has no {SETTINGS!r}")
         spacing = timestep_spacing or trained.get("timestep_spacing") or self.scheduler.config.timestep_spacing
-        return closed_form(self.scheduler.config, steps, spacing)
+        free = trained.get("timesteps") if timestep_spacing is None else None
+        return closed_form(self.scheduler.config, steps, spacing, free)
 
     @torch.no_grad()
     def __call__(

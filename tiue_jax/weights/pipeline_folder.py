@@ -325,7 +325,9 @@ def save_pipeline(
             if sampling.sampler == "tiue":
                 resolved = sampling.resolve(schedule).to_dict()
                 scheduler_config[_STUDENT_FIELD] = {
-                    name: resolved[name] for name in ("num_inference_steps", "timestep_spacing")
+                    name: resolved[name]
+                    for name in ("num_inference_steps", "timestep_spacing", "timesteps")
+                    if name in resolved
                 }
         (new / "scheduler").mkdir()
         write_json(new / "scheduler" / SCHEDULER_CONFIG, scheduler_config)
