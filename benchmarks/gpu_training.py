@@ -52,7 +52,7 @@ def read_settings(config: str, batch_size: int) -> Settings:
 def tiny_models() -> architecture.Architecture:
     tiny = shape("tiny")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CLIPTextConfig(vocab_size=100, **sizes)
+    text = CLIPTextConfig(vocab_size=100, bos_token_id=98, eos_token_id=99, **sizes)
     return architecture.Architecture(Configs(tiny.unet, tiny.vae, text, Schedule()))
 
 
