@@ -46,13 +46,13 @@ def read_settings(config: str, batch_size: int) -> Settings:
     """Returns the settings of a recipe for one device."""
     recipe = importlib.import_module(f"tiue_jax.recipes.{config}").get_config()
     recipe.train.batch_size, recipe.train.mesh_data, recipe.train.mesh_fsdp = batch_size, 1, 1
-    return Settings.from_config(recipe)
+    return Settings.from_config(recipe.to_dict())
 
 
 def tiny_models() -> architecture.Architecture:
     tiny = shape("tiny")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = CLIPTextConfig(vocab_size=100, **sizes)
+    text = CLIPTextConfig(vocab_size=100, bos_token_id=98, eos_token_id=99, **sizes)
     return architecture.Architecture(Configs(tiny.unet, tiny.vae, text, Schedule()))
 
 
@@ -78,12 +78,11 @@ class Step:
         self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - began
 
-        unet = functional.init(frozen.unet.params, seed=0)
         adapters = train_state.init_adapters(config, teacher.unet, seed=0)
-        student = sharding.place(unet, sharding.of(program.state.params))
+        wanted = {name: shapes for name, shapes in program.frozen._asdict().items() if shapes}
+        weights = {name: functional.init(getattr(frozen, name).params, seed=0) for name in wanted}
+        student = sharding.place(weights["unet"], sharding.of(program.state.params))
         self.state = program.init_state(student, adapters)
-        weights = {"unet": unet, "text_encoder": functional.init(frozen.text_encoder.params, seed=1)}
-        wanted = program.frozen._asdict()
         cast = {
             name: jax.tree.map(lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), tree, wanted[name])
             for name, tree in weights.items()
@@ -163,7 +162,8 @@ def main() -> int:
     for batch_size in args.batch_sizes:
         settings = read_settings(args.config, batch_size)
         if args.tiny:
-            settings = dataclasses.replace(settings, distill=dataclasses.replace(settings.distill, latent_size=None))
+            distill = dataclasses.replace(settings.distill, latent_size=None, clip_weight=0.0)
+            settings = dataclasses.replace(settings, distill=distill)
         models = tiny_models() if args.tiny else architecture.read(settings)
         rate = product_rate(settings.distill.compute_dtype)
         step = Step(settings, models)
