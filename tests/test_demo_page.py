@@ -4,10 +4,12 @@ import base64
 import http.client
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 import threading
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -352,6 +354,31 @@ def test_no_file_of_the_server_can_be_read(address, tmp_path, route):
     for name in ("/etc/passwd", f"{up}etc/passwd", "http://127.0.0.1:1/x", "pyproject.toml", "README.md"):
         status, content = get(address, route + name)
         assert status in (400, 403, 404, 405) and b"root:" not in content and b"tiue-jax" not in content
+
+
+def post(address: str, path: str, content: dict) -> dict:
+    request = urllib.request.Request(address + path, json.dumps(content).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        return json.load(answer)
+
+
+def test_no_file_of_the_server_can_be_restored_or_deleted(address, opened, tmp_path):
+    """A visitor who sends the path of a file of the server, as if it had been dropped on the page."""
+    secret = tmp_path / "secret.png"
+    [content] = opened.draw(drawing.read_controls(opened.choices, **CONTROLS)).sheets[0].files
+    secret.write_bytes(content)
+    config = json.loads(get(address, "/config")[1])
+    [upload] = [one for one in config["dependencies"] if one["targets"][0][1] == "upload"]
+    sent = {"path": str(secret), "orig_name": "secret.png", "meta": {"_type": "gradio.FileData"}}
+    asked = CONTROLS | {"prompt": "apple"}
+    join = {"data": [sent, *asked.values()], "fn_index": upload["id"], "session_hash": "visitor", "trigger_id": None}
+    post(address, "gradio_api/queue/join", join)
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=visitor", timeout=SECONDS) as answer:
+        messages = [json.loads(line[6:]) for line in answer if line.startswith(b"data: ")]
+    [completed] = [message for message in messages if message["msg"] == "process_completed"]
+    print("a path of the server:", completed["success"], str(completed["output"])[:200])
+    assert not completed["success"] and "restored" not in str(completed)
+    assert secret.read_bytes() == content
 
 
 def test_only_this_machine_and_only_the_page(address):
