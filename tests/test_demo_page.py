@@ -4,10 +4,12 @@ import base64
 import http.client
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 import threading
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -242,33 +244,6 @@ def test_bad_input_is_a_message(page):
     assert page.locator("#result img[src=x]").count() == 0 and page.title() == "TiUE-JAX"
 
 
-def test_twenty_users_at_once(browser, address, opened):
-    """Each has a browser session, a prompt and a seed. All type before any of them waits."""
-    contexts = [browser.new_context() for _ in range(USERS)]
-    pages = [context.new_page() for context in contexts]
-    prompts = [f"{chr(97 + i)} red" for i in range(USERS)]
-    try:
-        for page in pages:
-            page.set_default_timeout(1000 * SECONDS)
-            page.goto(address, wait_until="commit")  # the pages load side by side
-        for page in pages:
-            page.locator("#result img").first.wait_for()
-        for i, page in enumerate(pages):
-            page.locator("#seed input").fill(str(100 + i))
-            page.locator("#prompt textarea").fill(prompts[i])
-        seen = set()
-        for i, page in enumerate(pages):
-            drawn = wait_for(page, prompt=prompts[i], seed=100 + i)
-            expected = opened.model.pipeline([prompts[i]], seed=100 + i, num_images_per_prompt=4)
-            assert largest_difference(drawn, expected) <= 1
-            seen.add(b"".join(image.tobytes() for image, _ in drawn))
-        print(f"{USERS} users, {len(seen)} different results, each its own prompt and seed")
-        assert len(seen) == USERS
-    finally:
-        for context in contexts:
-            context.close()
-
-
 def test_a_full_queue_is_a_message(browser, opened):
     """One request is drawn, one waits, and the third is refused."""
     from tiue_jax.demo import server
@@ -352,6 +327,81 @@ def test_no_file_of_the_server_can_be_read(address, tmp_path, route):
     for name in ("/etc/passwd", f"{up}etc/passwd", "http://127.0.0.1:1/x", "pyproject.toml", "README.md"):
         status, content = get(address, route + name)
         assert status in (400, 403, 404, 405) and b"root:" not in content and b"tiue-jax" not in content
+
+
+def post(address: str, path: str, content: dict) -> dict:
+    request = urllib.request.Request(address + path, json.dumps(content).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        return json.load(answer)
+
+
+def ask(address: str, event: int, values: list, session: str) -> list[str]:
+    """One request of the page by hand: what the server answers to this session, message by message."""
+    join = {"data": values, "fn_index": event, "session_hash": session, "trigger_id": None}
+    post(address, "gradio_api/queue/join", join)
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=SECONDS) as answer:
+        return [line[6:].decode() for line in answer if line.startswith(b"data: ")]
+
+
+def test_twenty_users_at_once(browser, address, opened):
+    """Two have a browser, the others speak its protocol. Each has a prompt and a seed, and all ask at once."""
+    config = json.loads(get(address, "/config")[1])
+    [draw] = [one["id"] for one in config["dependencies"] if one["api_name"] == "draw"]
+    prompts = [f"{chr(97 + i)} red" for i in range(USERS)]
+    asked = [CONTROLS | {"prompt": prompt, "seed": 100 + i} for i, prompt in enumerate(prompts)]
+    expected = [opened.draw(drawing.read_controls(opened.choices, **values)).sheets[0].files for values in asked]
+    assert len(set(expected)) == USERS
+    contexts = [browser.new_context() for _ in range(2)]
+    answers: dict[int, str] = {}
+    start = threading.Barrier(USERS - 2 + 1)
+
+    def user(i: int) -> None:
+        start.wait(SECONDS)
+        answers[i] = " ".join(ask(address, draw, list(asked[i].values()), f"user{i}"))
+
+    threads = [threading.Thread(target=user, args=(i,)) for i in range(2, USERS)]
+    try:
+        pages = [context.new_page() for context in contexts]
+        for page in pages:
+            page.set_default_timeout(1000 * SECONDS)
+            page.goto(address)
+            page.locator("#result img").first.wait_for()
+            number(page, "images", 1)
+        for thread in threads:
+            thread.start()
+        start.wait(SECONDS)
+        for i, page in enumerate(pages):
+            page.locator("#seed input").fill(str(100 + i))
+            page.locator("#prompt textarea").fill(prompts[i])
+        for i, page in enumerate(pages):
+            [(image, _)] = wait_for(page, prompt=prompts[i], seed=100 + i)
+            assert np.array_equal(image, images.read_png(io.BytesIO(expected[i][0]))[0])
+    finally:
+        for context in contexts:
+            context.close()
+        for thread in threads:
+            thread.join(SECONDS)
+    contents = [base64.b64encode(content).decode() for [content] in expected]
+    for i, answer in answers.items():
+        assert [contents.index(content) for content in contents if content in answer] == [i]
+    print(f"{USERS} users, {len(set(expected))} different images, each the one of its prompt and seed")
+    assert len(answers) == USERS - 2
+
+
+def test_no_file_of_the_server_can_be_restored_or_deleted(address, opened, tmp_path):
+    """A visitor who sends the path of a file of the server, as if it had been dropped on the page."""
+    secret = tmp_path / "secret.png"
+    [content] = opened.draw(drawing.read_controls(opened.choices, **CONTROLS)).sheets[0].files
+    secret.write_bytes(content)
+    config = json.loads(get(address, "/config")[1])
+    [upload] = [one for one in config["dependencies"] if one["targets"][0][1] == "upload"]
+    sent = {"path": str(secret), "orig_name": "secret.png", "meta": {"_type": "gradio.FileData"}}
+    asked = CONTROLS | {"prompt": "apple"}
+    messages = list(map(json.loads, ask(address, upload["id"], [sent, *asked.values()], "visitor")))
+    [completed] = [message for message in messages if message["msg"] == "process_completed"]
+    print("a path of the server:", completed["success"], str(completed["output"])[:200])
+    assert not completed["success"] and "restored" not in str(completed)
+    assert secret.read_bytes() == content
 
 
 def test_only_this_machine_and_only_the_page(address):

@@ -9,9 +9,9 @@ no other server for anything. Ctrl-C ends it. docs/demo.md describes it.
 """
 
 import argparse
-import importlib.util
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Annotated
 
 from tiue_jax import compile_cache
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     port = check("port", Annotated[int, Range(1, 65_535)] | None, args.port)
     max_images = check("max_images", Annotated[int, Range(1, 64)], args.max_images)
     max_queue = check("max_queue", Annotated[int, Range(1, 10_000)], args.max_queue)
-    if importlib.util.find_spec("gradio") is None:
+    if find_spec("gradio") is None:
         raise ValueError("the page needs Gradio, which is not installed: pip install 'tiue-jax[demo]'")
     if args.no_compile_cache:
         compile_cache.disable()

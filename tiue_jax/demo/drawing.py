@@ -158,14 +158,14 @@ def restore(chunks: Mapping[str, str], size: tuple[int, int], choices: Choices, 
     if "prompt" not in chunks or "seed" not in chunks:
         found = ", ".join(sorted(chunks)) or "none"
         raise ValueError(f"the PNG must hold its settings as text chunks prompt and seed, got {shown(found)}")
-    upscale = _number(chunks, "upscale", int, 1)
+    upscale = check("upscale in the PNG", Annotated[int, Range(1)], _number(chunks, "upscale", int, 1))
     number = _number(chunks, "image_number", int, None)
     images = _number(chunks, "num_images_per_prompt", int, 1 if number is None else number + 1)
     if "\n" in chunks["prompt"]:
         count = chunks["prompt"].count("\n") + 1
         raise ValueError(f"the PNG must hold one prompt, got a grid of {count}: drop an image of one prompt")
     is_grid = number is None and images > 1  # the file's size is not that of its images
-    pixels = now.size if is_grid else (size[0] // max(upscale, 1), size[1] // max(upscale, 1))
+    pixels = now.size if is_grid else (size[0] // upscale, size[1] // upscale)
     prompt, style = styles.split(chunks["prompt"], choices.styles)
     steps = _number(chunks, "num_inference_steps", int, None)
     is_student = chunks.get("sampler", "tiue") == "tiue"
@@ -177,7 +177,7 @@ def restore(chunks: Mapping[str, str], size: tuple[int, int], choices: Choices, 
         seed=_number(chunks, "seed", int, None),
         images=images,
         size=size_name(pixels),
-        decoder_passes=steps if is_student and steps else _number(chunks, "decoder_passes", int, now.decoder_passes),
+        decoder_passes=steps if is_student and steps else now.decoder_passes,
         teacher_steps=steps if not is_student and steps else now.teacher_steps,
         guidance_scale=_number(chunks, "guidance_scale", float, now.guidance_scale),
         negative_prompt=chunks.get("negative_prompt", "" if not is_student else now.negative_prompt),

@@ -36,8 +36,13 @@ The student reads the noise **once** with its encoder, runs its decoder at K tim
 the outputs up: no pass waits for another. Type a prompt: it draws while you type."""
 
 
-def build(studio: Studio) -> gr.Blocks:
-    """The page of a studio, not yet served."""
+def build(studio: Studio, uploads: Path) -> gr.Blocks:
+    """The page of a studio, not yet served.
+
+    Args:
+        studio: draws.
+        uploads: the folder of dropped files. No other file is read or deleted, whatever a visitor sends.
+    """
     choices, model = studio.choices, studio.model
     start = first_drawing(studio)
     has_teacher = studio.teacher is not None or not model.is_student
@@ -55,7 +60,7 @@ def build(studio: Studio) -> gr.Blocks:
 
     def restore_from(path: str | None, *given: Any) -> list[Any]:
         """The values of all controls from a dropped image, a message, and None for the file, which is deleted."""
-        if path is None:
+        if path is None or not Path(path).resolve().is_relative_to(uploads.resolve()):
             return [gr.skip() for _ in range(len(names) + 2)]
         try:
             chunks, size = read_png(path)

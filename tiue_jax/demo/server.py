@@ -76,7 +76,7 @@ def serving(studio: Studio, *, host: str = LOCAL, port: int | None = None, max_q
         OSError: the port is taken, or the host is no address of this machine.
     """
     with temporary_folder(tempfile.gettempdir(), "demo") as uploads, _environment(GRADIO_TEMP_DIR=str(uploads)):
-        blocks = page.build(studio)
+        blocks = page.build(studio, uploads)
         blocks.queue(max_size=max_queue, default_concurrency_limit=1, api_open=False)
         address = _launch(
             blocks,
