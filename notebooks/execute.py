@@ -58,7 +58,7 @@ def execute(path: Path, store: bool) -> list[str]:
     notebook = nbformat.read(path, as_version=4)
     run = executable(notebook)
     with tempfile.TemporaryDirectory(prefix="tiue-jax-") as folder:
-        client = NotebookClient(run, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}})
+        client = NotebookClient(run, timeout=1200, kernel_name="python3", resources={"metadata": {"path": folder}})
         client.execute()
     if store:
         for cell, executed in zip(notebook["cells"], run["cells"], strict=True):

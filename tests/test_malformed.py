@@ -29,8 +29,8 @@ def test_malformed_inputs_are_one_line(inputs):
         kinds[answer.kind] += 1
         if answer.kind not in ("success", "error"):
             faults.append(f"{answer.kind}: {case.name}: {answer.text[-600:]}")
-        elif answer.kind == "error" and messages.find(answer.text) is None:
-            unexplained.append(answer.text)
+        elif answer.kind == "error" and not answer.text.endswith(" ...") and messages.find(answer.text) is None:
+            unexplained.append(answer.text)  # a text that was cut has lost the words to find it by
     print(f"{COUNT} malformed inputs: {dict(kinds)}")
     assert faults == []
     assert unexplained == []  # in the documentation's page on errors
