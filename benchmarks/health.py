@@ -1,11 +1,11 @@
 """Measures what a run's health panels and their numbers cost, as shares of the time of the training.
 
-    python benchmarks/health.py [--batch_size 16] [--steps 12] [--rounds 5]
+    python benchmarks/health.py [--only_count] [--batch_size 16] [--steps 12] [--rounds 5]
 
 The shipped emoji model with the recipe `emoji_tiue`. It times the training step, and then a health panel (its programs,
 the decoding of its images and the PNG file) and the numbers of a logged step. The share is that of the recipe, which
 validates every 100 steps. Steps and panels alternate, so that other load on the machine affects both. Programs are
-compiled before anything is timed.
+compiled before anything is timed. It also counts the operations of both, which no other load changes.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from machine import machine
 from side_by_side import table
 
@@ -24,11 +25,15 @@ from tiue_jax import sharding
 from tiue_jax.cli import config_flags
 from tiue_jax.cli.validation import make_panel
 from tiue_jax.data import corpus
+from tiue_jax.models import functional
+from tiue_jax.models.vae import AutoencoderKL
+from tiue_jax.plan.flops import flops
 from tiue_jax.training import compiled_step, health, train_state
 from tiue_jax.training.metrics import MetricsWriter
 from tiue_jax.training.preview import StudentSampler, load_teacher
 from tiue_jax.training.settings import Settings
 from tiue_jax.training.teacher import read_teacher
+from tiue_jax.weights import pipeline_folder
 
 LIMIT = 0.02  # of the time of the steps between two panels
 
@@ -39,11 +44,44 @@ def seconds(function: Any) -> float:
     return time.perf_counter() - began
 
 
-def measure(batch_size: int, steps: int, rounds: int, images: int) -> dict[str, Any]:
-    """Returns the seconds of each part: lists by name."""
+def count(batch_size: int, images: int) -> dict[str, float]:
+    """Returns the GFLOP of a training step and of a health panel with its images. Nothing is compiled."""
+    settings = read_settings(batch_size, images)
+    mesh = sharding.make_mesh(1, -1)
+    teacher = read_teacher(settings)
+    program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, teacher.null_input_ids)
+    distillation = program.distillation
+    text = teacher.models.text_encoder.cfg
+    noise = jax.ShapeDtypeStruct((images, *distillation.latent_shape), jnp.float32)
+    embedding = jax.ShapeDtypeStruct((images, text.max_position_embeddings, text.hidden_size), jnp.float32)
+    t, scale = jax.ShapeDtypeStruct((images,), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    vae_cfg = pipeline_folder.read_configs(teacher.folder).vae
+    graph, vae = functional.abstract(AutoencoderKL, vae_cfg)
+
+    def decode(vae: Any, latents: Any) -> Any:
+        return functional.bind(graph, vae).decode(latents)
+
+    state, frozen = program.state, program.frozen
+    predict = flops(distillation.predict_noise, state.lora, frozen, noise, t, (embedding, embedding), scale)
+    parts = {
+        "student": flops(distillation.sample_student, state.params, noise, embedding),
+        "teachers": 2 * health.BANDS * predict,
+        "images": (1 + 2 * health.BANDS) * flops(decode, vae, noise),
+    }
+    step = flops(program.step, state, frozen, program.batch, jax.random.key(0))
+    return {name: value / 1e9 for name, value in ({"step": step} | parts).items()}
+
+
+def read_settings(batch_size: int, images: int) -> Settings:
+    """Returns the settings of the emoji recipe with this batch size and number of images in a panel."""
     config = config_flags.load_recipe("emoji_tiue")
     config.train.update({"batch_size": batch_size, "health_images": images})
-    settings = Settings.from_config(config.to_dict())
+    return Settings.from_config(config.to_dict())
+
+
+def measure(batch_size: int, steps: int, rounds: int, images: int) -> dict[str, Any]:
+    """Returns the seconds of each part: lists by name."""
+    settings = read_settings(batch_size, images)
     mesh = sharding.make_mesh(1, -1)
     teacher = read_teacher(settings)
     program = compiled_step.make(settings, mesh, teacher.models, teacher.schedule, teacher.null_input_ids)
@@ -97,11 +135,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps that are timed in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=8, help="of the panel, train.health_images")
+    parser.add_argument("--only_count", action="store_true", help="count operations, and measure no time")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
+    counted = count(args.batch_size, args.images)
+    every = read_settings(args.batch_size, args.images).train.validation_every
+    panel = sum(counted.values()) - counted["step"]
+    text = ", ".join(f"{name} {value:.2f}" for name, value in counted.items())
+    print(f"GFLOP: {text}; a panel every {every} steps is {panel / (every * counted['step']):.2%} of the training")
+    if args.only_count:
+        return
     found = measure(args.batch_size, args.steps, args.rounds, args.images)
     medians = {name: statistics.median(values) for name, values in found["seconds"].items()}
-    every, log_every = found["settings"]["validation_every"], found["settings"]["log_every"]
+    log_every = found["settings"]["log_every"]
     shares = {
         "panel": medians["panel"] / (every * medians["step"]),
         "log": medians["log"] / (log_every * medians["step"]),

@@ -330,7 +330,7 @@ def test_what_a_resumed_run_logs_again_replaces_what_was_there(tmp_path):
         with MetricsWriter(tmp_path, start) as writer:
             for step, value in values.items():
                 writer.scalars(step, {"a": value})
-        (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.[0-9]*")
+        (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*.*")
         path.rename(path.with_name(f"events.out.tfevents.{start}"))
     assert read_run(tmp_path)["a"] == pytest.approx({1: 0.1, 2: 0.5})
     with pytest.raises(FileNotFoundError, match="no events"):

@@ -178,7 +178,7 @@ class HealthPanel:
 
     def _names(self, numbers: Mapping[str, Any]) -> dict[str, float]:
         """Numbers by name. An array of one number for each output of the student has one name for each."""
-        named = {}
+        named: dict[str, float] = {}
         for name, value in numbers.items():
             if np.ndim(value):
                 named |= {
