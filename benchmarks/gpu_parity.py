@@ -66,7 +66,7 @@ def images(dtype: str, precision: str | None) -> np.ndarray:
 def step(tiny: bool) -> dict[str, np.ndarray]:
     """Returns losses and gradients of one training step, by name."""
     import jax
-    from sampling import shape
+    from shapes import shape
     from training import CONFIG, Case, distillation, texts
 
     from tiue_jax.models import functional

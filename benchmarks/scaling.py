@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from machine import machine
-from sampling import SHAPES, TOKENS, shape
+from shapes import SHAPES, TOKENS, shape
 from side_by_side import table
 
 from tiue_jax import student

@@ -25,7 +25,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from machine import machine
 from random_weights import spread_
-from sampling import TOKENS, K, shape
+from sampling import K
+from shapes import TOKENS, shape
 from side_by_side import rounds_of, table
 
 from tiue_jax.convert.torch_pipeline import TiUEPipeline

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from machine import machine
-from sampling import LOOP, ONE_STEP, REPEATED, TIUE, K, inputs, our_functions, shape
+from sampling import LOOP, ONE_STEP, REPEATED, TIUE, K, our_functions
+from shapes import inputs, shape
 from side_by_side import table
 
 from tiue_jax import sharding, student

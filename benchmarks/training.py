@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from machine import machine
-from sampling import TOKENS, K, shape
+from sampling import K
+from shapes import TOKENS, shape
 from side_by_side import Programs, Worker, alternate, table
 
 from tiue_jax import sharding

@@ -60,8 +60,7 @@ class Pipeline:
             over all local devices, in groups of `mesh_step`. More devices in a group make one image faster.
 
     Raises:
-        ValueError: the models do not fit together, or an argument is wrong.
-        FileNotFoundError: no tokenizer in `tokenizer_dir`.
+        ValueError, FileNotFoundError: the models do not fit together, an argument is wrong, or there is no tokenizer.
     """
 
     name: str
@@ -197,9 +196,8 @@ class Pipeline:
                 model's sampler, and None in the next four arguments is the model's setting or the sampler's default.
             num_inference_steps: the number of steps; K for "tiue".
             guidance_scale: the scale of classifier-free guidance, for samplers that take it. Up to 1 is no guidance.
-            timestep_spacing: "leading", "trailing" or "linspace", for samplers that take it.
+            timestep_spacing: "leading", "trailing" or "linspace"; or give `timesteps`, descending.
             key_steps: the steps at which "faster_diffusion" runs the encoder, from 0. One number n is every n-th step.
-            timesteps: the timesteps of the steps, descending, instead of `timestep_spacing`.
             batch_size: images in a batch, by default 8. It is rounded up to a multiple of the number of devices, or of
                 groups of `mesh_step` devices. A call for fewer images takes the next power of two, so that few sizes
                 are compiled. A batch that is not full is filled with copies, which are thrown away.
