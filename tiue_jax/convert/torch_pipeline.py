@@ -293,18 +293,18 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError(f"expected either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
-        if prompt is not None:
-            prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-            if not prompt:
-                raise ValueError("prompt must be a text or a list of at least one, got []")
-        elif prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != self.unet.config.cross_attention_dim:
-            expected = f"[b, l, {self.unet.config.cross_attention_dim}]"
-            raise ValueError(f"prompt_embeds must be of shape {expected}, got {list(prompt_embeds.shape)}")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        text_width = self.unet.config.cross_attention_dim
+        if prompt_embeds is None and not prompts:
+            raise ValueError("prompt must be a text or a list of at least one, got []")
+        if prompt_embeds is not None and (prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != text_width):
+            shape = list(prompt_embeds.shape)
+            raise ValueError(f"prompt_embeds must be of shape [b, l, {text_width}], got {shape}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be >= 1, got {num_images_per_prompt}")
         scale = _lora_scale(cross_attention_kwargs)
         device = self._execution_device
-        count = len(prompt if prompt_embeds is None else prompt_embeds) * num_images_per_prompt
+        count = len(prompts if prompt_embeds is None else prompt_embeds) * num_images_per_prompt
         noise = self._noise(count, height, width, generator, latents, device)
         take_one_pass(self.unet)  # it may have been replaced
 
@@ -312,7 +312,7 @@ class TiUEPipeline(DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusi
         for module in modules:
             scale_lora_layers(module, scale)
         try:
-            text = self.encode_prompts(prompt, device) if prompt_embeds is None else prompt_embeds.to(device)
+            text = self.encode_prompts(prompts, device) if prompt_embeds is None else prompt_embeds.to(device)
             text = text.repeat_interleave(num_images_per_prompt, dim=0)  # [b l d]
             timesteps = torch.tensor(form.timesteps, device=device).repeat_interleave(count)  # [k*b], noisiest first
             outputs = self.unet(noise, timesteps, text, one_pass=True)
