@@ -11,7 +11,7 @@ MAX_LINES = 400
 
 # The floors of the house, from the top down: a module may import from its own floor and from those below.
 FLOORS = (
-    ("train", "sample", "configs", "examples", "benchmarks", "tests"),
+    ("train", "sample", "configs", "examples", "benchmarks", "space", "tests"),
     ("tiue_jax.cli",),
     ("tiue_jax.plan",),
     ("tiue_jax.convert",),
