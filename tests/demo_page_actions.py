@@ -5,9 +5,8 @@ import io
 
 import numpy as np
 
+from tests.demo_requests import SECONDS
 from tiue_jax import images
-
-SECONDS = 120  # to wait for a result on a busy machine
 
 
 def shown(page, model="student") -> list[tuple[np.ndarray, dict[str, str]]]:

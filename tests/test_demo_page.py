@@ -1,7 +1,6 @@
 """The web page of `tiue demo` in a real browser: headless Chromium, driven by playwright."""
 
 import base64
-import http.client
 import importlib.util
 import io
 import json
@@ -9,7 +8,6 @@ import os
 import re
 import shutil
 import threading
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,7 +15,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.demo_page_actions import SECONDS, choose, drop, largest_difference, number, shown, type_prompt, wait_for
+from tests.demo_page_actions import choose, drop, largest_difference, number, shown, type_prompt, wait_for
+from tests.demo_requests import SECONDS, ask, get
 from tiue_jax import images
 from tiue_jax.demo import drawing, studio
 
@@ -26,18 +25,8 @@ MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec
 MISSING += [] if CHROMIUM else ["chromium"]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the page needs {', '.join(MISSING)}: see requirements-demo.txt")
 
-CONTROLS = {
-    "view": drawing.DRAW,
-    "prompt": "ap",
-    "style": "",
-    "seed": 1,
-    "images": 1,
-    "size": "16 x 16",
-    "decoder_passes": 4,
-    "teacher_steps": 25,
-    "guidance_scale": 7.5,
-    "negative_prompt": "",
-}
+CONTROLS = {"view": drawing.DRAW, "prompt": "ap", "style": "", "seed": 1, "images": 1, "size": "16 x 16"}
+CONTROLS |= {"decoder_passes": 4, "teacher_steps": 25, "guidance_scale": 7.5, "negative_prompt": ""}
 USERS = 20
 
 
@@ -250,17 +239,6 @@ def test_a_taken_port_is_named(opened, address):
         pass
 
 
-def get(address: str, path: str) -> tuple[int, bytes]:
-    """Asks for a path as it is written: no client puts it in order."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=SECONDS)
-    connection.putrequest("GET", path, skip_accept_encoding=True)
-    connection.endheaders()
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, content
-
-
 @pytest.mark.parametrize(
     "route",
     ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy=", "/theme/"],
@@ -276,20 +254,6 @@ def test_no_file_of_the_server_can_be_read(address, tmp_path, route):
     for name in ("/etc/passwd", f"{up}etc/passwd", "http://127.0.0.1:1/x", "pyproject.toml", "README.md"):
         status, content = get(address, route + name)
         assert status in (400, 403, 404, 405) and b"root:" not in content and b"tiue-jax" not in content
-
-
-def post(address: str, path: str, content: dict) -> dict:
-    request = urllib.request.Request(address + path, json.dumps(content).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        return json.load(answer)
-
-
-def ask(address: str, event: int, values: list, session: str) -> list[str]:
-    """One request of the page by hand: what the server answers to this session, message by message."""
-    join = {"data": values, "fn_index": event, "session_hash": session, "trigger_id": None}
-    post(address, "gradio_api/queue/join", join)
-    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash={session}", timeout=SECONDS) as answer:
-        return [line[6:].decode() for line in answer if line.startswith(b"data: ")]
 
 
 def test_twenty_users_at_once(browser, address, opened):
