@@ -29,15 +29,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for target in links.outside(text, path):
             if files.get_file_from_path(pages.page_of(target)) is not None:
                 continue
-            content = (pages.ROOT / target).read_bytes()
-            files.append(File.generated(config, pages.page_of(target), content=content))
+            added = (pages.ROOT / target).read_bytes()
+            files.append(File.generated(config, pages.page_of(target), content=added))
             if target.endswith(".md"):
-                texts[pages.page_of(target)] = content.decode()
+                texts[pages.page_of(target)] = added.decode()
     for name in ("iframe-worker.js", "site.css"):
         files.append(File.generated(config, f"assets/{name}", content=Path(__file__).with_name(name).read_bytes()))
-    for path in sorted((pages.ROOT / "notebooks").glob("*.ipynb")):
-        uri = f"repository/notebooks/{path.name}"
-        files.append(File.generated(config, uri, content=path.read_bytes()))
+    for notebook in sorted((pages.ROOT / "notebooks").glob("*.ipynb")):
+        uri = f"repository/notebooks/{notebook.name}"
+        files.append(File.generated(config, uri, content=notebook.read_bytes()))
     return files
 
 

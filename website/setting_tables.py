@@ -29,7 +29,7 @@ def meanings(cls: type) -> dict[str, str]:
     described = attributes(inspect.cleandoc(cls.__doc__ or ""))
     commented = comments(textwrap.dedent(inspect.getsource(cls)))
     names = [field.name for field in dataclasses.fields(cls)]
-    found = {name: described.get(name) or commented.get(name) for name in names}
+    found = {name: described.get(name) or commented.get(name, "") for name in names}
     if missing := [name for name, meaning in found.items() if not meaning]:
         raise ValueError(f"{cls.__name__}: {', '.join(missing)} have no meaning: add a comment, or an Attributes entry")
     return found
