@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from kernels import kernels, summary
 from machine import machine
-from sampling import product_side, shape
+from product import product_side
+from sampling import shape
 from side_by_side import medians, table
 
 from tiue_jax import sharding

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from kernels import kernels, summary
 from machine import machine
+from product import on_gpu, product_side
 from side_by_side import Measured, Programs, Worker, alternate, relative_error, table
 
 from tiue_jax import student
@@ -98,12 +99,6 @@ def shape(name: str) -> Shape:
 
 
 SHAPES = ("emoji", "reduced", "sd21", "tiny")
-
-
-def on_gpu() -> bool:
-    import jax
-
-    return jax.default_backend() == "gpu"
 
 
 def inputs(shape: Shape, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,11 +176,6 @@ def ours(shape: Shape, batch_size: int) -> Programs:
     programs = {name: program(f, params, noise, *cast(texts)) for name, f in our_functions(shape).items()}
     product = program(lambda a: (a @ a)[0], jnp.ones((product_side(),) * 2, shape.dtype))
     return programs | {VAE: program(decode, vae_params, latents), PRODUCT: product}
-
-
-def product_side() -> int:
-    """Returns the number of rows and columns of the matrices in PRODUCT."""
-    return 2**13 if on_gpu() else 2**11
 
 
 def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
