@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernels import kernels, summary
 from machine import machine
-from sampling import product_side
+from product import product_side
 from shapes import shape
 from side_by_side import medians, table
 

@@ -37,7 +37,8 @@ from typing import Any
 import numpy as np
 from kernels import kernels, summary
 from machine import machine
-from shapes import SHAPES, STEPS, Shape, inputs, latents_for_vae, on_gpu, shape
+from product import on_gpu, product_side
+from shapes import SHAPES, STEPS, Shape, inputs, latents_for_vae, shape
 from side_by_side import Measured, Programs, Worker, alternate, relative_error, table
 
 from tiue_jax import student
@@ -121,11 +122,6 @@ def ours(shape: Shape, batch_size: int) -> Programs:
     programs = {name: program(f, params, noise, *cast(texts)) for name, f in our_functions(shape).items()}
     product = program(lambda a: (a @ a)[0], jnp.ones((product_side(),) * 2, shape.dtype))
     return programs | {VAE: program(decode, vae_params, latents), PRODUCT: product}
-
-
-def product_side() -> int:
-    """Returns the number of rows and columns of the matrices in PRODUCT."""
-    return 2**13 if on_gpu() else 2**11
 
 
 def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:

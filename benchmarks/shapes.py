@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
+from product import on_gpu
 
 from tiue_jax.models.presets import PRESETS
 from tiue_jax.models.unet import UNetConfig
@@ -50,12 +51,6 @@ def shape(name: str) -> Shape:
 
 
 SHAPES = ("emoji", "reduced", "sd21", "tiny")
-
-
-def on_gpu() -> bool:
-    import jax
-
-    return jax.default_backend() == "gpu"
 
 
 def inputs(shape: Shape, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
