@@ -142,7 +142,7 @@ def _open_clip(source: str, folder: Path) -> Extractor:
     tokenizer_folder = folder if has_tokenizer else clip_vocabulary.tokenizer_folder("sd21")
     tokenizer = Tokenizer(tokenizer_folder, cfg.text_config.max_position_embeddings, cfg.text_config.vocab_size)
     resize = Resize(cfg.vision_config.image_size, preprocessing.interpolation, crop=True)
-    mean, std = np.float32(preprocessing.mean), np.float32(preprocessing.std)
+    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
     return _of_clip(source, sha256, (graphdef, params), tokenizer, Pixels(resize, mean, std))
 
 

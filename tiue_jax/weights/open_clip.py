@@ -216,11 +216,12 @@ def translated(held: Mapping[str, StoredTensor], shapes: Params) -> tuple[dict[s
         held: tensors by OpenCLIP's names.
         shapes: the tree of a CLIP model or of its text encoder.
     """
-    found, used = {}, set[str]()
+    found: dict[str, StoredTensor] = {}
+    used = set[str]()
     for path, _ in leaves(shapes):
         name = on_disk(path)
         theirs, third = original_name(name)
-        if theirs in held:
+        if theirs is not None and theirs in held:
             tensor = held[theirs]
             if third is not None and tensor.shape and tensor.shape[0]:  # otherwise its shape is reported as wrong
                 width = tensor.shape[0] // 3
