@@ -10,9 +10,6 @@ from typing import NamedTuple
 from tiue_jax.cli import main
 from website.tables import table
 
-# Subcommands that `tiue evaluate` has beside its flags. The other commands list theirs in COMMANDS.
-OF_EVALUATE = ("statistics",)
-
 
 class Flag(NamedTuple):
     """A flag as the help shows it: its name with its values, and its meaning."""
@@ -43,8 +40,7 @@ def names() -> Iterator[str]:
     yield "tiue"
     for name in main.COMMANDS:
         yield f"tiue {name}"
-        inner = getattr(importlib.import_module(f"tiue_jax.cli.{name}"), "COMMANDS", {})
-        for subcommand in OF_EVALUATE if name == "evaluate" else inner:
+        for subcommand in getattr(importlib.import_module(f"tiue_jax.cli.{name}"), "COMMANDS", ()):
             yield f"tiue {name} {subcommand}"
 
 

@@ -226,6 +226,10 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         print(f"note: {note}")
 
 
+# The commands beside the evaluation, and `compare`, which takes no flags.
+COMMANDS = {"statistics": (define_statistics, run_statistics), "curves": (define_curves, run_curves)}
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Returns the exit status: 0, 2 after an error of one line on stderr, or 130 after Ctrl-C."""
     platforms.leave_out_missing_tpu()
@@ -233,15 +237,11 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) > 1 and argv[1] == "compare":
             show(compare.read_comparable(argv[2:]))
             return 0
-        if len(argv) > 1 and argv[1] == "statistics":
-            args = parse([f"{argv[0]} statistics", *argv[2:]], define_statistics, run_statistics.__doc__ or "")
+        if len(argv) > 1 and argv[1] in COMMANDS:
+            define, run_command = COMMANDS[argv[1]]
+            args = parse([f"{argv[0]} {argv[1]}", *argv[2:]], define, run_command.__doc__ or "")
             if args is not None:
-                run_statistics(args)
-            return 0
-        if len(argv) > 1 and argv[1] == "curves":
-            args = parse([f"{argv[0]} curves", *argv[2:]], define_curves, run_curves.__doc__ or "")
-            if args is not None:
-                run_curves(args)
+                run_command(args)
             return 0
         args = parse(argv, define_flags, __doc__)
         if args is not None:
