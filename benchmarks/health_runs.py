@@ -9,12 +9,12 @@ did.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from machine import machine
+from PIL import Image
 
 from tiue_jax.evaluate import curves
 from tiue_jax.training import events, summary
@@ -55,7 +55,8 @@ def keep(name: str, workdir: Path) -> None:
     kept = {tag: values for tag, values in found.items() if tag.startswith(KEPT)}
     events.write_csv(curves.FOLDER / f"{name}.csv", kept)
     panel = sorted((workdir / name / "samples").glob("health_*.png"))[-1]
-    shutil.copyfile(panel, ROOT / "docs" / "images" / f"health_{name}.png")
+    few_colours = Image.open(panel).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few_colours.save(ROOT / "docs" / "images" / f"health_{name}.png", optimize=True)
 
 
 def main() -> None:
