@@ -189,7 +189,9 @@ def test_an_evaluation_within_a_run_is_that_of_tiue_evaluate(whole, model, tmp_p
     workdir, _ = whole
     prompts = (model / "prompts.txt").read_text().splitlines()
     chosen = [prompts[i] for i in (0, 2, 5, 7, 10)]
-    results, _ = evaluate([Model(str(workdir / "student"), "student")], chosen, tmp_path, protocol=protocols.Protocol())
+    results, _ = evaluate(
+        [Model(str(workdir / "student"), "student", "student")], chosen, tmp_path, protocol=protocols.Protocol()
+    )
     expected = {name: found["value"] for name, found in results["points"][0]["metrics"]["clip"].items()}
     found = {name: values[4] for name, values in read_run(workdir).items() if name.startswith("eval/")}
     print(f"clip_score {found['eval/clip_score']:.5f}, by tiue evaluate {expected['clip_score']:.5f}")

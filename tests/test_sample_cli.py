@@ -263,7 +263,7 @@ def test_failing_in_the_middle_leaves_no_file(cli, pipe, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images.Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     status, _, err = cli("--prompt", "red apple", "--out", "a.png")
     assert status == 2 and err == "error: [Errno 28] cannot write: No space left on device: 'a.png'\n"
     assert list(Path().iterdir()) == []

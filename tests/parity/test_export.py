@@ -284,7 +284,7 @@ def test_the_lora_teacher_in_pytorch(tmp_path):
     ours = jax.jit(lambda params, *args: functional.bind(graphdef, params)(*args))(params, latents, t, text)
 
     pipe = TiUEPipeline.from_pretrained(teacher)
-    stock = StableDiffusionPipeline(**pipe.components, safety_checker=None, feature_extractor=None)
+    stock = StableDiffusionPipeline(**pipe.components)  # without a safety checker, as ours
     with torch.no_grad():
         inputs = nchw(latents), torch.from_numpy(t), torch.from_numpy(text)
         plain = stock.unet(*inputs).sample

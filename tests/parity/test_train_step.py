@@ -109,7 +109,7 @@ class Pair:
     def backward(self, seed: int, drop_text: bool) -> tuple:
         """Losses and gradients on both sides, compared; ours are returned."""
         draws = self.distillation.draw(jax.random.key(seed), 2)._replace(drop_text=jnp.asarray(drop_text))
-        arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items()}
+        arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items() if x is not None}
         arrays = {name: x.permute(0, 3, 1, 2) if x.ndim == 4 else x for name, x in arrays.items()}
         losses = self.theirs.gradients(arrays, torch.from_numpy(TEXT), torch.from_numpy(NULL).expand(2, -1, -1))
         grads, lora_grads, metrics = self.gradients(self.state, self.frozen, {"text": jnp.asarray(TEXT)}, draws)
