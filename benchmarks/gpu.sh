@@ -69,7 +69,7 @@ main() {
         part "parity" "$seconds" benchmarks/gpu_parity.py --tiny --json "$out/parity.json"
         part "sampling, batch of 2" "$seconds" benchmarks/sampling.py --shapes tiny --dtype bfloat16 --batch_size 2 --rounds 1 \
             --kernels TiUE --json "$out/sampling-2.json"
-        part "training step" "$seconds" benchmarks/gpu_training.py --tiny --batch_sizes 1 2 --rounds 1 --kernels \
+        part "training step" "$seconds" benchmarks/gpu_training.py --tiny --batch_sizes 1 --rounds 1 --kernels \
             --json "$out/training.json"
         return
     fi

@@ -187,8 +187,9 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
         w = torch.tensor(form.weights, dtype=torch.float32).reshape(1, K, 1, 1, 1)
         return float(form.scale) * noise + (w * outputs.float()).sum(1)
 
+    abar = float(schedule.alphas_cumprod[-1])  # here, since torch.compile traces numpy inside a function
+
     def one_step() -> Any:
-        abar = float(schedule.alphas_cumprod[-1])
         e = unet(noise, torch.tensor(schedule.num_train_timesteps - 1), text).sample
         return (noise - (1 - abar) ** 0.5 * e) / abar**0.5
 
@@ -209,8 +210,9 @@ def theirs(shape: Shape, batch_size: int, compiled: bool) -> Programs:
         return lambda: function().permute(0, 2, 3, 1).float().cpu().numpy()
 
     if compiled:
+        how = {"dynamic": False, "mode": mode, "backend": shape.torch_backend}
         fast = {REPEATED: repeated, ONE_STEP: one_step}
-        return {name: program(torch.compile(function, dynamic=False, mode=mode)) for name, function in fast.items()}
+        return {name: program(torch.compile(function, **how)) for name, function in fast.items()}
     vae = load(vae, AutoencoderKL, shape.vae)
     latents = nchw(latents_for_vae(shape, batch_size))
 

@@ -24,6 +24,7 @@ class Shape(NamedTuple):
     vae: VAEConfig
     guided_steps: int = STEPS  # steps that are run; the time is scaled to 25
     dtype: str = "float32"  # of weights and computation
+    torch_backend: str = "inductor"  # of torch.compile; to rehearse, one that traces and does not call a C++ compiler
 
     @property
     def latent_size(self) -> int:
@@ -46,7 +47,8 @@ def shape(name: str) -> Shape:
         small = {"block_out_channels": (16,), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
         kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
         unet = dataclasses.replace(SD21.unet, **small, **kinds, attention_head_dim=2, cross_attention_dim=16)
-        return Shape(unet, dataclasses.replace(SD21.vae, **small), guided_steps=1)
+        vae = dataclasses.replace(SD21.vae, **small)
+        return Shape(unet, vae, guided_steps=1, torch_backend="aot_eager")
     return Shape(SD21.unet, SD21.vae, guided_steps=STEPS if on_gpu() else 1)
 
 
