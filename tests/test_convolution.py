@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax import export
 
-from tests.tiny import UNET, random_params
+from tests.tiny import ONE_LEVEL_UNET, random_params
 from tiue_jax.models import chunks, convolution, functional, layers, upsampling, winograd
 from tiue_jax.models.unet import UNet
 
@@ -175,8 +175,8 @@ def test_the_size_of_chunks(n, limit, size):
 @pytest.mark.slow
 def test_a_unet_by_winograds_convolutions(monkeypatch):
     """All convolutions of a UNet, and their gradients."""
-    graphdef, _ = functional.abstract(UNet, UNET)
-    params, args = random_params(UNet, UNET, 0), (draw(2, 8, 8, 4), jnp.array([3, 700]), draw(2, 5, 8))
+    graphdef, _ = functional.abstract(UNet, ONE_LEVEL_UNET)
+    params, args = random_params(UNet, ONE_LEVEL_UNET, 0), (draw(2, 8, 8, 4), jnp.array([3, 700]), draw(2, 5, 8))
 
     def run():
         def loss(params):
