@@ -1,13 +1,16 @@
 """The command `tiue`: its help, its version and its errors. All run in this process."""
 
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
 
 from tiue_jax.cli.command_line import parse, print_error
-from tiue_jax.cli.main import COMMANDS, main
+from tiue_jax.cli.main import COMMANDS, READER_GONE, main
 
 WITH_DEFAULTS = [
     ("sample", "--model=TEXT", "(default: emoji-tiue)"),
@@ -113,3 +116,12 @@ def test_an_error_is_one_line_of_at_most_600_characters(capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: weights do not fit: conv_in.weight,") and err.endswith(" ...\n")
     assert err.count("\n") == 1 and len(err) <= len("error: ") + 600 + 1
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """As in `tiue --help | head -1`, where the reader ends first."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "tiue_jax", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (READER_GONE, "")

@@ -11,6 +11,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,9 +30,22 @@ COMMANDS = {
 }
 
 
+READER_GONE = 141  # the exit status that a shell shows for a program that SIGPIPE ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that `argv` names. Returns its exit status, or 2 if there is no such command."""
-    argv = sys.argv if argv is None else argv
+    try:
+        status = _run(sys.argv if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `tiue env | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        return READER_GONE
+
+
+def _run(argv: Sequence[str]) -> int:
+    """As `main`, for a given command line."""
     name, rest = (argv[1], argv[2:]) if len(argv) > 1 else ("--help", [])
     if name in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
