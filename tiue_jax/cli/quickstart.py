@@ -61,7 +61,9 @@ def distil(workdir: Path, minutes: float) -> None:
     if (workdir / "config.json").is_file():
         shutil.rmtree(workdir)  # otherwise the command resumes the run of the last time
     arguments = ["train", "--config", "emoji_tiue", "--workdir", str(workdir)]
-    arguments += [f"--config.train.max_train_minutes={minutes}", "--config.train.validation_every=50"]
+    # without the health panel, whose compilation is a part of these few minutes
+    settings = (f"max_train_minutes={minutes}", "validation_every=50", "health_images=0")
+    arguments += [f"--config.train.{setting}" for setting in settings]
     print("  " + " ".join(["tiue", *arguments]), flush=True)
     subprocess.run([sys.executable, "-m", "tiue_jax", *arguments], check=True)
 
