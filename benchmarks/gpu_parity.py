@@ -1,4 +1,4 @@
-"""What a GPU computes beside what the CPU of the same machine computes, from the same weights and random numbers.
+"""Compares what a GPU computes with what the CPU of the same machine computes, from the same weights and draws.
 
     python benchmarks/gpu_parity.py [--tiny] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What a visitor of the page of `tiue demo` does, by playwright, and what is shown then."""
+"""Actions of a visitor of the page of `tiue demo`, by playwright, and the images that are shown then."""
 
 import base64
 import io

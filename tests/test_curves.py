@@ -8,7 +8,7 @@ import pytest
 
 from tiue_jax.cli import evaluate as command
 from tiue_jax.evaluate import curves
-from tiue_jax.training.events import read_csv, write_csv
+from tiue_jax.training.events import read_csv, read_run, write_csv
 from tiue_jax.training.metrics import MetricsWriter
 
 
@@ -94,3 +94,12 @@ def test_bad_input_is_one_line(args, message, capsys, tmp_path, monkeypatch):
 def test_a_csv_of_curves_is_written_whole(tmp_path):
     write_csv(tmp_path / "a.csv", {"a": {1: 2.0}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "curves"]
+
+
+def test_a_damaged_record_is_logged(tmp_path, caplog):
+    """A length that is whole, and a content that is no event."""
+    folder = tmp_path / "run" / "tensorboard"
+    folder.mkdir(parents=True)
+    (folder / "events.out.tfevents.1").write_bytes((3).to_bytes(8, "little") + bytes(4) + b"\xff\xff\xff" + bytes(4))
+    assert read_run(tmp_path / "run") == {}
+    assert "events.out.tfevents.1: damaged at byte 0" in caplog.text

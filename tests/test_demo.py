@@ -1,4 +1,4 @@
-"""What the web page of `tiue demo` computes, without Gradio and without a browser."""
+"""The computations of the web page of `tiue demo`, without Gradio and without a browser."""
 
 import dataclasses
 import io

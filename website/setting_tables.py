@@ -59,7 +59,7 @@ def comments(source: str) -> dict[str, str]:
 
 
 def expected(annotation: Any) -> str:
-    """What the error of a wrong value says was expected: "an integer between 1 and 10"."""
+    """The expectation that the error of a wrong value names: "an integer between 1 and 10"."""
     try:
         check("x", annotation, object())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a training run shows and measures of its student between steps: images, health panel and evaluation.
+"""The look at a run's student between training steps: images, health panel and evaluation.
 
 Nothing here that fails stops the run: it is one line in the log, and the metric is missing at that step. Errors in the
 settings are raised before the first step.

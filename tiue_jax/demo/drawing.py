@@ -23,7 +23,7 @@ DRAW, COMPARE, EXPLAIN = VIEWS
 
 
 class Choices(NamedTuple):
-    """What a page offers.
+    """The choices that a page offers.
 
     Attributes:
         styles: of the model, or none.

@@ -46,7 +46,7 @@ class OneImage(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a student computes on the way to an image.
+    """The values that a student computes on the way to an image.
 
     Attributes:
         noise: eps, float32 [h w c].

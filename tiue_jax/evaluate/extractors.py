@@ -29,7 +29,7 @@ Features = dict[str, np.ndarray]  # by name: "features" [n d], and for Inception
 
 
 class Pixels(NamedTuple):
-    """What is done to images before the image encoder of a CLIP model."""
+    """The preprocessing of images for the image encoder of a CLIP model."""
 
     resize: Resize
     mean: np.ndarray  # of red, green and blue in [0, 1]

@@ -2,11 +2,16 @@
 
 import csv
 import io
+import logging
 import os
 
+from etils import epath
+from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tiue_jax import files
+
+logger = logging.getLogger(__name__)
 
 Curves = dict[str, dict[int, float]]  # by tag, such as "train/loss_vsd": the value by step
 
@@ -27,7 +32,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Curves:
         raise FileNotFoundError(f"{workdir}: no events in its folder tensorboard, expected the folder of a run")
     curves: Curves = {}
     for path in paths:
-        for event in _events(path.read_bytes()):
+        for event in _events(path):
             if event.session_log.status == SessionLog.START:  # a run went on from an older checkpoint
                 for values in curves.values():
                     for step in [step for step in values if step >= event.step]:
@@ -38,9 +43,9 @@ def read_run(workdir: str | os.PathLike[str]) -> Curves:
     return {tag: values for tag, values in curves.items() if values}
 
 
-def _events(data: bytes) -> list[Event]:
-    """The events of a file, up to the first that is not whole."""
-    found, at = [], 0
+def _events(path: epath.Path) -> list[Event]:
+    """The events of a file, up to the first that is not whole. A damaged one is logged."""
+    found, at, data = [], 0, path.read_bytes()
     while at + _HEADER <= len(data):
         length = int.from_bytes(data[at : at + 8], "little")
         end = at + _HEADER + length
@@ -48,7 +53,8 @@ def _events(data: bytes) -> list[Event]:
             break
         try:
             found.append(Event.FromString(data[at + _HEADER : end]))
-        except Exception:  # protobuf raises several types
+        except DecodeError:
+            logger.warning("%s: damaged at byte %d, its scalars after that are left out", path, at)
             break
         at = end + _FOOTER
     return found

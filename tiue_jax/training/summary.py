@@ -1,4 +1,4 @@
-"""What a run did, in a few lines, from the files in its folder: also while it works and after it was killed."""
+"""The summary of a run in a few lines, from the files in its folder: also while it works and after it was killed."""
 
 import os
 import statistics
