@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from dataset import Dataset, augment
 from styles import SIZE, STYLES
-from training import State, adamw, create, make_step, train
+from training import State, create, make_step, muon, train
 
 from tiue_jax import images
 from tiue_jax.models import functional
@@ -143,7 +143,7 @@ def main() -> None:
         grid = images.grid(images.to_uint8(pairs.reshape(-1, SIZE, SIZE, 3)), 12)
         images.write_png(folder / "reconstructions.png", grid)
 
-    optimizer = adamw(1e-4)
+    optimizer = muon(1e-4)
     state = create(functional.init(shapes, seed=0), optimizer)
     step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, args.steps)
     epoch = len(trained) // BATCH

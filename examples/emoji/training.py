@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -43,6 +44,22 @@ def adamw(weight_decay: float = 0.01) -> optax.GradientTransformation:
         optax.scale_by_adam(b2=0.99),
         optax.add_decayed_weights(weight_decay, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
         optax.scale(-1.0),
+    )
+
+
+def muon(weight_decay: float = 0.01) -> optax.GradientTransformation:
+    """Returns Muon (arXiv 2502.16982) for the kernels and Adam for the rest. Multiply its updates by the learning rate.
+
+    A kernel [... cin cout] is a matrix of cout columns. Its update has the size that Adam's has, so that the same
+    learning rates serve.
+    """
+
+    def matrices(params: Any) -> Any:
+        kernel = contrib.MuonDimensionNumbers
+        return jax.tree.map(lambda x: kernel(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None, params)
+
+    return contrib.muon(
+        1.0, weight_decay=weight_decay, adam_b2=0.99, muon_weight_dimension_numbers=matrices, consistent_rms=0.2
     )
 
 
