@@ -12,7 +12,10 @@ from tests.tiny_distillation import BATCH, CONFIG, NULL, UNET, adapted, distance
 from tiue_jax import student
 from tiue_jax.models import functional, lora
 from tiue_jax.models.unet import UNet
+from tiue_jax.sampling.settings import Sampling
+from tiue_jax.training import losses
 from tiue_jax.training.distill import Frozen
+from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig, student_sampling
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,30 @@ def test_the_teachers_guidance_is_drawn_for_each_sample(state, frozen):
     both = jax.tree.map(jnp.add, first, second)
     assert distance(both, jax.tree.map(jnp.add, low, high)) < 1e-4 * norm(high)
     assert distance(first, low) > 1e-3 * norm(low) and distance(second, low) > 1e-3 * norm(low)
+
+
+def test_a_student_without_a_shared_encoder_learns_through_all_its_steps(state, frozen):
+    """The gradient of a KL term so large that nothing else counts, against that of the term written out."""
+    weight = 1e6
+    distillation = make(shared_encoder=False, kl_weight=weight)
+    draws, start = distillation.draw(jax.random.key(3), 2), adapted(state)
+    plain, _ = functional.abstract(UNet, UNET)
+
+    def kl(params):
+        unet = functional.bind(plain, params)
+        outputs, _ = student.unshared(unet, draws.noise, BATCH["text"], distillation.form)
+        return losses.kl(outputs, CONFIG.kl_batch_size)[0]
+
+    value, expected = jax.jit(jax.value_and_grad(kl))(start.params)
+    grads, _, metrics = jax.jit(distillation.gradients)(start, frozen, BATCH, draws)
+    np.testing.assert_allclose(metrics["loss_kl"], value, rtol=1e-4)
+    assert distance(jax.tree.map(lambda x: x / weight, grads), expected) < 1e-3 * norm(expected)
+
+
+def test_a_student_without_a_shared_encoder_is_sampled_as_ddim_without_guidance():
+    config = dataclasses.replace(CONFIG, shared_encoder=False, timestep_spacing="trailing")
+    settings = Settings(ModelConfig("emoji"), DataConfig("emoji"), TrainConfig(), config)
+    sampling = student_sampling(settings)
+    assert sampling == Sampling("ddim", 2, guidance_scale=1.0, timestep_spacing="trailing")
+    free = dataclasses.replace(config, timesteps=(751, 251))
+    assert student_sampling(dataclasses.replace(settings, distill=free)).timesteps == (751, 251)

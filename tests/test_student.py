@@ -12,6 +12,7 @@ from tests.tiny import UNET
 from tiue_jax import student
 from tiue_jax.models import functional
 from tiue_jax.models.unet import UNet
+from tiue_jax.sampling import samplers
 from tiue_jax.schedule import SPACINGS, Schedule
 
 
@@ -81,6 +82,23 @@ def test_equals_the_sequential_loop(generate, sequential, form):
     noise, text = inputs(3)
     loop = sequential(noise, text, closed_form(*form))
     np.testing.assert_allclose(generate(noise, text, *form), loop, atol=1e-5 * float(jnp.abs(loop).max()))
+
+
+@pytest.mark.parametrize("form", [(1, "trailing", "epsilon"), (3, "linspace", "v_prediction")])
+def test_without_sharing_it_is_ddim_with_the_whole_unet(model, generate, form):
+    """Against the sampler "ddim", which other tests compare with diffusers. At one step, sharing changes nothing."""
+    graphdef, params = model
+    noise, text = inputs(2)
+    (k, spacing, prediction_type), unet = form, functional.bind(graphdef, params)
+    outputs, latents = jax.jit(lambda: student.unshared(unet, noise, text, closed_form(*form)))()
+    schedule = Schedule(timestep_spacing=spacing, prediction_type=prediction_type)
+    settings = samplers.Inputs(unet, noise, text, schedule, k, guidance_scale=1.0)
+    ddim = jax.jit(lambda: samplers.ddim(settings))()
+    assert outputs.shape == (2, k, 8, 8, 4)
+    np.testing.assert_allclose(latents, ddim, atol=1e-5 * float(jnp.abs(ddim).max()))
+    np.testing.assert_allclose(latents, student.combine(noise, outputs, closed_form(*form)), rtol=1e-4, atol=1e-4)
+    shared = generate(noise, text, *form)
+    assert (float(jnp.abs(latents - shared).max()) < 1e-4) == (k == 1)
 
 
 def test_any_batch_size_gives_the_same_latents(generate):

@@ -52,6 +52,28 @@ def combine(noise: jax.Array, outputs: jax.Array, form: ClosedForm) -> jax.Array
     return _add_noise(noise, _weighted_sum(outputs, jnp.asarray(form.weights, jnp.float32)), form)
 
 
+def unshared(unet: UNetLike, noise: jax.Array, text: jax.Array, form: ClosedForm) -> tuple[jax.Array, jax.Array]:
+    """The same DDIM steps with the whole UNet at each of them, as in a model that shares no encoder.
+
+    It shows what sharing costs (`distill.shared_encoder`). Its student is sampled as any DDIM model without guidance.
+
+    Args:
+        unet: a bound UNet.
+        noise: eps, standard normal latents [b h w c].
+        text: text embeddings [b l d].
+        form: DDIM at the sampling timesteps.
+
+    Returns:
+        The network's outputs, float32 [b k h w c], and the latents z_0, float32 [b h w c].
+    """
+    x, outputs = noise.astype(jnp.float32), []
+    for i, timestep in enumerate(form.timesteps):
+        t = jnp.full(noise.shape[:1], timestep)
+        outputs.append(unet(x, t, text).astype(jnp.float32))
+        x = float(form.c[i]) * x + float(form.d[i]) * outputs[-1]
+    return jnp.stack(outputs, axis=1), x
+
+
 def trajectory(noise: jax.Array, outputs: jax.Array, form: ClosedForm) -> jax.Array:
     """The latents z_t before each DDIM step: noise [b h w c], outputs [b k h w c] -> float32 [b k h w c].
 

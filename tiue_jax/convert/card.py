@@ -46,6 +46,8 @@ This runs `pipeline.py`, the one-pass sampler. Read it first, since `trust_remot
 for that.
 """
 
+_TITLES = {True: "Loop-free student of ", False: "Student without a shared encoder of "}
+
 _PIPELINE = """\
 `{base}` as TiUE-JAX writes it, in the layout of diffusers' `StableDiffusionPipeline`.
 
@@ -202,7 +204,7 @@ def card(
     fields["rows"] = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     parts = [
         _front_matter(base, is_student),
-        f"# {'Loop-free student of ' if training else ''}{base.name}\n\n",
+        f"# {_TITLES[is_student] if training else ''}{base.name}\n\n",
         (_STUDENT if is_student else _PIPELINE).format(**fields),
         _COMMON.format(**fields),
         _LORA if has_lora_teacher else "",

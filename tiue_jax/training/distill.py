@@ -265,9 +265,15 @@ class Distillation:
 
     def _student_outputs(self, params: Params, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
         """The decoder's outputs [b k h w c] and the student's latents z_0 [b h w c] (step 1)."""
+        return self._run_student(params, inputs.draws.noise, inputs.text)
+
+    def _run_student(self, params: Params, noise: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`_student_outputs` for noise [b h w c] and text [b l d]."""
         unet = functional.bind(self.student, functional.cast(params, self.dtype))
-        outputs = student.predict(unet, inputs.draws.noise, inputs.text, self.form.timesteps)
-        return outputs, student.combine(inputs.draws.noise, outputs, self.form)
+        if not self.config.shared_encoder:
+            return student.unshared(unet, noise, text, self.form)
+        outputs = student.predict(unet, noise, text, self.form.timesteps)
+        return outputs, student.combine(noise, outputs, self.form)
 
     def _clip_similarity(self, params: Params, inputs: _Inputs) -> jax.Array:
         """The mean cosine similarity of prompts and decoded latents, which L_clip raises; float32 []."""
@@ -318,9 +324,8 @@ class Distillation:
 
     def sample_student(self, params: Params, noise: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The student's outputs as noise predictions [b k h w c], and its latents z_0 [b h w c], without gradients."""
-        unet = functional.bind(self.student, functional.cast(params, self.dtype))
-        outputs = student.predict(unet, noise, text, self.form.timesteps)
-        return self._student_epsilons(noise, outputs), student.combine(noise, outputs, self.form)
+        outputs, latents = self._run_student(params, noise, text)
+        return self._student_epsilons(noise, outputs), latents
 
     def predict_noise(
         self,

@@ -39,6 +39,7 @@ class DistillConfig:
     num_inference_steps: Count = 4  # K, the number of decoder passes
     timestep_spacing: Spacing = "leading"  # or "trailing", "linspace"; the last pass of "leading" weighs almost nothing
     timesteps: CustomTimesteps | None = None  # of the decoder passes, such as (999, 749, 499, 249), without a spacing
+    shared_encoder: bool = True  # False runs the whole UNet at each timestep, to measure what sharing the encoder costs
     teacher_guidance_scale: GuidanceScale = 4.5  # classifier-free guidance of the frozen teacher; 1 is no guidance
     teacher_guidance_scale_max: GuidanceScale | None = None  # each sample's scale is drawn from the range up to this
     negative_prompt: str = ""  # what the guidance of both teachers leads away from, instead of the empty prompt

@@ -252,9 +252,11 @@ def optional_settings() -> list[str]:
 def student_sampling(settings: Settings) -> Sampling:
     """The sampling settings of a run's student."""
     distill = settings.distill
-    if distill.timesteps is not None:
-        return Sampling("tiue", distill.num_inference_steps, timesteps=distill.timesteps)
-    return Sampling("tiue", distill.num_inference_steps, timestep_spacing=distill.timestep_spacing)
+    spacing = distill.timestep_spacing if distill.timesteps is None else None
+    steps = {"timestep_spacing": spacing, "timesteps": distill.timesteps}
+    if distill.shared_encoder:
+        return Sampling("tiue", distill.num_inference_steps, **steps)
+    return Sampling("ddim", distill.num_inference_steps, guidance_scale=1.0, **steps)
 
 
 def student_config(settings: Settings, unet: UNetConfig) -> UNetConfig:
