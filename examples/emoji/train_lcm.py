@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="emoji", help="a pipeline for images of the data's size")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="of the teacher's solver")
     parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the batches and the noise")
     args = parser.parse_args()
 
     data, teacher = Dataset.load(args.out), Pipeline.from_pretrained(args.teacher)
@@ -163,7 +164,7 @@ def main() -> None:
     optimizer = adamw(0.0)
     loss_fn = make_loss(bind, teacher.schedule, weights, null, args.guidance_scale)
     step = make_step(loss_fn, optimizer)
-    state = train(folder, create(weights, optimizer), step, make_batch, steps=args.steps, report=report)
+    state = train(folder, create(weights, optimizer), step, make_batch, steps=args.steps, seed=args.seed, report=report)
     save_pipeline(
         folder / "pipeline",
         overwrite=True,

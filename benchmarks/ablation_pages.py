@@ -1,0 +1,124 @@
+"""The figures of `ablations.py`: docs/ablations.json, and the tables and pictures of docs/ablations.md."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablation_systems import GROUPS, SYSTEMS
+
+from tiue_jax import images
+from tiue_jax.files import read_text, write_json, writing_aside
+from tiue_jax.pipeline import Pipeline
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS, PAGE = DOCS / "ablations.json", DOCS / "ablations.md"
+PLOT, GRID = DOCS / "images" / "ablations.svg", DOCS / "images" / "ablations_grid.png"
+FROM_EVALUATE = ("frechet_distance", "precision", "recall", "density", "coverage", "diversity")
+# The columns: the name of a figure, its heading, and its format.
+COLUMNS = {
+    "retrieval": ("retrieval", "{:.1%}"),
+    "style": ("style obeyed", "{:.1%}"),
+    "style_coverage": ("style coverage", "{:.1%}"),
+    "held_out": ("held-out pairs", "{:.1%}"),
+    "frechet_distance": ("Fréchet distance", "{:.2f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+    "diversity": ("in-prompt diversity", "{:.3f}"),
+    "milliseconds": ("ms an image", "{:.0f}"),
+}
+SHOWN = ("red apple", "dog face", "rocket", "slice of pizza", "grinning face", "house with garden", "red heart", "fish")
+_TABLE = re.compile(r"(<!-- ablations: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Results = dict[str, dict[str, Any]]  # by system: "figures" by seed, and what they were made from
+
+
+def read() -> Results:
+    """The content of docs/ablations.json; nothing if it is not there."""
+    return json.loads(read_text(RESULTS)) if RESULTS.exists() else {}
+
+
+def add(name: str, seed: int, result: dict[str, Any]) -> None:
+    """Adds the result of a system at a seed to docs/ablations.json. Figures of other settings are dropped."""
+    found = read()
+    entry = found.get(name, {})
+    if entry.get("made_from") != result["made_from"]:
+        entry = {"made_from": result["made_from"], "seeds": {}}
+    entry["seeds"][str(seed)] = result["figures"]
+    entry["machine"] = result["machine"]
+    write_json(RESULTS, {key: (found | {name: entry})[key] for key in SYSTEMS if key in found or key == name})
+
+
+def cell(values: Sequence[float], template: str) -> str:
+    """The mean of the seeds, and half the distance of the largest and the smallest of them."""
+    mean = template.format(np.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {template.format(np.ptp(values) / 2)}"
+
+
+def table(results: Results, group: str, first: str) -> str:
+    """The table of a group, in Markdown: `first`, and the systems of the group that were measured."""
+    names = [name for name in SYSTEMS if name in results and (name == first or SYSTEMS[name].group == group)]
+    head = ["system", *(heading for heading, _ in COLUMNS.values())]
+    rows = [head, ["---"] * len(head)]
+    for name in names:
+        seeds = results[name]["seeds"].values()
+        cells = [cell([figures[key] for figures in seeds], template) for key, (_, template) in COLUMNS.items()]
+        rows.append([SYSTEMS[name].label, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def tables(text: str, results: Results, first: str) -> str:
+    """The page with today's tables. ValueError for a table of a group that is not there."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in GROUPS:
+            raise ValueError(f"{PAGE}: a table must be of a group among {list(GROUPS)}, got {found[2]!r}")
+        return found[1] + table(results, found[2], first) + found[3]
+
+    return _TABLE.sub(fill, text)
+
+
+def plot(results: Results) -> None:
+    """Draws every system as a point: quality upwards, diversity to the right, bars from one seed to the other."""
+    import matplotlib  # noqa: PLC0415  # an extra, which the tables do not need
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ablations"  # the same file for the same figures
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, all_axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    groups = list(GROUPS)
+    for axes, (across, up) in zip(all_axes, (("style_coverage", "retrieval"), ("recall", "precision")), strict=True):
+        for name, entry in results.items():
+            x, y = (np.array([figures[key] for figures in entry["seeds"].values()]) for key in (across, up))
+            colour = f"C{groups.index(SYSTEMS[name].group) % 10}"
+            bars = {"xerr": np.ptp(x) / 2, "yerr": np.ptp(y) / 2}
+            axes.errorbar(x.mean(), y.mean(), **bars, fmt="o", color=colour, elinewidth=0.8)
+            axes.annotate(name, (x.mean(), y.mean()), (4, 4), textcoords="offset points", fontsize=8, color=colour)
+        axes.set(xlabel=COLUMNS[across][0], ylabel=COLUMNS[up][0])
+        axes.grid(alpha=0.3)
+    with writing_aside(PLOT) as aside:
+        figure.savefig(aside, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def grid(models: dict[str, str | Path]) -> None:
+    """Draws SHOWN with each model, a row for each, from the same noise."""
+    rows = []
+    for name, model in models.items():
+        settings = {} if SYSTEMS[name].kind == "distil" else dict(SYSTEMS[name].settings)
+        rows.append(Pipeline.from_pretrained(model)(SHOWN, seed=0, **settings))
+    images.write_png(GRID, images.grid(np.concatenate(rows), len(SHOWN)))
+
+
+def write(first: str) -> None:
+    """Writes the tables and the plot from docs/ablations.json."""
+    results = read()
+    text = tables(read_text(PAGE), results, first)
+    with writing_aside(PAGE) as aside:
+        aside.write_text(text, encoding="utf-8")
+    plot(results)

@@ -1,0 +1,101 @@
+"""The systems that `ablations.py` compares, all on the shipped emoji teacher.
+
+Each differs from the recipe `emoji_tiue` in the settings of its row, and in nothing else.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+REFERENCE = "reference"
+
+
+class System(NamedTuple):
+    """One system.
+
+    Attributes:
+        group: the table that shows it.
+        label: its name in the table.
+        kind: what makes its weights. "distil": a training of the recipe. "teacher": nothing, these are the teacher's.
+            "average": the mean of another system's students, one for each seed. "lcm": examples/emoji/train_lcm.py.
+        settings: of "distil": changes of the recipe's section `distill`. Of the others: flags of the sampling.
+        other: the system whose student (of the same seed) a training starts from, or whose students are averaged.
+    """
+
+    group: str
+    label: str
+    kind: Literal["distil", "teacher", "average", "lcm"] = "distil"
+    settings: Mapping[str, Any] = {}
+    other: str | None = None
+
+
+_ATTENTION = "('to_q','to_v')"
+# "leading" would give one step timestep 1: the one-step student works at the last timestep, as SwiftBrush does.
+_ONE_STEP = {"num_inference_steps": 1, "timesteps": "(999,)"}
+SYSTEMS = {
+    REFERENCE: System("steps", "the recipe: K = 4, one encoder pass"),
+    "k-1": System("steps", "K = 1, at timestep 999", settings=_ONE_STEP),
+    "k-2": System("steps", "K = 2", settings={"num_inference_steps": 2}),
+    "k-8": System("steps", "K = 8", settings={"num_inference_steps": 8}),
+    "unshared": System("sharing", "the whole UNet at each of 4 steps", settings={"shared_encoder": False}),
+    "unshared-2": System(
+        "sharing", "the whole UNet at each of 2 steps", settings={"shared_encoder": False, "num_inference_steps": 2}
+    ),
+    "kl-0": System("kl", "no KL term", settings={"kl_weight": 0.0}),
+    "kl-1": System("kl", "KL weight 1", settings={"kl_weight": 1.0}),
+    "guidance-1-1": System("guidance", "no guidance", settings={"teacher_guidance_scale": 1.0}),
+    "guidance-4-1": System("guidance", "teacher 4, LoRA teacher 1", settings={"teacher_guidance_scale": 4.0}),
+    "guidance-equal": System("guidance", "2.5 for both", settings={"lora_guidance_scale": 2.5}),
+    "guidance-paper": System(
+        "guidance", "4.5 for both, the paper's", settings={"teacher_guidance_scale": 4.5, "lora_guidance_scale": 4.5}
+    ),
+    "guidance-range": System(
+        "guidance",
+        "teacher drawn from 1.5 to 3.5",
+        settings={"teacher_guidance_scale": 1.5, "teacher_guidance_scale_max": 3.5},
+    ),
+    "weighting": System(
+        "weighting", "1 - abar, the paper's", settings={"timestep_weighting": "one_minus_alphas_cumprod"}
+    ),
+    "trailing": System("timesteps", "trailing", settings={"timestep_spacing": "trailing"}),
+    "linspace": System("timesteps", "linspace", settings={"timestep_spacing": "linspace"}),
+    "free": System("timesteps", "751, 551, 351, 151", settings={"timesteps": "(751,551,351,151)"}),
+    "free-late": System("timesteps", "851, 601, 351, 101", settings={"timesteps": "(851,601,351,101)"}),
+    "lora-rank-4": System("lora", "rank 4", settings={"lora_rank": 4, "lora_alpha": 6.75}),
+    "lora-attention": System("lora", "attention only, the paper's targets", settings={"lora_targets": _ATTENTION}),
+    "lora-updates-3": System(
+        "updates", "3 updates of the LoRA teacher in a step", settings={"lora_updates_per_step": 3}
+    ),
+    "start": System("start", "starts from the one-step student", other="k-1"),
+    "average": System("average", "mean of the recipe's students of all seeds", "average", other=REFERENCE),
+    "teacher-25": System("baselines", "teacher, 25 steps, guidance 4", "teacher"),
+    "teacher-4": System("baselines", "teacher, 4 steps, guidance 4", "teacher", {"num_inference_steps": 4}),
+    "faster-diffusion": System(
+        "baselines",
+        "Faster Diffusion, 25 steps, guidance 4",
+        "teacher",
+        {"sampler": "faster_diffusion", "num_inference_steps": 25, "guidance_scale": 4.0},
+    ),
+    "not-distilled": System(
+        "baselines", "teacher's weights as a student", "teacher", {"sampler": "tiue", "num_inference_steps": 4}
+    ),
+    "lcm": System("baselines", "LCM, 4 steps", "lcm"),
+    "swiftbrush": System(
+        "baselines",
+        "SwiftBrush: one step, equal guidance, no KL term",
+        settings={**_ONE_STEP, "kl_weight": 0.0, "lora_guidance_scale": 2.5},
+    ),
+}
+# What each table asks, in the order of the page.
+GROUPS = {
+    "baselines": "Other systems on the same teacher",
+    "steps": "Decoder passes, K",
+    "sharing": "One encoder pass, or the whole UNet at each step",
+    "kl": "The KL term",
+    "guidance": "Guidance of the two teachers",
+    "weighting": "Weight of the timesteps",
+    "timesteps": "Spacing and free timesteps",
+    "lora": "LoRA rank and targets",
+    "updates": "Updates of the LoRA teacher",
+    "start": "Where the student starts",
+    "average": "Averaging",
+}

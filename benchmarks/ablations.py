@@ -1,0 +1,172 @@
+"""Compares choices of the method, and other methods, on the shipped emoji teacher: docs/ablations.md.
+
+    python benchmarks/ablations.py run [--workdir runs/ablations] [--steps 300] [--seeds 0,1] [--only reference,k-1]
+    python benchmarks/ablations.py pages
+
+`run` trains and measures each system of ablation_systems.py, one after the other, with each seed. It leaves alone what
+is done and resumes what was stopped. After each it adds the figures to docs/ablations.json. `pages` rebuilds the tables
+and the plot of docs/ablations.md from that file, and the grid of images from the runs if they are there.
+
+The real images come from `examples/emoji/data.py` (`--data`). All trainings have the same number of steps, and all
+systems the same evaluation prompts and noise.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ablation_pages
+from ablation_systems import REFERENCE, SYSTEMS, System
+from machine import machine
+
+from tiue_jax.files import write_json
+from tiue_jax.training import checkpoint_files
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ROOT / "examples/emoji/eval_prompts.txt"
+RESULT = "result.json"
+# Nothing but the training is to take time.
+TRAIN = {
+    "validation_prompts": "()",
+    "health_images": 0,
+    "log_every": 10,
+    "checkpoint_every": 100,
+    "checkpoints_total_limit": 1,
+}
+
+
+def run(*command: Any) -> None:
+    """Runs a Python program, or a module after "-m", and ends this one if it fails."""
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags of a command line."""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def student_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """The folder of a system's model."""
+    return args.workdir / name / f"seed-{seed}" / ("lcm/pipeline" if SYSTEMS[name].kind == "lcm" else "student")
+
+
+def make(args: argparse.Namespace, name: str, seed: int) -> str | Path:
+    """Makes the model of a system, and returns its name or folder."""
+    system, student = SYSTEMS[name], student_of(args, name, seed)
+    if system.kind == "teacher":
+        return args.teacher
+    if system.kind == "average":
+        assert system.other is not None
+        models = [str(student_of(args, system.other, other)) for other in args.seeds]
+        run(
+            "-m", "tiue_jax", "convert", "average", *(f"--model={m}" for m in models), f"--out={student}", "--overwrite"
+        )
+    elif system.kind == "lcm":
+        work = student.parents[1]
+        work.mkdir(parents=True, exist_ok=True)
+        for part in ("images.npy", "index.json"):
+            if not (work / part).exists():
+                (work / part).symlink_to((args.data / part).resolve())
+        program = ROOT / "examples/emoji/train_lcm.py"
+        run(program, "--out", work, "--teacher", args.teacher, "--steps", args.steps, "--seed", seed)
+    else:
+        train = {"seed": seed, "max_train_steps": args.steps, **TRAIN}
+        changes = {f"config.train.{key}": value for key, value in train.items()}
+        changes |= {f"config.distill.{key}": value for key, value in system.settings.items()}
+        changes["config.model.pretrained_model_name_or_path"] = args.teacher
+        if system.other is not None:
+            changes["config.model.student_name_or_path"] = student_of(args, system.other, seed)
+        run("-m", "tiue_jax", "train", "--config=emoji_tiue", f"--workdir={student.parent}", *flags(changes))
+    return student
+
+
+def measure(args: argparse.Namespace, name: str, seed: int, model: str | Path) -> dict[str, float]:
+    """The figures of a model, by name."""
+    system, out = SYSTEMS[name], args.workdir / name / f"seed-{seed}"
+    sampling = {} if system.kind == "distil" else dict(system.settings)
+    program = ROOT / "examples/emoji/evaluate.py"
+    judged = {"model": model, "data": args.data, "out": out / "emoji", "seed": seed, **sampling}
+    run(program, *flags(judged), "--json")
+    compared = {
+        "model": model,
+        "prompt_file": PROMPTS,
+        "num_images_per_prompt": 2,
+        "reference": args.data / "images.npy",
+        "out": out / "evaluation",
+        **{"guidance_scales" if key == "guidance_scale" else key: value for key, value in sampling.items()},
+    }
+    run("-m", "tiue_jax", "evaluate", *flags(compared))
+    emoji = json.loads((out / "emoji" / "results.json").read_text(encoding="utf-8"))
+    point = json.loads((out / "evaluation" / "results.json").read_text(encoding="utf-8"))["points"][0]
+    against = {metric: entry["value"] for metric, entry in point["metrics"]["clip"].items()}
+    return {
+        "retrieval": emoji["plain_retrieval"],
+        "style": emoji["styled_style"],
+        "style_coverage": emoji["coverage"],
+        "held_out": emoji["held_out_retrieval"],
+        **{metric: against[metric] for metric in ablation_pages.FROM_EVALUATE},
+        "milliseconds": 1000 / point["images_per_second"],
+    }
+
+
+def about(args: argparse.Namespace, system: System) -> dict[str, Any]:
+    """What the figures of a system depend on, to know whether they are those of today's arguments."""
+    steps = args.steps if system.kind in ("distil", "lcm") else None
+    return {"settings": dict(system.settings), "steps": steps, "teacher": args.teacher, "other": system.other}
+
+
+def run_one(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """The result of a system at a seed, made if it is not there."""
+    path, made_from = args.workdir / name / f"seed-{seed}" / RESULT, about(args, SYSTEMS[name])
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["made_from"] != made_from:
+            now = f"{found['made_from']}, now {made_from}"
+            raise SystemExit(f"{path.parent} was made with {now}: remove it, or give another --workdir")
+        return found
+    print(f"{name}, seed {seed}: {SYSTEMS[name].label}", flush=True)
+    model = make(args, name, seed)
+    result = {"made_from": made_from, "figures": measure(args, name, seed, model), "machine": machine("jax")}
+    write_json(path, result)
+    shutil.rmtree(path.parent / checkpoint_files.FOLDER, ignore_errors=True)  # a quarter of a gigabyte each
+    return result
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Runs every system and seed, and keeps the figures."""
+    wanted = args.only or list(SYSTEMS)
+    # One that needs another's student comes after it.
+    for name in sorted(wanted, key=lambda name: SYSTEMS[name].other is not None):
+        # A mean of all seeds is one model. Its seed changes the noise.
+        for seed in args.seeds:
+            ablation_pages.add(name, seed, run_one(args, name, seed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "pages"))
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "ablations")
+    parser.add_argument("--data", type=Path, default=ROOT / "runs" / "emoji", help="the folder that data.py wrote")
+    parser.add_argument("--teacher", default="emoji")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
+    parser.add_argument("--only", type=lambda text: text.split(","), help="names of systems, with commas")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.only or ()) - set(SYSTEMS)):
+        parser.error(f"--only must be some of {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
+    args.workdir, args.data = args.workdir.resolve(), args.data.resolve()
+    if args.command == "run":
+        run_all(args)
+    ablation_pages.write(first=REFERENCE)
+    made = {name: args.teacher if s.kind == "teacher" else student_of(args, name, 0) for name, s in SYSTEMS.items()}
+    if there := {name: model for name, model in made.items() if model == args.teacher or Path(model).exists()}:
+        ablation_pages.grid(there)
+
+
+if __name__ == "__main__":
+    main()
