@@ -54,9 +54,12 @@ def muon(weight_decay: float = 0.01) -> optax.GradientTransformation:
     learning rates serve.
     """
 
+    def matrix(path: tuple[Any, ...], x: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        is_kernel = path[-1].key == "kernel"
+        return contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if is_kernel else None
+
     def matrices(params: Any) -> Any:
-        kernel = contrib.MuonDimensionNumbers
-        return jax.tree.map(lambda x: kernel(tuple(range(x.ndim - 1)), x.ndim - 1) if x.ndim > 1 else None, params)
+        return jax.tree.map_with_path(matrix, params)
 
     return contrib.muon(
         1.0, weight_decay=weight_decay, adam_b2=0.99, muon_weight_dimension_numbers=matrices, consistent_rms=0.2
@@ -96,7 +99,7 @@ def make_step(
         params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return State(params, ema, optimizer_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
