@@ -354,6 +354,7 @@ def test_a_run_of_an_older_version_is_read_and_goes_on():
     added |= {"distill.negative_prompt": "", "model.embeddings": [], "model.clip_skip": 0}
     added |= {"model.student_name_or_path": None, "distill.timesteps": None}
     added |= {"distill.teacher_guidance_scale_max": None, "distill.lora_updates_per_step": 1}
+    added |= {"distill.shared_encoder": True}
     assert flat(settings.to_dict()) == flat(VERSION_0_1_0) | added
     check_resumed(VERSION_0_1_0, settings)
     profiled = {**VERSION_0_1_0, "train": VERSION_0_1_0["train"] | {"profile_steps": 5}}

@@ -253,10 +253,15 @@ def student_sampling(settings: Settings) -> Sampling:
     """The sampling settings of a run's student."""
     distill = settings.distill
     spacing = distill.timestep_spacing if distill.timesteps is None else None
-    steps = {"timestep_spacing": spacing, "timesteps": distill.timesteps}
-    if distill.shared_encoder:
-        return Sampling("tiue", distill.num_inference_steps, **steps)
-    return Sampling("ddim", distill.num_inference_steps, guidance_scale=1.0, **steps)
+    # A full UNet at each step is what "ddim" computes; the student, like "tiue", knows no guidance.
+    sampler, guidance_scale = ("tiue", None) if distill.shared_encoder else ("ddim", 1.0)
+    return Sampling(
+        sampler,
+        distill.num_inference_steps,
+        guidance_scale=guidance_scale,
+        timestep_spacing=spacing,
+        timesteps=distill.timesteps,
+    )
 
 
 def student_config(settings: Settings, unet: UNetConfig) -> UNetConfig:
