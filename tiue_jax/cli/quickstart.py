@@ -1,4 +1,4 @@
-"""Samples the shipped student beside its teacher, then distils the teacher for a few minutes.
+"""Samples the shipped student beside its teacher in every style, then distils the teacher for a few minutes.
 
     tiue quickstart [--minutes 4] [--outdir runs/demo]
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -21,39 +21,38 @@ import numpy as np
 from tiue_jax import files, images
 from tiue_jax.checked_fields import Range, check
 from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, path, print_error
+from tiue_jax.demo import styles
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
+from tiue_jax.weights import hub
 
 TEACHER_STEPS = 25
-PROMPTS = (
-    "a red apple",
-    "a dog face",
-    "a sunflower",
-    "a rocket",
-    "an octopus",
-    "a hamburger",
-    "a soccer ball",
-    "a fire engine",
-)
+PROMPTS = ("a red apple", "a dog face", "a rocket", "an octopus", "a fire engine", "a smiling face with sunglasses")
 
 
-def sample(description: str, pipeline: Pipeline, **settings: object) -> np.ndarray:
-    """Samples one image of each prompt, uint8 [8 h w 3]. Prints the seconds per image and the seconds to compile."""
+def sample(description: str, pipeline: Pipeline, prompts: Sequence[str], **settings: Any) -> np.ndarray:
+    """Samples an image of each prompt, uint8 [n h w 3]; the noise of prompt i is that of PROMPTS[i % len(PROMPTS)].
+
+    Prints the seconds per image and the seconds to compile.
+    """
+    shape = (len(PROMPTS), *pipeline.latents_shape())
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+    latents = np.tile(noise, (len(prompts) // len(PROMPTS), 1, 1, 1))
     start = time.perf_counter()
-    pipeline(PROMPTS, seed=1, **settings)  # compiles
+    pipeline(PROMPTS, latents=noise, **settings)  # compiles
     compiled = time.perf_counter()
-    drawn = pipeline(PROMPTS, seed=0, **settings)
-    seconds = time.perf_counter() - compiled
-    compiling = compiled - start - seconds
-    per_image = seconds / len(PROMPTS)
-    print(f"  {description:<44} {per_image:7.3f} s per image (and {compiling:.1f} s to compile, once)", flush=True)
+    drawn = pipeline(prompts, latents=latents, **settings)
+    seconds = (time.perf_counter() - compiled) / len(prompts)
+    compiling = compiled - start - seconds * len(PROMPTS)
+    print(f"  {description:<44} {seconds:7.3f} s per image (and {compiling:.1f} s to compile, once)", flush=True)
     return drawn
 
 
-def write(path: Path, rows: list[np.ndarray]) -> None:
-    """Writes a grid with one row of images for each model, enlarged for viewing."""
+def write(path: Path, *models: np.ndarray) -> None:
+    """Writes a picture, enlarged: the images of each model, uint8 [n h w 3], beside those of the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.write_png(path, images.grid(np.concatenate(rows), columns=len(PROMPTS), gap=8, upscale=4))
+    blocks = [images.grid(drawn, columns=len(PROMPTS), gap=4, upscale=2) for drawn in models]
+    images.write_png(path, images.grid(np.stack(blocks), columns=len(blocks), gap=24))
 
 
 def distil(workdir: Path, minutes: float) -> None:
@@ -87,24 +86,26 @@ def run(minutes: float, outdir: Path) -> None:
 
     print(f"1. The shipped models, float32 on {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     student, teacher = Pipeline.from_pretrained("emoji-tiue"), Pipeline.from_pretrained("emoji")
+    rows = ["", *styles.find(hub.SHIPPED_PROMPTS["emoji"].read_text(encoding="utf-8").splitlines())]
+    prompts = [styles.join(prompt, style) for style in rows for prompt in PROMPTS]
     k = student.settings().num_inference_steps
-    shipped = sample(f"student, 1 encoder + {k} parallel decoder passes", student)
-    guided = sample(
-        f"teacher, {TEACHER_STEPS} guided steps", teacher, sampler="ddim", num_inference_steps=TEACHER_STEPS
-    )
-    write(outdir / "shipped.png", [shipped, guided])
-    print(f"  -> {outdir / 'shipped.png'}: first row student, second row teacher")
-    print(f"  columns: {', '.join(PROMPTS)}")
+    shipped = sample(f"student, 1 encoder + {k} parallel decoder passes", student, prompts)
+    guided = {"sampler": "ddim", "num_inference_steps": TEACHER_STEPS}
+    taught = sample(f"teacher, {TEACHER_STEPS} guided steps", teacher, prompts, **guided)
+    write(outdir / "shipped.png", shipped, taught)
+    print(f"  -> {outdir / 'shipped.png'}: the student on the left, its teacher on the right")
+    print(f"  columns: {', '.join(PROMPTS)}; the same noise in all rows of a column")
+    print(f"  rows: {', '.join(style or 'no style' for style in rows)}")
 
     print(f"\n2. Distilling the teacher, for {minutes:g} minutes at most")
     distil(workdir, minutes)
 
     print("\n3. The effect of the distillation")
     loop_free = dataclasses.replace(teacher, sampling=student.sampling)
-    before = sample("teacher's weights, sampled without a loop", loop_free)
-    after = sample("the same after this distillation", distilled(teacher, student, workdir))
-    write(outdir / "distilled.png", [before, after, shipped, guided])
-    print(f"  -> {outdir / 'distilled.png'}: rows before, after, shipped student, teacher")
+    before = sample("teacher's weights, sampled without a loop", loop_free, prompts)
+    after = sample("the same after this distillation", distilled(teacher, student, workdir), prompts)
+    write(outdir / "distilled.png", before, after, taught)
+    print(f"  -> {outdir / 'distilled.png'}: from left to right before, after, and the teacher")
     print(f"\nGrids made while training: {workdir / 'samples'}; curves: tensorboard --logdir {workdir / 'tensorboard'}")
 
 
