@@ -1,6 +1,6 @@
 """Trains a tiny CLIP on the emoji: {out}/clip (transformers format). Its text encoder is the pipeline's.
 
-    python examples/emoji/train_clip.py --out runs/emoji --steps 4000 --image_steps 8000
+    python examples/emoji/train_clip.py --out runs/emoji --steps 2000 --image_steps 3000
 
 First both towers, contrastive over batches of concepts in two styles each: every image against the names of the
 concepts and against the prompts with a style. Then, with the text tower fixed, so that the UNet can be trained on it
@@ -20,7 +20,7 @@ import numpy as np
 from dataset import Dataset, augment
 from styles import SIZE, STYLES
 from texts import pick, row_in_style, rows_of
-from training import State, adamw, create, make_step, train
+from training import State, create, make_step, muon, train
 from transformers import CLIPTokenizer
 
 from tiue_jax.models import functional
@@ -172,8 +172,8 @@ def make_retrieval(graphdef: Any, data: Dataset, tokens: list[np.ndarray]) -> Ca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--steps", type=int, default=4000, help="of both towers")
-    parser.add_argument("--image_steps", type=int, default=8000, help="of the image tower after that")
+    parser.add_argument("--steps", type=int, default=2000, help="of both towers")
+    parser.add_argument("--image_steps", type=int, default=3000, help="of the image tower after that")
     args = parser.parse_args()
 
     data = Dataset.load(args.out)
@@ -212,7 +212,7 @@ def main() -> None:
         styled = [pick_styled(int(data.concept[i]), int(data.style[i]), rng) for i in numbers]
         return read(numbers, rng), np.stack(names + styled)
 
-    optimizer = adamw(0.05)
+    optimizer = muon(0.05)
     params = functional.init(shapes, seed=0)
     params["logit_scale"] = np.float32(cfg.logit_scale_init_value)
     step = make_step(make_loss(graphdef), optimizer, LEARNING_RATE, args.steps, ema_decay=0.995)

@@ -1,6 +1,6 @@
 """Trains the AutoencoderKL of the emoji model, 64 px to 8x8x8 latents: {out}/vae (diffusers format).
 
-    python examples/emoji/train_vae.py --out runs/emoji --steps 16000
+    python examples/emoji/train_vae.py --out runs/emoji --steps 2400
 
 After each epoch it prints the PSNR of the held-out images, on average and of the worst tenth, and writes
 {out}/vae/reconstructions.png: images above, reconstructions below. A run that was killed goes on when the same command
@@ -117,7 +117,7 @@ def centre(params: functional.Params, means: np.ndarray) -> functional.Params:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--steps", type=int, default=2_400)
     args = parser.parse_args()
 
     data = Dataset.load(args.out)
