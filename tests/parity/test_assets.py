@@ -19,7 +19,7 @@ def test_teacher_loads_in_torch_and_draws_the_same():
     ours = Pipeline.from_pretrained("emoji")
     theirs = StableDiffusionPipeline.from_pretrained(hub.ASSETS / "emoji")
     theirs.set_progress_bar_config(disable=True)
-    noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
+    noise = np.random.default_rng(0).standard_normal((2, *ours.latents_shape()), np.float32)
     settings = {"num_inference_steps": 8, "guidance_scale": 3.0}
 
     @jax.jit

@@ -96,7 +96,8 @@ def assert_same_images(name, ours, theirs, prompts, latents, **size):
 def test_the_shipped_student_draws_the_same(tmp_path):
     export.export_pipeline("emoji-tiue", tmp_path / "emoji")
     ours = Pipeline.from_pretrained("emoji-tiue")
-    assert_same_images("emoji-tiue", ours, load(tmp_path / "emoji"), ["a red apple", "a dog face"], noise(4, 8, 8, 4))
+    latents = noise(4, *ours.latents_shape())
+    assert_same_images("emoji-tiue", ours, load(tmp_path / "emoji"), ["a red apple", "a dog face"], latents)
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
