@@ -27,4 +27,4 @@ def test_the_models_stand_side_by_side(tmp_path):
     half = picture.shape[1] // 2
     assert 99 not in picture[:, :half] and 0 not in picture[:, half:]
     assert 0 in picture[:, :half] and 99 in picture[:, half:]
-    assert picture.shape[0] == 2 * 16 + 4  # two rows, enlarged twice
+    assert picture.shape[0] == 2 * 128 + 4  # two rows

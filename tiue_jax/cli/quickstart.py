@@ -27,6 +27,7 @@ from tiue_jax.training import checkpoint_files
 from tiue_jax.weights import hub
 
 TEACHER_STEPS = 25
+SIDE = 128  # pixels of an image in a picture
 PROMPTS = ("a red apple", "a dog face", "a rocket", "an octopus", "a fire engine", "a smiling face with sunglasses")
 
 
@@ -51,7 +52,8 @@ def sample(description: str, pipeline: Pipeline, prompts: Sequence[str], **setti
 def write(path: Path, *models: np.ndarray) -> None:
     """Writes a picture, enlarged: the images of each model, uint8 [n h w 3], beside those of the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = [images.grid(drawn, columns=len(PROMPTS), gap=4, upscale=2) for drawn in models]
+    upscale = max(1, SIDE // models[0].shape[1])
+    blocks = [images.grid(drawn, columns=len(PROMPTS), gap=4, upscale=upscale) for drawn in models]
     images.write_png(path, images.grid(np.stack(blocks), columns=len(blocks), gap=24))
 
 
