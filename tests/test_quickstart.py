@@ -18,13 +18,21 @@ def test_a_column_of_the_picture_has_one_noise(tmp_path, capsys):
     assert "s per image (and " in capsys.readouterr().out
 
 
-def test_the_models_stand_side_by_side(tmp_path):
-    n = 2 * len(quickstart.PROMPTS)
-    quickstart.write(
-        tmp_path / "new" / "picture.png", np.zeros((n, 8, 8, 3), np.uint8), np.full((n, 8, 8, 3), 99, np.uint8)
-    )
-    picture = np.asarray(Image.open(tmp_path / "new" / "picture.png"))
-    half = picture.shape[1] // 2
-    assert 99 not in picture[:, :half] and 0 not in picture[:, half:]
-    assert 0 in picture[:, :half] and 99 in picture[:, half:]
-    assert picture.shape[0] == 2 * 128 + 4  # two rows
+def picture_of_two(path, rows: int) -> np.ndarray:
+    shape = (rows * len(quickstart.PROMPTS), 8, 8, 3)
+    quickstart.write(path, np.zeros(shape, np.uint8), np.full(shape, 99, np.uint8))
+    return np.asarray(Image.open(path))
+
+
+def test_models_of_several_rows_stand_side_by_side(tmp_path):
+    picture = picture_of_two(tmp_path / "new" / "picture.png", rows=2)
+    assert picture.shape[0] == 2 * quickstart.SIDE + 4
+    left, right = np.array_split(picture, 2, axis=1)
+    assert 0 in left and 99 not in left and 99 in right and 0 not in right
+
+
+def test_models_of_one_row_stand_one_below_the_other(tmp_path):
+    picture = picture_of_two(tmp_path / "picture.png", rows=1)
+    assert picture.shape[0] == 2 * quickstart.SIDE + 24
+    above, below = np.array_split(picture, 2)
+    assert 0 in above and 99 not in above and 99 in below and 0 not in below

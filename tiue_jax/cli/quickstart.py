@@ -50,11 +50,15 @@ def sample(description: str, pipeline: Pipeline, prompts: Sequence[str], **setti
 
 
 def write(path: Path, *models: np.ndarray) -> None:
-    """Writes a picture, enlarged: the images of each model, uint8 [n h w 3], beside those of the one before."""
+    """Writes a picture, enlarged: the images of each model, uint8 [n h w 3], in rows of PROMPTS.
+
+    Models stand side by side, or one below the other if each has one row.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     upscale = max(1, SIDE // models[0].shape[1])
     blocks = [images.grid(drawn, columns=len(PROMPTS), gap=4, upscale=upscale) for drawn in models]
-    images.write_png(path, images.grid(np.stack(blocks), columns=len(blocks), gap=24))
+    columns = len(blocks) if len(models[0]) > len(PROMPTS) else 1
+    images.write_png(path, images.grid(np.stack(blocks), columns=columns, gap=24))
 
 
 def distil(workdir: Path, minutes: float) -> None:
@@ -95,7 +99,7 @@ def run(minutes: float, outdir: Path) -> None:
     guided = {"sampler": "ddim", "num_inference_steps": TEACHER_STEPS}
     taught = sample(f"teacher, {TEACHER_STEPS} guided steps", teacher, prompts, **guided)
     write(outdir / "shipped.png", shipped, taught)
-    print(f"  -> {outdir / 'shipped.png'}: the student on the left, its teacher on the right")
+    print(f"  -> {outdir / 'shipped.png'}: the student, then its teacher")
     print(f"  columns: {', '.join(PROMPTS)}; the same noise in all rows of a column")
     print(f"  rows: {', '.join(style or 'no style' for style in rows)}")
 
@@ -107,7 +111,7 @@ def run(minutes: float, outdir: Path) -> None:
     before = sample("teacher's weights, sampled without a loop", loop_free, prompts)
     after = sample("the same after this distillation", distilled(teacher, student, workdir), prompts)
     write(outdir / "distilled.png", before, after, taught)
-    print(f"  -> {outdir / 'distilled.png'}: from left to right before, after, and the teacher")
+    print(f"  -> {outdir / 'distilled.png'}: before, after, and the teacher")
     print(f"\nGrids made while training: {workdir / 'samples'}; curves: tensorboard --logdir {workdir / 'tensorboard'}")
 
 
