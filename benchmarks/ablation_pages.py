@@ -54,9 +54,9 @@ def add(name: str, seed: int, result: dict[str, Any]) -> None:
 
 
 def cell(values: Sequence[float], template: str) -> str:
-    """The mean of the seeds, and half the distance of the largest and the smallest of them."""
+    """The mean of the seeds, and half the distance of the largest and the smallest, if they differ."""
     mean = template.format(np.mean(values))
-    return mean if len(values) < 2 else f"{mean} ± {template.format(np.ptp(values) / 2)}"
+    return mean if np.ptp(values) == 0 else f"{mean} ± {template.format(np.ptp(values) / 2)}"
 
 
 def table(results: Results, group: str, first: str) -> str:

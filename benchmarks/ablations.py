@@ -25,7 +25,9 @@ from ablation_systems import REFERENCE, SYSTEMS, System
 from machine import machine
 
 from tiue_jax.files import write_json
+from tiue_jax.recipes import emoji_tiue
 from tiue_jax.training import checkpoint_files
+from tiue_jax.weights import fingerprint, hub
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "examples/emoji/eval_prompts.txt"
@@ -115,9 +117,17 @@ def measure(args: argparse.Namespace, name: str, seed: int, model: str | Path) -
 
 
 def about(args: argparse.Namespace, system: System) -> dict[str, Any]:
-    """What the figures of a system depend on, to know whether they are those of today's arguments."""
-    steps = args.steps if system.kind in ("distil", "lcm") else None
-    return {"settings": dict(system.settings), "steps": steps, "teacher": args.teacher, "other": system.other}
+    """What the figures of a system depend on, to know whether they are those of today's arguments and recipe."""
+    made_from: dict[str, Any] = {"settings": dict(system.settings), "teacher": fingerprint.of_pipeline(args.folder)}
+    if system.kind in ("distil", "lcm"):
+        made_from["steps"] = args.steps
+    if system.kind == "distil":
+        made_from["recipe"] = emoji_tiue.get_config().distill.to_dict()
+    if system.kind == "average":
+        made_from["seeds"] = args.seeds
+    if system.other is not None:
+        made_from["other"] = about(args, SYSTEMS[system.other])
+    return json.loads(json.dumps(made_from))  # as it is read again
 
 
 def run_one(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
@@ -142,7 +152,7 @@ def run_all(args: argparse.Namespace) -> None:
     wanted = args.only or list(SYSTEMS)
     # One that needs another's student comes after it.
     for name in sorted(wanted, key=lambda name: SYSTEMS[name].other is not None):
-        # A mean of all seeds is one model. Its seed changes the noise.
+        # A mean of all seeds is one model. Its seed changes the noise of evaluate.py.
         for seed in args.seeds:
             ablation_pages.add(name, seed, run_one(args, name, seed))
 
@@ -159,11 +169,15 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := sorted(set(args.only or ()) - set(SYSTEMS)):
         parser.error(f"--only must be some of {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
+    if len(args.seeds) < 2 and any(SYSTEMS[name].kind == "average" for name in args.only or SYSTEMS):
+        parser.error(f"an average needs at least two --seeds, got {args.seeds}: give more, or leave it out with --only")
+    args.folder = hub.resolve(args.teacher)
     args.workdir, args.data = args.workdir.resolve(), args.data.resolve()
     if args.command == "run":
         run_all(args)
     ablation_pages.write(first=REFERENCE)
-    made = {name: args.teacher if s.kind == "teacher" else student_of(args, name, 0) for name, s in SYSTEMS.items()}
+    students = {name: student_of(args, name, args.seeds[0]) for name in SYSTEMS}
+    made = {name: args.teacher if s.kind == "teacher" else students[name] for name, s in SYSTEMS.items()}
     if there := {name: model for name, model in made.items() if model == args.teacher or Path(model).exists()}:
         ablation_pages.grid(there)
 

@@ -61,3 +61,38 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(whole.params["kernel"], whole.ema["kernel"])
+
+
+def test_a_metric_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0)
+    optimizer, numbers = training.adamw(), iter(range(1, 6))
+
+    def loss(params, batch, key):
+        return (batch @ params["kernel"]).mean() * jnp.where(batch[0, 0] == 3, jnp.nan, 1.0), {}
+
+    def start():
+        return training.create({"kernel": jnp.ones((3, 2))}, optimizer)
+
+    step = training.make_step(loss, optimizer, 1e-2, steps=5)
+    with pytest.raises(FloatingPointError, match="'loss': nan.* at step 3 of "):
+        training.train(tmp_path, start(), step, lambda rng: np.full((4, 3), next(numbers), np.float32), steps=5)
+    saved, _ = training.restore(tmp_path / "state.safetensors", start())
+    assert int(saved.step) == 2 and np.isfinite(saved.params["kernel"]).all()
+
+
+def test_the_checkpoint_of_another_model_is_refused(tmp_path):
+    optimizer = training.adamw()
+    training.save(tmp_path / "state.safetensors", training.create({"kernel": jnp.ones((3, 2))}, optimizer), 0.0)
+    message = r"is the checkpoint of another model: \.ema\['kernel'\] has the shape \[3, 2\], expected \[3, 4\]; give"
+    with pytest.raises(ValueError, match=message):
+        training.restore(tmp_path / "state.safetensors", training.create({"kernel": jnp.ones((3, 4))}, optimizer))
+
+
+def test_a_run_leaves_the_weights_that_it_starts_from(tmp_path):
+    def loss(params, batch, key):
+        return ((batch @ params["kernel"]) ** 2).mean(), {}
+
+    weights, optimizer = {"kernel": jnp.ones((3, 2))}, training.adamw()
+    step, state = training.make_step(loss, optimizer, 1e-2, steps=1), training.create(weights, optimizer)
+    training.train(tmp_path, state, step, lambda rng: np.ones((4, 3), np.float32), steps=1)
+    np.testing.assert_array_equal(weights["kernel"], 1)  # a deleted array would raise

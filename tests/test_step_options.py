@@ -1,6 +1,7 @@
 """Options of the training step: more updates of the LoRA teacher, and guidance drawn from a range."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,22 @@ def test_the_teachers_guidance_is_drawn_for_each_sample(state, frozen):
     both = jax.tree.map(jnp.add, first, second)
     assert distance(both, jax.tree.map(jnp.add, low, high)) < 1e-4 * norm(high)
     assert distance(first, low) > 1e-3 * norm(low) and distance(second, low) > 1e-3 * norm(low)
+
+
+def test_no_two_draws_of_a_step_come_from_one_key(monkeypatch):
+    """Those of further updates of the LoRA teacher included."""
+    used = []
+
+    def keep(key, *args, **settings):
+        used.append(tuple(jax.random.key_data(key).tolist()))
+        return jnp.zeros(())
+
+    for name in ("normal", "randint", "bernoulli", "uniform"):
+        monkeypatch.setattr(jax.random, name, keep)
+    distillation = make(teacher_guidance_scale=2.0, teacher_guidance_scale_max=6.0, lora_updates_per_step=3)
+    monkeypatch.setattr(distillation, "update", lambda *args: None)
+    distillation.train_step(SimpleNamespace(step=0), None, BATCH, jax.random.key(3))
+    assert len(used) == 3 * 7 and len(set(used)) == len(used)
 
 
 def test_a_student_without_a_shared_encoder_learns_through_all_its_steps(state, frozen):

@@ -135,7 +135,7 @@ def main() -> None:
     names = [row[0] for row in data.texts]
     number = {name: i for i, name in enumerate(names)}
     image_of = {(int(c), int(s)): i for i, (c, s) in enumerate(zip(data.concept, data.style, strict=True))}
-    concepts = np.array([number[name] for name in read_text(PROMPTS).split("\n")[:-1]])
+    concepts = np.array([number[name] for name in read_text(PROMPTS).splitlines()])
     judge = Judge(args.clip, names)
     pipeline = Pipeline.from_pretrained(args.model)
     reconstruct = make_reconstruct(pipeline.vae)

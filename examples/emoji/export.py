@@ -24,10 +24,11 @@ from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.models.vae import AutoencoderKL, VAEConfig
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.schedule import Schedule
-from tiue_jax.weights import model_folder
+from tiue_jax.temporary import temporary_folder
+from tiue_jax.weights import fingerprint, model_folder
 from tiue_jax.weights.pipeline_folder import save_pipeline
 
-SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")  # by teacher and student
+SHARED = ("vae", "text_encoder", "tokenizer")  # by teacher and student
 SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
 
 
@@ -60,13 +61,24 @@ def save_clip(folder: Path, cfg: CLIPConfig, params: functional.Params, tokenize
 
 
 def save_student(assets: Path, student: Path) -> None:
-    """Writes a distilled pipeline as emoji-tiue. The parts that equal its teacher's become links to them."""
+    """Writes a distilled pipeline as emoji-tiue. The parts in SHARED become links to those of its teacher, emoji.
+
+    Raises:
+      ValueError: one of these parts is not that of emoji.
+    """
     folder = assets / "emoji-tiue"
-    shutil.rmtree(folder, ignore_errors=True)
-    Pipeline.from_pretrained(student).save_pretrained(folder, np.float16)
-    for part in SHARED:
-        shutil.rmtree(folder / part)
-        (folder / part).symlink_to(Path("..") / "emoji" / part, target_is_directory=True)
+    pipeline = Pipeline.from_pretrained(student)
+    with temporary_folder(assets, "emoji-tiue") as work:
+        new = work / "new"
+        pipeline.save_pretrained(new, np.float16)
+        mine, teachers = fingerprint.of_pipeline(new), fingerprint.of_pipeline(assets / "emoji")
+        if others := [part for part in SHARED if mine[part] != teachers[part]]:
+            raise ValueError(f"{student}: {', '.join(others)} must be those of {assets / 'emoji'}, its teacher")
+        for part in SHARED:
+            shutil.rmtree(new / part)
+            (new / part).symlink_to(Path("..") / "emoji" / part, target_is_directory=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
     report(folder)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from dataset import Dataset
 from styles import STYLES
 from texts import pick_row, rows_of
@@ -105,7 +106,8 @@ def make_step(loss_fn: Callable[..., Any], optimizer: Any) -> Callable[..., Any]
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p + LEARNING_RATE * u, state.params, updates)
         ema = jax.tree.map(lambda e, p: EMA_DECAY * e + (1 - EMA_DECAY) * p, state.ema, params)
-        return State(params, ema, optimizer_state, state.step + 1), {"loss": loss, **metrics}
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+        return State(params, ema, optimizer_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 

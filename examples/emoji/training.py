@@ -68,7 +68,7 @@ def muon(weight_decay: float = 0.01) -> optax.GradientTransformation:
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> State:
     """Returns the state of a run that begins with `params`."""
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(jnp.array, params)  # copies: a step gives its state's memory away
     return State(params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0))
 
 
@@ -114,8 +114,20 @@ def save(path: Path, state: State, seconds: float) -> None:
 
 
 def restore(path: Path, like: State) -> tuple[State, float]:
-    """Returns a state of the structure of `like` from a file of `save`, and the seconds of training behind it."""
+    """Returns a state of the structure of `like` from a file of `save`, and the seconds of training behind it.
+
+    Raises:
+      ValueError: the file holds a state of other arrays.
+    """
     with safe_open(path, framework="np") as file:
+        wanted = {jax.tree_util.keystr(p): list(x.shape) for p, x in jax.tree.leaves_with_path(like)}
+        there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # not a mapping
+        if there != wanted:
+            name = min(name for name in wanted | there if wanted.get(name) != there.get(name))
+            raise ValueError(
+                f"{path} is the checkpoint of another model: {name} has the shape {there.get(name)}, "
+                f"expected {wanted.get(name)}; give another --out, or remove it"
+            )
         state = jax.tree.map_with_path(lambda p, x: jnp.asarray(file.get_tensor(jax.tree_util.keystr(p))), like)
         return state, json.loads(file.metadata()["training"])["seconds"]
 
@@ -137,7 +149,8 @@ def train(
     and at the end.
 
     Raises:
-      FloatingPointError: the loss is not finite. The last checkpoint stays as it is.
+      FloatingPointError: a metric is not finite. The last checkpoint stays as it is.
+      ValueError: the checkpoint in `folder` is that of another model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, spent = folder / "state.safetensors", 0.0
@@ -152,13 +165,14 @@ def train(
         batch = make_batch(np.random.default_rng([seed, count]))
         state, metrics = step(state, batch, jax.random.fold_in(key, count))
         count += 1
-        sums = {k: sums.get(k, 0.0) + float(v) for k, v in metrics.items()}  # waits for the step
+        values = {k: float(v) for k, v in metrics.items()}  # waits for the step
+        if bad := {k: v for k, v in values.items() if not np.isfinite(v)}:
+            raise FloatingPointError(f"metrics must be finite, got {bad} at step {count} of {folder}")
+        sums = {k: sums.get(k, 0.0) + v for k, v in values.items()}
         now = time.perf_counter()
         spent, last = spent + now - last, now
         if count % LOG_EVERY == 0:
             means = {k: v / (count - logged) for k, v in sums.items()}
-            if not np.isfinite(means["loss"]):
-                raise FloatingPointError(f"loss must be finite, got {means['loss']} at step {count} of {folder}")
             _log(folder / "log.csv", {"step": count, "minutes": spent / 60, **means}, (count - logged) / (now - since))
             sums, since, logged = {}, now, count
         if report is not None and count % report_every == 0 and count < steps:

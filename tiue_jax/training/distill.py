@@ -23,7 +23,7 @@ from tiue_jax.sampling.samplers import guided
 from tiue_jax.schedule import Schedule
 from tiue_jax.training import losses, optim
 from tiue_jax.training.distill_settings import DistillConfig
-from tiue_jax.training.draws import Draws, draw
+from tiue_jax.training.draws import KEYS, Draws, draw
 from tiue_jax.training.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -125,7 +125,8 @@ class Distillation:
         """
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         key = jax.random.fold_in(key, state.step)
-        more = [self.draw(jax.random.fold_in(key, i), batch_size) for i in range(1, self.config.lora_updates_per_step)]
+        further = range(KEYS, KEYS + self.config.lora_updates_per_step - 1)  # keys that the first draw does not use
+        more = [self.draw(jax.random.fold_in(key, i), batch_size) for i in further]
         return self.update(state, frozen, batch, self.draw(key, batch_size), more)
 
     def draw(self, key: jax.Array, batch_size: int) -> Draws:

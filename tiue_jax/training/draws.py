@@ -7,6 +7,8 @@ import jax
 from tiue_jax import sharding
 from tiue_jax.training.distill_settings import DistillConfig
 
+KEYS = 7  # that `draw` splits its key into; `fold_in(key, i)` is the i-th of them
+
 
 class Draws(NamedTuple):
     """The random numbers of one step."""
@@ -36,7 +38,7 @@ def draw(key: jax.Array, config: DistillConfig, shape: tuple[int, ...], num_trai
         num_train_timesteps: of the teacher's schedule.
     """
     batch_size = shape[0]
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, KEYS)
     draws = Draws(
         noise=jax.random.normal(keys[0], shape),
         timesteps=jax.random.randint(keys[1], (batch_size,), config.min_timestep, config.max_timestep + 1),
@@ -46,7 +48,6 @@ def draw(key: jax.Array, config: DistillConfig, shape: tuple[int, ...], num_trai
         drop_text=jax.random.bernoulli(keys[5], config.text_dropout),
     )
     if (most := config.teacher_guidance_scale_max) is not None:
-        key, least = jax.random.fold_in(key, 0), config.teacher_guidance_scale
-        scales = jax.random.uniform(key, (batch_size,), minval=least, maxval=most)
+        scales = jax.random.uniform(keys[6], (batch_size,), minval=config.teacher_guidance_scale, maxval=most)
         draws = draws._replace(guidance_scales=scales)
     return draws._replace(**sharding.split_rows(draws.by_row()))
