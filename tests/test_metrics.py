@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 from collections.abc import Iterator
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from tests.events import events, scalars
 from tiue_jax.images import read_png
 from tiue_jax.training.checkpoint import NotSavedError
+from tiue_jax.training.events import read_run
 from tiue_jax.training.metrics import MetricsWriter
 
 
@@ -43,6 +45,16 @@ def test_resuming_purges_what_came_after_the_checkpoint(tmp_path):
     with MetricsWriter(tmp_path, start_step=10):
         pass
     assert [e.step for e in events(tmp_path) if e.HasField("session_log")] == [11]
+
+
+def test_a_run_that_begins_again_replaces_its_curves(tmp_path, monkeypatch):
+    """It was killed before its first checkpoint."""
+    for number, steps in enumerate(((10, 20, 30), (10,))):
+        monkeypatch.setattr(time, "time", lambda number=number: 1_700_000_000 + number)  # files are read by their names
+        with MetricsWriter(tmp_path) as metrics:
+            for step in steps:
+                metrics.scalars(step, {"train/loss": float(number)})
+    assert read_run(tmp_path) == {"train/loss": {10: 1.0}}
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

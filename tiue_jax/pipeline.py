@@ -85,7 +85,9 @@ class Pipeline:
         self.unet = _placed(self.unet, everywhere)
         self.vae = _placed(self.vae, everywhere)
         self._programs: dict[text_to_image.Key, Program] = {}
-        self._encode = jax.jit(lambda params, ids: self.text_encoder.bind(params)(ids).last_hidden_state)
+        # No program may hold the weights: they would stay on the devices when the pipeline is dropped.
+        encoder = self.text_encoder._replace(params={})
+        self._encode = jax.jit(lambda params, ids: encoder.bind(params)(ids).last_hidden_state)
 
     @classmethod
     def from_pretrained(
@@ -311,7 +313,7 @@ class Pipeline:
         """
         key = text_to_image.Key.of(settings, self.unet.cfg.time_cond_proj_dim is not None)
         if key not in self._programs:
-            parts = {name: getattr(self, name) for name in text_to_image.PARTS}
+            parts = {name: getattr(self, name)._replace(params={}) for name in text_to_image.PARTS}
             function = text_to_image.make(parts, self.schedule, key, self.vae_tiling, self._mesh)
             self._programs[key] = jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
         return self._programs[key]

@@ -39,7 +39,8 @@ class MetricsWriter:
 
         Args:
             workdir: the run's folder.
-            start_step: the step of the checkpoint that the run resumes. TensorBoard hides what was logged after it.
+            start_step: the step of the checkpoint that the run resumes, otherwise 0. What was logged after it is hidden
+                by TensorBoard.
         """
         self._workdir = Path(workdir)
         self._events: RecordWriter | None = None
@@ -51,8 +52,7 @@ class MetricsWriter:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._events = RecordWriter(str(self._path))
             self._add(Event(file_version="brain.Event:2"), 0)
-            if start_step:
-                self._add(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
+            self._add(Event(session_log=SessionLog(status=SessionLog.START)), start_step + 1)
 
     def __enter__(self) -> Self:
         return self
