@@ -77,6 +77,41 @@ def test_the_interval_of_a_mean_has_the_width_of_the_normal_approximation():
     assert ours.high - ours.low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(1000), rel=0.1)
 
 
+def test_images_of_one_prompt_are_drawn_together():
+    """Prompts of four images that are alike: the interval is that of the prompts, twice as wide as of the images."""
+    of_prompts = RNG(0).standard_normal(300)
+    prompts = np.arange(300).repeat(4)
+    grouped = estimate.of_mean(of_prompts.repeat(4), groups=prompts)
+    assert grouped.high - grouped.low == pytest.approx(2 * 1.96 * of_prompts.std() / np.sqrt(300), rel=0.1)
+    single = estimate.of_mean(of_prompts.repeat(4))
+    assert grouped.high - grouped.low == pytest.approx(2 * (single.high - single.low), rel=0.1)
+
+
+def test_a_share_of_none_or_all_has_an_interval():
+    none, every = estimate.of_mean(np.zeros(512, bool)), estimate.of_mean(np.ones(512, bool))
+    assert (none.low, every.high) == (0, 1)
+    assert none.high == pytest.approx(1 - every.low) == pytest.approx(0.0074, abs=1e-4)
+    in_prompts = estimate.of_mean(np.zeros(512, bool), groups=np.arange(128).repeat(4))
+    assert in_prompts.high == pytest.approx(4 * none.high, rel=0.05)
+
+
+@pytest.mark.parametrize(("per_prompt", "alike"), [(1, 0.0), (4, 0.8)])
+def test_the_intervals_of_recall_and_coverage_hold_the_spread_of_other_images(per_prompt, alike):
+    """The mean width of the intervals against the deviation of 40 sets of new images."""
+    real, prompts = RNG(0).standard_normal((800, 6)), np.arange(160) // per_prompt
+    found = []
+    for seed in range(1, 41):
+        rng = RNG(seed)
+        of_images, of_prompts = rng.standard_normal((2, 160, 6))
+        x = np.sqrt(1 - alike**2) * of_images + alike * of_prompts[prompts]
+        found.append(neighbours.precision_recall_density_coverage(x, real, prompts=prompts))
+    for name in ("precision", "recall", "density", "coverage"):
+        values = np.array([one[name].value for one in found])
+        widths = [(one[name].high - one[name].low) / 2 / 1.96 for one in found]
+        print(f"{name}: deviation {values.std(ddof=1):.4f}, by the intervals {np.mean(widths):.4f}")
+        assert 0.7 < np.mean(widths) / values.std(ddof=1) < 1.7  # the jackknife of so few images is too wide
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [

@@ -1,7 +1,7 @@
 """A number with its spread: 95% intervals from the bootstrap (Efron 1979). A metric is never printed without one."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -26,33 +26,57 @@ class Estimate:
     high: float
     count: int
 
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> Self:
-        """Reads an entry of `results.json`."""
-        return cls(**entry)
-
     def to_dict(self) -> dict[str, Any]:
         """The entry of `results.json`."""
         return dataclasses.asdict(self)
 
 
-def of_mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Estimates the mean of independent values [n], with the percentiles of bootstrapped means.
+def of_mean(values: np.ndarray, seed: int = 0, *, groups: np.ndarray | None = None) -> Estimate:
+    """Estimates the mean of values [n], with the percentiles of bootstrapped means.
+
+    Of bool values it is a share. A resample of a share of 0 or 1 is the same again, so there the end is Wilson's.
+
+    Args:
+        values: float or bool [n].
+        seed: of the bootstrap.
+        groups: int [n]. Values of a group, such as images of one prompt, depend on each other, so whole groups are
+            drawn. None: all values are independent.
 
     Raises:
         ValueError: there are no values.
     """
-    values = np.asarray(values, np.float64)
+    values = np.asarray(values)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"a mean needs values [n], n >= 1, got {list(values.shape)}")
+    group = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums, sizes = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)
-    n = len(values)
+    n = len(sums)
     rows = max(1, _CHUNK // n)
-    means = [
-        values[rng.integers(0, n, (min(rows, RESAMPLES - start), n))].mean(1) for start in range(0, RESAMPLES, rows)
-    ]
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = rng.integers(0, n, (min(rows, RESAMPLES - start), n))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high), n)
+    mean = float(values.mean())
+    if values.dtype == bool and mean == 0:
+        high = _Z**2 / (n + _Z**2)
+    if values.dtype == bool and mean == 1:
+        low = n / (n + _Z**2)
+    return Estimate(mean, float(low), float(high), len(values))
+
+
+def of_share_without_folds(value: float, shares: np.ndarray, count: int) -> Estimate:
+    """Estimates a share from its values without one fold of the images each: the jackknife (Efron and Stein 1981).
+
+    Args:
+        value: on all images, 0 to 1.
+        shares: float [f], f >= 2, without each of f folds.
+        count: the number of images.
+    """
+    f = len(shares)
+    half = _Z * float(np.sqrt((f - 1) / f * np.sum((shares - shares.mean()) ** 2)))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), count)
 
 
 def of_replicates(value: float, replicates: np.ndarray, count: int, factor: float = 1.0) -> Estimate:

@@ -22,7 +22,7 @@ def retrieval(images: np.ndarray, texts: np.ndarray, prompts: np.ndarray, seed: 
         prompts: for each image, the number of its prompt: int [n].
         seed: of the bootstrap.
     """
-    return of_mean((unit(images) @ unit(texts).T).argmax(1) == prompts, seed)
+    return of_mean((unit(images) @ unit(texts).T).argmax(1) == prompts, seed, groups=prompts)
 
 
 def diversity(features: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Estimate:

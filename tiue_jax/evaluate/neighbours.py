@@ -7,17 +7,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tiue_jax.evaluate.estimate import Estimate, of_mean
+from tiue_jax.evaluate.estimate import Estimate, of_mean, of_share_without_folds
 
 K = 5  # neighbours that define the neighbourhood of an image
 COPY_QUANTILE = 0.01
 ROWS = 1024  # of a distance matrix at once
+FOLDS = 10  # of the generated images, for the intervals of recall and coverage
 
 
 def precision_recall_density_coverage(
-    features: np.ndarray, reference: np.ndarray, k: int = K, seed: int = 0
+    features: np.ndarray, reference: np.ndarray, k: int = K, seed: int = 0, prompts: np.ndarray | None = None
 ) -> dict[str, Estimate]:
     """Precision, recall, density and coverage of features [n d] against a reference [m d].
+
+    The intervals are over the generated images, or over their prompts: int [n].
 
     The neighbourhood of an image reaches to its k-th nearest neighbour among the images of its set.
 
@@ -33,24 +36,37 @@ def precision_recall_density_coverage(
         if len(x) <= k:
             raise ValueError(f"precision and recall with k = {k} need more than {k} images, got {len(x)} {name} ones")
     x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
-    reach_x, reach_y = _reach(x, k), _reach(y, k)
+    # Row 0 is of all images. Each further row is of those outside of a fold.
+    kept = np.vstack([np.ones(len(x), bool), _outside_of_folds(len(x), prompts, seed)])
+    kept = kept[kept.sum(1) > k]
+    reach_x, reach_y = _reach(x, k, kept), _reach(y, k)[0]
     inside_real = np.empty(len(x))
-    covered = np.zeros(len(y), bool)
-    recalled = np.zeros(len(y), bool)
+    covered = np.zeros((len(kept), len(y)), bool)
+    recalled = np.zeros((len(kept), len(y)), bool)
     for rows, squared in _squared_distances(x, y):
         inside = squared < reach_y[None]
         inside_real[rows] = inside.sum(1)
-        covered |= inside.any(0)
-        recalled |= (squared < reach_x[rows, None]).any(0)
+        for i, chosen in enumerate(kept[:, rows]):
+            covered[i] |= inside[chosen].any(0)
+            recalled[i] |= (squared[chosen] < reach_x[i, rows][chosen, None]).any(0)
+
+    def share(of_real: np.ndarray) -> Estimate:
+        whole, *without = of_real.mean(1)
+        if len(without) < 2:  # so few images say nothing about the spread
+            return Estimate(float(whole), 0.0, 1.0, len(x))
+        return of_share_without_folds(float(whole), np.array(without), len(x))
+
     return {
-        "precision": of_mean(inside_real > 0, seed),
-        "recall": of_mean(recalled, seed),
-        "density": of_mean(inside_real / k, seed),
-        "coverage": of_mean(covered, seed),
+        "precision": of_mean(inside_real > 0, seed, groups=prompts),
+        "recall": share(recalled),
+        "density": of_mean(inside_real / k, seed, groups=prompts),
+        "coverage": share(covered),
     }
 
 
-def near_copies(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate:
+def near_copies(
+    features: np.ndarray, reference: np.ndarray, seed: int = 0, prompts: np.ndarray | None = None
+) -> Estimate:
     """The share of features [n d] that are near copies of a real image among the reference [m d].
 
     A near copy is nearer to a real image than almost all real images are to another: its distance is below the 1%
@@ -63,17 +79,35 @@ def near_copies(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> E
     if len(reference) < 2:
         raise ValueError(f"near copies need at least 2 reference images, got {len(reference)}")
     x, y = np.asarray(features, np.float64), np.asarray(reference, np.float64)
-    limit = np.quantile(_reach(y, 1), COPY_QUANTILE)
+    limit = np.quantile(_reach(y, 1)[0], COPY_QUANTILE)
     nearest = np.concatenate([squared.min(1) for _, squared in _squared_distances(x, y)])
-    return of_mean(nearest < limit, seed)
+    return of_mean(nearest < limit, seed, groups=prompts)
 
 
-def _reach(x: np.ndarray, k: int) -> np.ndarray:
-    """The squared distance from each of x [n d] to its k-th nearest neighbour among the others: [n]."""
-    reach = np.empty(len(x))
+def _outside_of_folds(count: int, prompts: np.ndarray | None, seed: int) -> np.ndarray:
+    """For each fold, the images outside of it: bool [FOLDS n]. Images of one prompt are in one fold."""
+    group = np.arange(count) if prompts is None else np.unique(prompts, return_inverse=True)[1]
+    fold = np.random.default_rng(seed).permutation(int(group.max()) + 1) % FOLDS
+    return fold[group][None] != np.arange(FOLDS)[:, None]
+
+
+def _reach(x: np.ndarray, k: int, kept: np.ndarray | None = None) -> np.ndarray:
+    """The squared distance from each of x [n d] to its k-th nearest neighbour among the others.
+
+    Args:
+        x: features [n d].
+        k: at least 1.
+        kept: bool [s n], s sets of images that count, each of more than k. None is one set, of all.
+
+    Returns:
+        [s n]. What it says about an image that does not count in its set means nothing.
+    """
+    sets = np.ones((1, len(x)), bool) if kept is None else kept
+    reach = np.empty(sets.shape)
     for rows, squared in _squared_distances(x, x):
         squared[np.arange(len(squared)), np.arange(rows.start, rows.stop)] = 0  # rounding may leave a small number
-        reach[rows] = np.partition(squared, k, axis=1)[:, k]
+        for i, chosen in enumerate(sets):
+            reach[i, rows] = np.partition(squared[:, chosen], k, axis=1)[:, k]
     return reach
 
 

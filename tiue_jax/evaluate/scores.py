@@ -51,13 +51,13 @@ def compute(
     cosines = None
     if reference is not None:
         notes += reference.notes
-        metrics |= _against_reference(extractor, x, reference, k, notes)
+        metrics |= _against_reference(extractor, x, numbers, reference, k, notes)
     if "logits" in features and len(x) >= image_text.INCEPTION_SPLITS:
         metrics["inception_score"] = image_text.inception_score(features["logits"])
     if extractor.text_features is not None:
         texts = extractor.text_features([prompt_prefix + prompt for prompt in prompts])
         cosines = image_text.cosines(x, texts[numbers])
-        metrics["clip_score"] = of_mean(cosines)
+        metrics["clip_score"] = of_mean(cosines, groups=numbers)
         if len(prompts) > 1:
             metrics["retrieval"] = image_text.retrieval(x, texts, numbers)
     if np.bincount(numbers).max() > 1:
@@ -66,7 +66,7 @@ def compute(
 
 
 def _against_reference(
-    extractor: Extractor, x: np.ndarray, reference: Reference, k: int, notes: list[str]
+    extractor: Extractor, x: np.ndarray, numbers: np.ndarray, reference: Reference, k: int, notes: list[str]
 ) -> dict[str, Estimate]:
     """The metrics that need real images. Adds to `notes` what was left out, and why."""
     needed = frechet.images_needed(x.shape[1])
@@ -88,8 +88,8 @@ def _against_reference(
     if extractor.kind == "clip":
         metrics["cmmd"] = kernel_distances.cmmd(x, real)
     if smaller > k:
-        metrics |= neighbours.precision_recall_density_coverage(x, real, k)
-        metrics["near_copies"] = neighbours.near_copies(x, real)
+        metrics |= neighbours.precision_recall_density_coverage(x, real, k, prompts=numbers)
+        metrics["near_copies"] = neighbours.near_copies(x, real, prompts=numbers)
     else:
         notes.append(f"{extractor.kind}: precision and recall with k = {k} need more than {k} images, got {smaller}")
     return metrics
