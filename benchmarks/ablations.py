@@ -117,8 +117,11 @@ def measure(args: argparse.Namespace, name: str, seed: int, model: str | Path) -
 
 
 def about(args: argparse.Namespace, system: System) -> dict[str, Any]:
-    """What the figures of a system depend on, to know whether they are those of today's arguments and recipe."""
-    made_from: dict[str, Any] = {"settings": dict(system.settings), "teacher": fingerprint.of_pipeline(args.folder)}
+    """The arguments, teacher and recipe that the figures of a system depend on, to know whether they are today's."""
+    made_from: dict[str, Any] = {
+        "settings": dict(system.settings),
+        "teacher": fingerprint.of_pipeline(hub.resolve(args.teacher)),
+    }
     if system.kind in ("distil", "lcm"):
         made_from["steps"] = args.steps
     if system.kind == "distil":
@@ -171,7 +174,6 @@ def main() -> None:
         parser.error(f"--only must be some of {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
     if len(args.seeds) < 2 and any(SYSTEMS[name].kind == "average" for name in args.only or SYSTEMS):
         parser.error(f"an average needs at least two --seeds, got {args.seeds}: give more, or leave it out with --only")
-    args.folder = hub.resolve(args.teacher)
     args.workdir, args.data = args.workdir.resolve(), args.data.resolve()
     if args.command == "run":
         run_all(args)

@@ -119,7 +119,8 @@ def test_xla_knows_the_option():
     """Two results of the same product come from one kernel, and without the option from two."""
     code = """if 1:
         import jax, jax.numpy as jnp
-        f = lambda x, y: (jnp.exp(x * y) + 1, jnp.sin(x * y) * 2)
+        def f(x, y):
+            return jnp.exp(x * y) + 1, jnp.sin(x * y) * 2
         text = jax.jit(f).lower(jnp.ones((64, 64)), jnp.ones((64, 64))).compile().as_text()
         print(text.count(") fusion("))  # with several results
     """

@@ -81,13 +81,11 @@ class Pipeline:
         self.tokenizer = Tokenizer(self.tokenizer_dir, text.max_position_embeddings, text.vocab_size)
         self._mesh = sharding.make_mesh(step=self.mesh_step, devices=jax.local_devices())
         everywhere = sharding.replicated(self._mesh)
-        self.text_encoder = _placed(self.text_encoder, everywhere)
-        self.unet = _placed(self.unet, everywhere)
-        self.vae = _placed(self.vae, everywhere)
+        for part in text_to_image.PARTS:
+            setattr(self, part, _placed(getattr(self, part), everywhere))
         self._programs: dict[text_to_image.Key, Program] = {}
-        # No program may hold the weights: they would stay on the devices when the pipeline is dropped.
-        encoder = self.text_encoder._replace(params={})
-        self._encode = jax.jit(lambda params, ids: encoder.bind(params)(ids).last_hidden_state)
+        bind = self.text_encoder._replace(params={}).bind  # a program must not keep the weights of a dropped pipeline
+        self._encode = jax.jit(lambda params, ids: bind(params)(ids).last_hidden_state)
 
     @classmethod
     def from_pretrained(
