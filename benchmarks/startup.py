@@ -90,11 +90,10 @@ def first_step(case_name: str, clock: _Clock) -> None:
 
     from tiue_jax import compile_cache, sharding
     from tiue_jax.models import functional
-    from tiue_jax.models.platforms import compiler_options, fuse_outputs_on_cpu
+    from tiue_jax.models.platforms import compiler_options
     from tiue_jax.models.unet import UNet
     from tiue_jax.training import distill, train_state
 
-    fuse_outputs_on_cpu()
     compile_cache.enable()
     case = training.CASES[case_name]
     params = functional.abstract(UNet, case.unet)[1]

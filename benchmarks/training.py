@@ -25,7 +25,7 @@ from side_by_side import Programs, Worker, alternate, table
 
 from tiue_jax import sharding
 from tiue_jax.models import functional
-from tiue_jax.models.platforms import compiler_options, fuse_outputs_on_cpu
+from tiue_jax.models.platforms import compiler_options
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.plan.flops import flops
 from tiue_jax.schedule import Schedule
@@ -71,7 +71,6 @@ def ours(case: Case) -> Programs:
 
     from tiue_jax.training import distill, train_state
 
-    fuse_outputs_on_cpu()
     params = functional.init(functional.abstract(UNet, case.unet)[1], seed=0)
     state = train_state.init_state(CONFIG, params, train_state.init_adapters(CONFIG, case.unet, seed=0))
     frozen = distill.Frozen(unet=jax.device_put(params))

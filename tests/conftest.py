@@ -12,8 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub
 # The tests compile much and compute little: prefer code that is cheap to compile.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
-# As in training (platforms.fuse_outputs_on_cpu), in this process and in those that it starts.
-os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 
 import jax
 import pytest

@@ -1,9 +1,5 @@
 """The options that networks are compiled with."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,13 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from tiue_jax import sharding
 from tiue_jax.models import platforms
-from tiue_jax.models.platforms import (
-    FUSE_OUTPUTS,
-    compiler_options,
-    fuse_outputs_on_cpu,
-    leave_out_missing_tpu,
-    tpu_devices,
-)
+from tiue_jax.models.platforms import compiler_options, leave_out_missing_tpu, tpu_devices
 from tiue_jax.plan import chips, hlo
 
 
@@ -96,38 +86,3 @@ def test_libtpu_is_left_out_only_without_a_tpu(monkeypatch, installed, devices, 
         assert jax.config.jax_platforms == expected
     finally:
         jax.config.update("jax_platforms", before)
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (None, FUSE_OUTPUTS),
-        ("--xla_dump_to=/tmp/x", f"--xla_dump_to=/tmp/x {FUSE_OUTPUTS}"),
-        ("--xla_backend_extra_options=mine", "--xla_backend_extra_options=mine"),
-    ],
-)
-def test_the_users_backend_options_come_first(monkeypatch, before, after):
-    if before is None:
-        monkeypatch.delenv("XLA_FLAGS", raising=False)
-    else:
-        monkeypatch.setenv("XLA_FLAGS", before)
-    fuse_outputs_on_cpu()
-    assert os.environ["XLA_FLAGS"] == after
-
-
-def test_xla_knows_the_option():
-    """Two results of the same product come from one kernel, and without the option from two."""
-    code = """if 1:
-        import jax, jax.numpy as jnp
-        def f(x, y):
-            return jnp.exp(x * y) + 1, jnp.sin(x * y) * 2
-        text = jax.jit(f).lower(jnp.ones((64, 64)), jnp.ones((64, 64))).compile().as_text()
-        print(text.count(") fusion("))  # with several results
-    """
-
-    def with_several_results(flags):
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        return int(subprocess.check_output([sys.executable, "-c", code], env=environment))
-
-    assert with_several_results(FUSE_OUTPUTS) == 1
-    assert with_several_results("") == 0

@@ -328,7 +328,6 @@ def stop_if_not_finite(values: Mapping[str, float], step: int, limit: int, check
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit status. An error is one line on stderr; an unexpected one, a traceback."""
     platforms.leave_out_missing_tpu()
-    platforms.fuse_outputs_on_cpu()
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\n{config_flags.describe(define_flags())}")
         return 0

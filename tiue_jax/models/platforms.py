@@ -15,9 +15,6 @@ from jax.extend.backend import get_backend
 # whichever GPUs this process has.
 target_capability = jax.make_user_context(None)
 
-# jax.jit cannot take it as a compiler option: XLA reads it from the environment.
-FUSE_OUTPUTS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
-
 _OPTIONS = {
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
     "tpu": {
@@ -39,17 +36,6 @@ def leave_out_missing_tpu() -> None:
     has_gpu_plugin = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
     if is_installed and not has_gpu_plugin and not tpu_devices():
         jax.config.update("jax_platforms", "cpu")
-
-
-def fuse_outputs_on_cpu() -> None:
-    """Lets XLA for CPUs compute several results in one kernel. Call it before jax has devices.
-
-    The training step has fewer kernels then, which compile and run in less time (docs/performance.md). The compilers
-    for TPUs and GPUs do not read this option. Nothing is changed if XLA_FLAGS already has backend options.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_backend_extra_options" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {FUSE_OUTPUTS}".strip()
 
 
 def tpu_devices(root: Path = Path("/")) -> list[Path]:
