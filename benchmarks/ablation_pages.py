@@ -42,6 +42,14 @@ def read() -> Results:
     return json.loads(read_text(RESULTS)) if RESULTS.exists() else {}
 
 
+def known(name: str, seed: int) -> dict[str, Any] | None:
+    """The result of a system at a seed as it was given to `add`, if docs/ablations.json has it."""
+    entry = read().get(name)
+    if entry is None or str(seed) not in entry["seeds"]:
+        return None
+    return {"made_from": entry["made_from"], "figures": entry["seeds"][str(seed)], "machine": entry["machine"]}
+
+
 def add(name: str, seed: int, result: dict[str, Any]) -> None:
     """Adds the result of a system at a seed to docs/ablations.json. Figures of other settings are dropped."""
     found = read()

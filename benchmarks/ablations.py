@@ -4,8 +4,9 @@
     python benchmarks/ablations.py pages
 
 `run` trains and measures each system of ablation_systems.py, one after the other, with each seed. It leaves alone what
-is done and resumes what was stopped. After each it adds the figures to docs/ablations.json. `pages` rebuilds the tables
-and the plot of docs/ablations.md from that file, and the grid of images from the runs if they are there.
+is done, on another machine too: after each it adds the figures to docs/ablations.json, and reads them there. It resumes
+what was stopped. `pages` rebuilds the tables and the plot of docs/ablations.md from that file, and the grid of images
+from the runs if they are there.
 
 The real images come from `examples/emoji/data.py` (`--data`). All trainings have the same number of steps, and all
 systems the same evaluation prompts and noise.
@@ -62,6 +63,10 @@ def make(args: argparse.Namespace, name: str, seed: int) -> str | Path:
     system, student = SYSTEMS[name], student_of(args, name, seed)
     if system.kind == "teacher":
         return args.teacher
+    if system.other is not None:  # it may have been measured on another machine
+        for other in args.seeds if system.kind == "average" else [seed]:
+            if not student_of(args, system.other, other).exists():
+                make(args, system.other, other)
     if system.kind == "average":
         assert system.other is not None
         models = [str(student_of(args, system.other, other)) for other in args.seeds]
@@ -141,6 +146,8 @@ def run_one(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         if found["made_from"] != made_from:
             now = f"{found['made_from']}, now {made_from}"
             raise SystemExit(f"{path.parent} was made with {now}: remove it, or give another --workdir")
+        return found
+    if (found := ablation_pages.known(name, seed)) and found["made_from"] == made_from:
         return found
     print(f"{name}, seed {seed}: {SYSTEMS[name].label}", flush=True)
     model = make(args, name, seed)

@@ -76,6 +76,8 @@ def test_figures_of_other_settings_are_dropped(benchmarks, tmp_path, monkeypatch
         pages.add("kl-0", seed, {"made_from": {"steps": steps}, "figures": {"retrieval": seed}, "machine": "this"})
         if steps == 100:
             assert len(pages.read()["kl-0"]["seeds"]) == seed + 1
+    assert pages.known("kl-0", 0) == {"made_from": {"steps": 300}, "figures": {"retrieval": 0}, "machine": "this"}
+    assert pages.known("kl-0", 1) is None and pages.known("k-1", 0) is None
     pages.add("k-1", 0, {"made_from": {}, "figures": {}, "machine": "this"})
     assert list(pages.read()) == ["k-1", "kl-0"]  # in the order of the systems
     assert pages.read()["kl-0"]["seeds"] == {"0": {"retrieval": 0}}
