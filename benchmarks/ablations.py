@@ -65,6 +65,7 @@ def make(args: argparse.Namespace, name: str, seed: int) -> str | Path:
         return args.teacher
     if system.other is not None:  # it may have been measured on another machine
         for other in args.seeds if system.kind == "average" else [seed]:
+            run_one(args, system.other, other)  # refuses one that was made with other settings
             if not student_of(args, system.other, other).exists():
                 make(args, system.other, other)
     if system.kind == "average":

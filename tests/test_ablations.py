@@ -25,7 +25,7 @@ def benchmarks():
 def test_every_system_can_be_made(benchmarks):
     systems, _ = benchmarks
     seen = set()
-    for name, system in systems.SYSTEMS.items():
+    for system in systems.SYSTEMS.values():
         assert system.group in systems.GROUPS
         assert system.other is None or systems.SYSTEMS[system.other].kind == "distil"
         if system.kind != "distil":
@@ -37,7 +37,6 @@ def test_every_system_can_be_made(benchmarks):
         settings = Settings.from_config(config.to_dict())
         assert student_sampling(settings)
         seen.add((repr(settings.distill), system.other))
-        assert name in systems.SYSTEMS
     assert len(seen) == sum(system.kind == "distil" for system in systems.SYSTEMS.values())  # no two are the same
 
 
@@ -65,8 +64,9 @@ def test_the_page_has_a_table_for_each_group_and_todays_figures(benchmarks):
     text = pages.PAGE.read_text(encoding="utf-8")
     found = re.findall(r"## (.*)\n\n<!-- ablations: (\S+) -->", text)
     assert {group: title for title, group in found} == systems.GROUPS and len(found) == len(systems.GROUPS)
-    if results := pages.read():
-        assert pages.tables(text, results, systems.REFERENCE) == text
+    results = pages.read()
+    without = re.sub(r"(?m)^\|.*\n", "", text)
+    assert pages.tables(text, results, systems.REFERENCE) == text if results else text == without
 
 
 def test_figures_of_other_settings_are_dropped(benchmarks, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from tiue_jax import images, student
 from tiue_jax.cli.command_line import BAD_INPUT, MAX_MESSAGE
 from tiue_jax.cli.main import main
 from tiue_jax.demo import drawing, panels, programs, studio, styles
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.weights import hub
 
 SPACE = Path(__file__).parents[1] / "space"
@@ -131,6 +132,25 @@ def test_one_program_draws_what_the_teacher_draws(opened, steps, guidance, negat
     drawn = np.stack([read(content)[0] for content in teacher_sheet.files])
     assert np.abs(drawn.astype(int) - expected).max() <= 1
     assert min(student_sheet.seconds, teacher_sheet.seconds) > 0
+
+
+def test_every_image_of_another_sampler_is_drawn_once(tmp_path, monkeypatch):
+    config = {"sampler": "one_step", "num_inference_steps": 1}
+    folder = tiny.write_pipeline(tmp_path / "one", config, unet=tiny.ONE_LEVEL_UNET)
+    opened = studio.open_studio(str(folder), None, given_styles=["3d render"], max_images=4)
+    asked, counts, stream = controls(images=3), [], Pipeline.stream
+
+    def counted(pipeline, *args, **settings):
+        counts.append(settings["num_images_per_prompt"])
+        return stream(pipeline, *args, **settings)
+
+    opened.draw(asked)  # compiles
+    monkeypatch.setattr(Pipeline, "stream", counted)
+    [sheet] = opened.draw(asked).sheets
+    assert counts == [3]
+    expected = opened.model.pipeline([asked.text], seed=asked.seed, num_images_per_prompt=3)
+    drawn = np.stack([read(content)[0] for content in sheet.files])
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 
 def test_no_value_compiles_again(opened, caplog):

@@ -1,18 +1,23 @@
 """The command `tiue evaluate`: results, report, resume, references, comparison and bad input."""
 
+import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from tiue_jax import images
 from tiue_jax.cli import evaluate as command
+from tiue_jax.cli.command_line import parse
 from tiue_jax.evaluate import extractors, generate, pixels
 from tiue_jax.evaluate.image_sources import DatasetImages, ImageFolder
 from tiue_jax.evaluate.pixels import Resize
+from tiue_jax.evaluate.protocols import PROTOCOLS
 from tiue_jax.pipeline import Pipeline
 
 DDIM = {"sampler": "ddim", "num_inference_steps": 1, "timestep_spacing": "linspace"}
@@ -136,9 +141,21 @@ def test_another_evaluation_in_the_folder_is_refused(cli, model):
     refused(cli(*usual(model, "--num_inference_steps", 3)), "sampling", "another folder as --out")
 
 
+def test_images_of_a_model_that_has_changed_since_are_refused(cli, model, tmp_path, shared):
+    changed = tmp_path / "models" / "teacher"
+    shutil.copytree(model, changed)
+    assert cli(*usual(changed))[0] == 0
+    weights = changed / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: -array for name, array in load_file(weights).items()}, weights)
+    del shared["pipelines"][str(changed)]
+    refused(cli(*usual(changed)), "model's vae", "another folder as --out")
+
+
 def test_features_are_kept_without_images(cli, model, tmp_path):
     assert cli(*usual(model, "--nokeep_images"))[0] == 0
     assert not (tmp_path / "out/teacher/images").exists()
+    assert cli(*usual(model))[0] == 0
+    assert len(list((tmp_path / "out/teacher/images").iterdir())) == len(PROMPTS) * EACH
 
 
 def test_a_curve_over_guidance_has_a_plot(cli, model, reference, tmp_path):
@@ -162,6 +179,8 @@ def test_statistics_in_a_file_give_the_same_distances(cli, model, reference, tmp
     refused(cli(*usual(model, "--reference", "clean.npz")), "another extractor than clip")
     (tmp_path / "broken.npz").write_bytes(b"PK")
     refused(cli(*usual(model, "--reference", "broken.npz")), "broken.npz")
+    again = cli("statistics", "--reference", "clean.npz", "--extractor", "emoji-clip", "--out", "again.npz")
+    refused(again, "real images", "clean.npz")
 
 
 def test_real_images_in_an_array(cli, model, reference, tmp_path):
@@ -209,6 +228,21 @@ def test_features_of_real_images_are_cached_by_content(cli, model, reference, mo
     assert cli(*usual(model, "--reference", reference))[0] == 0
 
 
+def write_results(folder, name, **changed):
+    """A copy of the results with other entries: its path."""
+    (folder / name).write_text(json.dumps(results() | changed))
+    return folder / name
+
+
+def test_results_name_the_real_images_by_their_content(cli, model, reference, tmp_path):
+    assert cli("statistics", "--reference", reference, "--extractor", "emoji-clip", "--out", "real.npz")[0] == 0
+    found = []
+    for source in (reference, "real.npz"):
+        assert cli(*usual(model, "--reference", source))[0] == 0
+        found.append(results()["reference_sha256"])
+    assert found == [ImageFolder(reference).sha256()] * 2
+
+
 def test_compare_shows_results_of_one_protocol_only(cli, model, tmp_path):
     assert cli(*usual(model))[0] == 0
     first = tmp_path / "out/results.json"
@@ -218,6 +252,7 @@ def test_compare_shows_results_of_one_protocol_only(cli, model, tmp_path):
     other["protocol"]["prompt_prefix"] = "A photo depicts "
     (tmp_path / "other.json").write_text(json.dumps(other))
     refused(cli("compare", first, "other.json"), "other.json", "prompt_prefix", "not comparable")
+    refused(cli("compare", first, write_results(tmp_path, "real.json", reference_sha256="a")), "reference_sha256 is a")
     (tmp_path / "foreign.json").write_text("{}")
     refused(cli("compare", "foreign.json"), "foreign.json", "results.json of tiue evaluate")
     refused(cli("compare"), "got none")
@@ -241,7 +276,24 @@ def test_bad_input_is_one_line_before_any_image(cli, model, reference, tmp_path)
     refused(cli(*usual(model, "--reference", mixed)), "1 files (glass.png (RGBA))", "convert them")
     (mixed / "torn.jpg").write_bytes(b"\xff\xd8 torn")
     refused(cli(*usual(model, "--reference", mixed)), "1 files (torn.jpg) cannot be read")
+    png = (reference / "0.png").read_bytes()
+    start = png.index(b"IDAT") - 4
+    half = (int.from_bytes(png[start : start + 4]) // 2).to_bytes(4)  # the second half is no chunk
+    (tmp_path / "chunk").mkdir()
+    for name in ("0.png", "1.png"):
+        (tmp_path / "chunk" / name).write_bytes(png[:start] + half + png[start + 4 :])
+    refused(cli(*usual(model, "--reference", "chunk")), "0.png", "image")
+    other = tiny.write_pipeline(tmp_path / "student", {"sampler": "one_step", "num_inference_steps": 1})
+    refused(cli(*usual(model, "--model", other, "--guidance_scales", 3)), "guidance_scale", "one_step")
+    refused(cli(*usual(model, "--resize_filter", "bicubic")), "nothing to resize")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_filter_alone_keeps_the_sizes_of_the_protocol():
+    args = parse(["evaluate", "--protocol", "coco30k-mosaic", "--resize_filter", "bicubic"], command.define_flags, "")
+    preset, read = PROTOCOLS["coco30k-mosaic"], command.read_protocol(args)
+    assert read.reference_resize == dataclasses.replace(preset.reference_resize, filter="bicubic")
+    assert read.reference_resize.size == 512 and read.resize.size == preset.resize.size
 
 
 def test_a_resize_cuts_the_centre_first():

@@ -112,6 +112,37 @@ def test_the_intervals_of_recall_and_coverage_hold_the_spread_of_other_images(pe
         assert 0.7 < np.mean(widths) / values.std(ddof=1) < 1.7  # the jackknife of so few images is too wide
 
 
+@pytest.mark.parametrize(("per_prompt", "alike"), [(1, 0.0), (4, 0.8)])
+def test_the_intervals_of_distances_hold_the_spread_of_other_images(per_prompt, alike):
+    """The mean width of the intervals against the deviation of 40 sets of new images, away from the distance 0."""
+    real, prompts = RNG(0).standard_normal((1000, 6)), np.arange(240) // per_prompt
+    reference, found = frechet.statistics(real), []
+    for seed in range(1, 41):
+        of_images, of_prompts = RNG(seed).standard_normal((2, 240, 6))
+        x = np.sqrt(1 - alike**2) * of_images + alike * of_prompts[prompts] + 0.5
+        found.append(
+            {
+                "Fréchet distance": frechet.estimate(x, reference, prompts=prompts),
+                "KID": kernel_distances.kid(x, real, subsets=100, subset_size=80, prompts=prompts),
+                "CMMD": kernel_distances.cmmd(x, real, prompts=prompts),
+            }
+        )
+    for name in found[0]:
+        deviation = np.std([one[name].value for one in found], ddof=1)
+        widths = np.mean([(one[name].high - one[name].low) / 2 / 1.96 for one in found])
+        print(f"{name}: deviation {deviation:.4g}, by the intervals {widths:.4g}")
+        assert 0.7 < widths / deviation < 1.5
+
+
+def test_so_few_images_say_nothing_about_the_spread():
+    x = RNG(0).standard_normal((64, 3))
+    few = neighbours.precision_recall_density_coverage(x[:6], x)
+    assert (few["recall"].low, few["recall"].high) == (0, 1)
+    one_prompt = neighbours.precision_recall_density_coverage(x[:32], x[32:], prompts=np.zeros(32, int))
+    assert one_prompt == neighbours.precision_recall_density_coverage(x[:32], x[32:])  # its images are drawn
+    assert kernel_distances.kid(x[:32], x[32:], subset_size=32).high == np.inf
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [

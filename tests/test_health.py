@@ -1,5 +1,7 @@
 """The health panel, the evaluation within a run, and the summary of a run."""
 
+import dataclasses
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ from tests.tiny_run import UNET, command, write_model
 from tiue_jax import sharding, student
 from tiue_jax.cli import train, validation
 from tiue_jax.cli.output import JsonLog
-from tiue_jax.evaluate import protocols, within_run
+from tiue_jax.evaluate import extractors, frechet, protocols, within_run
+from tiue_jax.evaluate.pixels import Resize
 from tiue_jax.evaluate.report import METRICS
 from tiue_jax.evaluate.run import Model, evaluate
 from tiue_jax.images import read_png
@@ -221,9 +224,23 @@ def test_processes_share_the_images_of_an_evaluation():
         ({"train__evaluation_images": 12}, "train.evaluation_images needs 12 prompts, the run has 11: lower it"),
         ({"train__evaluation_extractor": "nowhere"}, "nowhere"),
         ({"train__evaluation_prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"train__evaluation_metrics": "('kid',)", "train__evaluation_reference": "mu.npz"}, "kid needs real images"),
+        (
+            {"train__evaluation_metrics": "('recall',)", "train__evaluation_reference": "real.npy"},
+            "recall needs more than 5 images on both sides, got 5",
+        ),
     ],
 )
-def test_an_evaluation_that_cannot_be_is_one_line_before_the_first_step(model, tmp_path, capsys, changed, message):
+def test_an_evaluation_that_cannot_be_is_one_line_before_the_first_step(
+    model, tmp_path, capsys, monkeypatch, changed, message
+):
+    monkeypatch.chdir(tmp_path)
+    clip = extractors.load("emoji-clip")
+    real = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    statistics = frechet.statistics(clip.image_features(real)["features"])
+    np.save("real.npy", real)
+    identity = json.dumps(clip.identity() | {"resize": dataclasses.astuple(Resize())})
+    np.savez("mu.npz", mu=statistics.mean, sigma=statistics.covariance, identity=identity)
     best = {"train__checkpoints_best_metric": "None"}
     assert train.main(command(model, tmp_path / "run", **(EVALUATION | best | changed))) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

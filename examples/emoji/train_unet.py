@@ -4,8 +4,8 @@
 
 Noise prediction in the latents of {out}/vae, conditioned on the text encoder of {out}/clip, with Stable Diffusion's
 noise schedule. Half of the prompts name the style of the image; a tenth is empty, for guidance. Latents and text states
-are computed once. Writes {out}/unet/samples_<step>.png: each row a fixed prompt, guided, twice without a style and
-then in each style.
+are computed once. Writes {out}/unet/samples_<step>.png: fixed prompts, guided, two in a row, each
+twice without a style and then in each style.
 """
 
 import argparse

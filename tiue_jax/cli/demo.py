@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         args = parser.parse_args(argv[1:])
         run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print_error(error)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError, OSError: an argument or a model is wrong, or the port is taken.
+        FloatingPointError: the image that is drawn first has values that are NaN or infinite.
     """
     port = check("port", Annotated[int, Range(1, 65_535)] | None, args.port)
     max_images = check("max_images", Annotated[int, Range(1, 64)], args.max_images)

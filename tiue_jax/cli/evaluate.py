@@ -128,6 +128,8 @@ def run_statistics(args: flags.FlagValues) -> None:
     require(args, "reference", "extractor", "out")
     if not args.out.endswith(".npz"):
         raise ValueError(f"--out must end in .npz, got {args.out!r}")
+    if args.reference.endswith(".npz"):
+        raise ValueError(f"--reference must be real images, a folder or a .npy file, got statistics: {args.reference}")
     protocol = read_protocol(args)
     compile_cache.enable()
     extractor = extractors.load(args.extractor, protocol.inception_resize)
@@ -198,10 +200,12 @@ def read_protocol(args: flags.FlagValues) -> Protocol:
     names = ("num_images", "num_images_per_prompt", "inception_resize", "prompt_prefix", "k", "height", "width")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if name in args}
     given = {name: value for name, value in given.items() if value is not None}
-    if args.resize is not None or args.resize_filter is not None:
-        size = preset.resize.size if args.resize is None else args.resize
-        resize = Resize(size, args.resize_filter or preset.resize.filter, preset.resize.crop)
-        given |= {"resize": resize, "reference_resize": resize}
+    for name in ("resize", "reference_resize"):
+        old: Resize = getattr(preset, name)
+        size = old.size if args.resize is None else args.resize
+        given[name] = Resize(size, args.resize_filter or old.filter, old.crop)
+    if args.resize_filter is not None and given["resize"].size is None and given["reference_resize"].size is None:
+        raise ValueError(f"--resize_filter {args.resize_filter} has nothing to resize: give --resize, too")
     changed = {name for name, value in given.items() if value != getattr(preset, name)}
     if args.protocol is not None and changed:
         given |= {"name": f"{preset.name}, with another {' and '.join(sorted(changed))}"}

@@ -20,7 +20,7 @@ import numpy as np
 
 from tiue_jax import files, images
 from tiue_jax.checked_fields import Range, check
-from tiue_jax.cli.command_line import BAD_INPUT, ArgumentParser, path, print_error
+from tiue_jax.cli.command_line import BAD_INPUT, INTERRUPTED, ArgumentParser, path, print_error
 from tiue_jax.demo import styles
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.training import checkpoint_files
@@ -85,6 +85,7 @@ def run(minutes: float, outdir: Path) -> None:
 
     Raises:
         ValueError, OSError: a folder cannot be written.
+        FloatingPointError: an image has values that are NaN or infinite.
         subprocess.CalledProcessError: the training run failed.
     """
     minutes = check("minutes", Annotated[float, Range(0, above_low=True)], minutes)
@@ -116,7 +117,7 @@ def run(minutes: float, outdir: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0, that of a failed training run, or 2 after one line on stderr."""
+    """Returns the exit status: 0, that of a failed training run, 2 after one line on stderr, or 130 after Ctrl-C."""
     parser = ArgumentParser(argv, __doc__)
     parser.add_argument(
         "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
@@ -127,7 +128,9 @@ def main(argv: Sequence[str]) -> int:
         run(args.minutes, files.resolve(args.outdir))
     except subprocess.CalledProcessError as error:  # the training run has printed its error
         return error.returncode
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print_error(error)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0

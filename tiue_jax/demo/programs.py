@@ -201,7 +201,7 @@ class Model:
         settings = self.settings(drawing)
         shape = self.pipeline.latents_shape(*drawing.size)
         if not self.takes_steps:
-            return self._timed(shape, lambda number: self._draw_by_pipeline(drawing, number), drawing.images)
+            return self._timed(shape, lambda count: self._draw_by_pipeline(drawing, count), drawing.images)
         ids, null_ids = self.pipeline.tokenize([drawing.text, drawing.negative_prompt])[:, None]
         steps = settings.num_inference_steps
         assert steps is not None
@@ -215,7 +215,7 @@ class Model:
                 return self._draw_student(image, form, shape)
             return self._draw_teacher(image, form, np.float32(settings.guidance_scale), shape)
 
-        return self._timed(shape, one, drawing.images)
+        return self._timed(shape, lambda count: [one(number) for number in range(count)], drawing.images)
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
         """The image of latents z_0, float32 [h w c] -> uint8 [H W 3].
@@ -244,27 +244,29 @@ class Model:
             latents = self._teacher(self._params, image, tables, np.int32(len(form.timesteps)), guidance, shape=shape)
         return Drawn(self.decode_latents(np.asarray(latents)), None)
 
-    def _draw_by_pipeline(self, drawing: Drawing, number: int) -> Drawn:
-        """One image of a sampler that has no program here. The pipeline draws those before it, too."""
+    def _draw_by_pipeline(self, drawing: Drawing, count: int) -> list[Drawn]:
+        """The images of a sampler that has no program here."""
         height, width = drawing.size
         stream = self.pipeline.stream(
             [drawing.text],
             seed=drawing.seed,
-            num_images_per_prompt=number + 1,
+            num_images_per_prompt=count,
             batch_size=1,
             height=height,
             width=width,
             negative_prompt=drawing.negative_prompt or None,
         )
-        return Drawn(list(stream)[-1][0], None)
+        return [Drawn(image, None) for batch in stream for image in batch]
 
-    def _timed(self, shape: tuple[int, ...], one: Callable[[int], Drawn], count: int) -> tuple[list[Drawn], float]:
+    def _timed(
+        self, shape: tuple[int, ...], draw: Callable[[int], list[Drawn]], count: int
+    ) -> tuple[list[Drawn], float]:
         """Draws `count` images of latents of a shape. The first image of a new shape compiles, and is drawn again."""
         if shape not in self._compiled:
-            one(0)
+            draw(1)
             self._compiled.add(shape)
         start = time.perf_counter()
-        drawn = [one(number) for number in range(count)]
+        drawn = draw(count)
         return drawn, time.perf_counter() - start
 
 

@@ -10,7 +10,7 @@ from tiue_jax.evaluate.report import METRICS, format_estimate
 from tiue_jax.files import read_json
 
 # The entries of results.json that must be equal: everything that changes a metric, other than the model.
-_SHARED = ("protocol", "prompts", "num_images", "reference", "extractors")
+_SHARED = ("protocol", "prompts", "num_images", "reference_sha256", "extractors")
 
 
 def read_comparable(paths: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def of_mean(values: np.ndarray, seed: int = 0, *, groups: np.ndarray | None = No
         values: float or bool [n].
         seed: of the bootstrap.
         groups: int [n]. Values of a group, such as images of one prompt, depend on each other, so whole groups are
-            drawn. None: all values are independent.
+            drawn. None, or one group only: all values are independent.
 
     Raises:
         ValueError: there are no values.
@@ -48,7 +48,7 @@ def of_mean(values: np.ndarray, seed: int = 0, *, groups: np.ndarray | None = No
     values = np.asarray(values)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"a mean needs values [n], n >= 1, got {list(values.shape)}")
-    group = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    group = numbered(groups, len(values))
     sums, sizes = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)
     n = len(sums)
@@ -64,6 +64,18 @@ def of_mean(values: np.ndarray, seed: int = 0, *, groups: np.ndarray | None = No
     if values.dtype == bool and mean == 1:
         low = n / (n + _Z**2)
     return Estimate(mean, float(low), float(high), len(values))
+
+
+def numbered(groups: np.ndarray | None, count: int) -> np.ndarray:
+    """The number of the group of each of `count` values, from 0 on: int [n]. See the groups of `of_mean`."""
+    number = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    return number if number.max() > 0 else np.arange(count)
+
+
+def draw_counts(rng: np.random.Generator, group: np.ndarray) -> np.ndarray:
+    """How often each value occurs in a resample of whole groups: int [n]. `group` comes from `numbered`."""
+    number = int(group.max()) + 1
+    return np.bincount(rng.integers(0, number, number), minlength=number)[group]
 
 
 def of_share_without_folds(value: float, shares: np.ndarray, count: int) -> Estimate:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tiue_jax.evaluate.estimate import Estimate, of_replicates
+from tiue_jax.evaluate.estimate import Estimate, draw_counts, numbered, of_replicates
 
 RESAMPLES = 20
 
@@ -44,21 +44,21 @@ def distance(a: Statistics, b: Statistics) -> float:
     return _distance(_root(a), a, b)
 
 
-def estimate(features: np.ndarray, reference: Statistics, seed: int = 0) -> Estimate:
+def estimate(features: np.ndarray, reference: Statistics, seed: int = 0, prompts: np.ndarray | None = None) -> Estimate:
     """The Fréchet distance of features [n d] from a reference, with the spread over resamples of the features.
 
-    The reference is held fixed: it is the same for all models that are compared.
+    The reference is held fixed: it is the same for all models that are compared. Whole prompts are drawn: int [n].
     """
     features = np.asarray(features, np.float64)
     root = _root(reference)
     value = _distance(root, reference, statistics(features))
     rng = np.random.default_rng(seed)
-    n = len(features)
+    group = numbered(prompts, len(features))
     replicates = []
     for _ in range(RESAMPLES):
-        counts = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+        counts = draw_counts(rng, group).astype(np.float64)
         replicates.append(_distance(root, reference, _weighted(features, counts)))
-    return of_replicates(value, np.array(replicates), n)
+    return of_replicates(value, np.array(replicates), len(features))
 
 
 def images_needed(width: int) -> int:

@@ -50,7 +50,7 @@ def noise(numbers: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes `evaluation.json` into a new folder, or compares it with what an earlier run wrote.
+    """Compares the `evaluation.json` of a folder, if it is there, with what this evaluation would write.
 
     Raises:
         ValueError: the folder holds the images of another evaluation; names the first difference.
@@ -60,8 +60,6 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder}: not empty and no {IDENTITY} in it, expected a new folder for --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity)
         return
     earlier = read_json(path)
     for name in {**identity, **earlier}:
@@ -77,6 +75,7 @@ def generate(
     numbers: np.ndarray,
     extractors: dict[str, Extractor],
     folder: Path,
+    identity: dict[str, Any],
     *,
     resize: Resize,
     height: int | None = None,
@@ -86,7 +85,7 @@ def generate(
     """Makes the images that are not in the folder yet, and reads the features of all.
 
     Writes `chunks/00000.npz`, ... with features, each whole or not at all, and `images/000000.png`, ... if
-    `keep_images`. A chunk that is there is not made again.
+    `keep_images`. A chunk that is there, with its images, is not made again.
 
     Args:
         pipeline: the model.
@@ -94,7 +93,8 @@ def generate(
         prompts: the distinct prompts.
         numbers: for each image, the number of its prompt: int [n].
         extractors: by name.
-        folder: of this point, see `check_identity`.
+        folder: of this point.
+        identity: everything that its images and features depend on, see `check_identity`. Written into a new folder.
         resize: of the images before the extractors.
         height: of the images in pixels; None is the model's training size.
         width: as `height`.
@@ -106,6 +106,8 @@ def generate(
     """
     count = len(numbers)
     shape = pipeline.latents_shape(height, width)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY, identity)
     (folder / "chunks").mkdir(exist_ok=True)
     if keep_images:
         (folder / "images").mkdir(exist_ok=True)
@@ -115,7 +117,10 @@ def generate(
         for start in range(0, count, CHUNK):
             path = folder / "chunks" / f"{start // CHUNK:05d}.npz"
             stop = min(start + CHUNK, count)
+            pictures = [folder / "images" / f"{number:06d}.png" for number in range(start, stop)]
             chunk = _read_chunk(path, stop - start)
+            if keep_images and not all(picture.exists() for picture in pictures):
+                chunk = None  # an earlier run kept none
             found = chunk is not None
             if chunk is None:
                 begin = time.perf_counter()
@@ -131,8 +136,8 @@ def generate(
                 chunk = _measure(made, extractors, resize) | {"seconds": np.array(seconds if made_before else np.nan)}
                 made_before = True
                 if keep_images:
-                    for i, image in enumerate(made):
-                        images.write_png(folder / "images" / f"{start + i:06d}.png", image)
+                    for picture, image in zip(pictures, made, strict=True):
+                        images.write_png(picture, image)
                 with writing_aside(path) as aside, aside.open("wb") as file:
                     np.savez(file, allow_pickle=False, **chunk)
             chunks.append(chunk)

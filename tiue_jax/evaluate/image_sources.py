@@ -15,6 +15,7 @@ from tiue_jax.evaluate.pixels import Resize, resize_all
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SHOWN = 5  # files that an error names
+_DAMAGED = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)  # what Pillow raises for damaged files
 
 
 class ImageFolder:
@@ -161,7 +162,7 @@ def _decode(name: str, file: Path | io.BytesIO, resize: Resize) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return resize(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{name}: cannot be read as an image: {error}") from error
 
 
@@ -174,7 +175,7 @@ def _check(source: str, files: Iterable[tuple[str, Path | io.BytesIO]], resize: 
                 sizes.add(image.size)
                 if image.mode not in ("RGB", "L", "CMYK", "YCbCr"):
                     transparent.append(f"{name} ({image.mode})")
-        except (OSError, Image.DecompressionBombError):
+        except _DAMAGED:
             unreadable.append(name)
     if unreadable:
         raise ValueError(f"{source}: {_listed(unreadable)} cannot be read as images: remove or replace them")

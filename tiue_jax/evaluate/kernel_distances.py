@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tiue_jax.evaluate.estimate import Estimate, of_replicates
+from tiue_jax.evaluate.estimate import Estimate, draw_counts, numbered, of_replicates
 from tiue_jax.evaluate.image_text import unit
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as torch-fidelity
@@ -18,11 +18,13 @@ def kid(
     subsets: int = SUBSETS,
     subset_size: int = SUBSET_SIZE,
     seed: int = 2020,
+    prompts: np.ndarray | None = None,
 ) -> Estimate:
     """The kernel Inception distance of features [n d] from a reference [m d]: the mean over subsets.
 
     The kernel is (x y / d + 1)^3, and the estimate of each subset is unbiased. Subsets are drawn as torch-fidelity
-    draws them. The interval comes from the deviation over subsets, scaled from the size of a subset to n.
+    draws them. For the interval, others are drawn, of whole prompts (int [n]) and with a fixed part of the reference.
+    It has no limits if a subset is all of the images.
 
     Raises:
         ValueError: a set is smaller than a subset.
@@ -38,7 +40,20 @@ def kid(
         x = features[rng.choice(len(features), subset_size, replace=False)].astype(np.float64)
         y = reference[rng.choice(len(reference), subset_size, replace=False)].astype(np.float64)
         values.append(_unbiased(_cubic(x, x), _cubic(x, y), _cubic(y, y)))
-    return of_replicates(float(np.mean(values)), np.array(values), smaller, np.sqrt(subset_size / smaller))
+    value, n = float(np.mean(values)), len(features)
+    if n == subset_size:
+        return Estimate(value, -np.inf, np.inf, n)
+    group, draws = numbered(prompts, n), np.random.default_rng(seed)
+    y = reference[draws.choice(len(reference), subset_size, replace=False)].astype(np.float64)
+    within = _cubic(y, y)
+    replicates = []
+    for _ in range(subsets):
+        # The prompts in a random order; the last of them may be cut.
+        order = np.argsort(draws.permutation(int(group.max()) + 1)[group], kind="stable")
+        x = features[order[:subset_size]].astype(np.float64)
+        replicates.append(_unbiased(_cubic(x, x), _cubic(x, y), within))
+    # Subsets have no image twice, so that their deviation is smaller than that of independent sets of their size.
+    return of_replicates(value, np.array(replicates), n, np.sqrt(subset_size / (n - subset_size)))
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -53,17 +68,19 @@ def _unbiased(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray) -> float:
     return float(within - 2 * xy.mean())
 
 
-def cmmd(features: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate:
+def cmmd(features: np.ndarray, reference: np.ndarray, seed: int = 0, prompts: np.ndarray | None = None) -> Estimate:
     """The CLIP maximum mean discrepancy of features [n d] from a reference [m d], times 1000.
 
     Features are divided by their norm. The kernel is exp(-|x - y|^2 / (2 sigma^2)) with sigma = 10, and the estimate is
-    the one with the diagonal, as in the authors' code. Images are resampled for the interval; the reference is fixed.
+    the one with the diagonal, as in the authors' code. For the interval, whole prompts (int [n]) are drawn; the
+    reference is fixed.
     """
     x, y = unit(features), unit(reference)
     n = len(x)
     rng = np.random.default_rng(seed)
-    resampled = [np.bincount(rng.integers(0, n, n), minlength=n) / n for _ in range(RESAMPLES)]
-    weights = np.stack([np.full(n, 1 / n), *resampled])  # [1+r n]
+    group = numbered(prompts, n)
+    counts = np.stack([np.ones(n, int), *(draw_counts(rng, group) for _ in range(RESAMPLES))])  # [1+r n]
+    weights = counts / counts.sum(1, keepdims=True)
     within = _quadratic(x, x, weights)
     between = _gaussian_mean(x, y, weights)
     reference_within = _gaussian_mean(y, y, np.full((1, len(y)), 1 / len(y)))

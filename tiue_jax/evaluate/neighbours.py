@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tiue_jax.evaluate.estimate import Estimate, of_mean, of_share_without_folds
+from tiue_jax.evaluate.estimate import Estimate, numbered, of_mean, of_share_without_folds
 
 K = 5  # neighbours that define the neighbourhood of an image
 COPY_QUANTILE = 0.01
 ROWS = 1024  # of a distance matrix at once
-FOLDS = 10  # of the generated images, for the intervals of recall and coverage
+FOLDS = 10  # of the generated images, at most, for the intervals of recall and coverage
 
 
 def precision_recall_density_coverage(
@@ -85,10 +85,12 @@ def near_copies(
 
 
 def _outside_of_folds(count: int, prompts: np.ndarray | None, seed: int) -> np.ndarray:
-    """For each fold, the images outside of it: bool [FOLDS n]. Images of one prompt are in one fold."""
-    group = np.arange(count) if prompts is None else np.unique(prompts, return_inverse=True)[1]
-    fold = np.random.default_rng(seed).permutation(int(group.max()) + 1) % FOLDS
-    return fold[group][None] != np.arange(FOLDS)[:, None]
+    """For each of f folds, the images outside of it: bool [f n]. Images of one prompt are in one fold."""
+    group = numbered(prompts, count)
+    number = int(group.max()) + 1
+    folds = min(FOLDS, number)
+    fold = np.random.default_rng(seed).permutation(number) % folds
+    return fold[group][None] != np.arange(folds)[:, None]
 
 
 def _reach(x: np.ndarray, k: int, kept: np.ndarray | None = None) -> np.ndarray:

@@ -26,11 +26,13 @@ class Reference(NamedTuple):
     Attributes:
         statistics: their mean and covariance.
         features: [m d], or None if only the statistics are known.
+        sha256: of the images, or of statistics that do not say which images they are of.
         notes: facts that the report must state, one line each.
     """
 
     statistics: frechet.Statistics
     features: np.ndarray | None
+    sha256: str
     notes: tuple[str, ...] = ()
 
 
@@ -47,8 +49,10 @@ def read(path: str | Path, extractor: Extractor, resize: Resize, split: str = "v
     """
     path = expand(path)
     if path.is_dir() or (path.suffix == ".npy" and path.is_file()):
-        features = _features_of(_open_images(path, split), extractor, resize)
-        return Reference(frechet.statistics(features), features)
+        real = _open_images(path, split)
+        sha256 = real.sha256()
+        features = _features_of(real, sha256, extractor, resize)
+        return Reference(frechet.statistics(features), features, sha256)
     if path.suffix == ".npz":
         return _read_statistics(path, extractor, resize)
     if not path.exists():
@@ -70,7 +74,7 @@ def is_for(path: str | Path, extractor: Extractor) -> bool:
 
 
 def save_statistics(path: str | Path, reference: Reference, extractor: Extractor, resize: Resize) -> None:
-    """Writes a `.npz` file that `read` takes: mu, sigma and count, the features if they are known, and their identity.
+    """Writes a `.npz` file that `read` takes: mu, sigma, count, the features, their identity, and the images' hash.
 
     `mu` and `sigma` have clean-fid's and pytorch-fid's names.
     """
@@ -80,7 +84,7 @@ def save_statistics(path: str | Path, reference: Reference, extractor: Extractor
         arrays["features"] = reference.features
     identity = json.dumps(_identity(extractor, resize), sort_keys=True)
     with writing_aside(path) as aside, aside.open("wb") as file:
-        np.savez(file, identity=identity, **arrays)
+        np.savez(file, identity=identity, sha256=reference.sha256, **arrays)
 
 
 def _identity(extractor: Extractor, resize: Resize) -> dict[str, Any]:
@@ -112,7 +116,9 @@ def _read_statistics(path: Path, extractor: Extractor, resize: Resize) -> Refere
     width = _width(extractor)
     if len(mean) != width:
         raise ValueError(f"{path}: statistics of {len(mean)} features, but {extractor.kind} has {width}")
-    return Reference(frechet.Statistics(mean, covariance, count), features, notes)
+    own = hashlib.sha256(mean.tobytes() + covariance.tobytes()).hexdigest()
+    sha256 = str(arrays["sha256"]) if "sha256" in arrays else own
+    return Reference(frechet.Statistics(mean, covariance, count), features, sha256, notes)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -138,11 +144,11 @@ def _open_images(path: Path, split: str) -> Images:
     return ImageFolder(path) if path.is_dir() else ImageArray(path)
 
 
-def _features_of(real: Images, extractor: Extractor, resize: Resize) -> np.ndarray:
-    """The features of all images [m d], from the cache if they are there."""
+def _features_of(real: Images, sha256: str, extractor: Extractor, resize: Resize) -> np.ndarray:
+    """The features of all images [m d], from the cache if they are there. `sha256` is that of the images."""
     real.check(resize)
     digest = hashlib.sha256(json.dumps(_identity(extractor, resize), sort_keys=True).encode())
-    digest.update(real.sha256().encode())
+    digest.update(sha256.encode())
     cached = user_cache() / "evaluate" / f"{digest.hexdigest()}.npy"
     if cached.is_file():
         try:

@@ -17,7 +17,7 @@ from tiue_jax.evaluate.protocols import Protocol
 from tiue_jax.files import write_json
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
-from tiue_jax.weights import hub
+from tiue_jax.weights import fingerprint, hub
 
 RESULTS = "results.json"
 
@@ -120,22 +120,36 @@ def evaluate(
         "prompts": {"count": len(used), "distinct": len(distinct), "sha256": _hash(used)},
         "num_images": count,
         "reference": None if reference_path is None else Path(reference_path).name,
+        "reference_sha256": next((found.sha256 for found in real.values() if found is not None), None),
         "extractors": {name: extractor.identity() for name, extractor in loaded.items()},
     }
     # What the images and their features depend on. Metrics may be added to images that are there.
     made_from = {name: about[name] for name in ("prompts", "num_images", "extractors")}
     sizes = ("num_images_per_prompt", "height", "width", "resize")
     made_from |= {name: about["protocol"][name] for name in sizes}
-    out.mkdir(parents=True, exist_ok=True)
-    points = []
-    for model in models:
-        pipeline = Pipeline.from_pretrained(model.name, dtype)
-        digest = extractors.digest_of_weights(hub.resolve(model.name, dtype) / "unet")
+    made_from |= {"dtype": dtype}
+
+    def plan(model: Model, pipeline: Pipeline) -> list[tuple[str, Sampling, Path, dict[str, Any]]]:
+        """The label, the settings, the folder and the identity of each point of a model."""
+        parts = fingerprint.of_pipeline(hub.resolve(model.name, dtype))
+        pipeline.latents_shape(protocol.height, protocol.width)
+        points = []
         for scale in guidance_scales or (None,):
             settings = pipeline.settings(**((sampling or {}) | ({} if scale is None else {"guidance_scale": scale})))
             label = model.label if scale is None else f"{model.label}, guidance {scale:g}"
             folder = out / label.replace(", guidance ", "-guidance-").replace("/", "--")
-            check_identity(folder, made_from | {"model": digest, "sampling": settings.to_dict(), "dtype": dtype})
+            identity = made_from | {f"model's {part}": digest for part, digest in parts.items()}
+            points.append((label, settings, folder, identity | {"sampling": settings.to_dict()}))
+            check_identity(folder, points[-1][-1])
+        return points
+
+    for model in models[1:]:  # the first is checked below; not all models may fit in memory together
+        plan(model, Pipeline.from_pretrained(model.name, dtype))
+    points = []
+    for model in models:
+        pipeline = Pipeline.from_pretrained(model.name, dtype)
+        digest = extractors.digest_of_weights(hub.resolve(model.name, dtype) / "unet")
+        for label, settings, folder, identity in plan(model, pipeline):
             made = generate(
                 pipeline,
                 settings,
@@ -143,6 +157,7 @@ def evaluate(
                 numbers,
                 loaded,
                 folder,
+                identity,
                 resize=protocol.resize,
                 height=protocol.height,
                 width=protocol.width,

@@ -75,18 +75,21 @@ def _against_reference(
             f"{extractor.kind}: {len(x)} images are too few for the rank of the covariance of {x.shape[1]} features: "
             f"the Fréchet distance needs {needed} or more and is too large"
         )
-    metrics = {"frechet_distance": frechet.estimate(x, reference.statistics)}
+    metrics = {"frechet_distance": frechet.estimate(x, reference.statistics, prompts=numbers)}
     real = reference.features
     if real is None:
         notes.append(f"{extractor.kind}: only statistics of the reference are known: no KID, CMMD, precision, recall")
         return metrics
     smaller = min(len(x), len(real))
-    size = min(kernel_distances.SUBSET_SIZE, max(2, smaller // 2))  # subsets must differ from each other
-    if size < kernel_distances.SUBSET_SIZE:
+    size = min(kernel_distances.SUBSET_SIZE, smaller // 2)  # subsets must differ from each other
+    if size < 2:
+        notes.append(f"{extractor.kind}: KID needs 4 images, got {smaller}")
+    elif size < kernel_distances.SUBSET_SIZE:
         notes.append(f"{extractor.kind}: KID with subsets of {size} images, fewer than {kernel_distances.SUBSET_SIZE}")
-    metrics["kid"] = kernel_distances.kid(x, real, subset_size=size)
+    if size >= 2:
+        metrics["kid"] = kernel_distances.kid(x, real, subset_size=size, prompts=numbers)
     if extractor.kind == "clip":
-        metrics["cmmd"] = kernel_distances.cmmd(x, real)
+        metrics["cmmd"] = kernel_distances.cmmd(x, real, prompts=numbers)
     if smaller > k:
         metrics |= neighbours.precision_recall_density_coverage(x, real, k, prompts=numbers)
         metrics["near_copies"] = neighbours.near_copies(x, real, prompts=numbers)

@@ -9,15 +9,18 @@ from jax.experimental import multihost_utils
 
 from tiue_jax.data.prompt_files import read_texts
 from tiue_jax.data.prompts import PromptSource
-from tiue_jax.evaluate import extractors, reference, scores
+from tiue_jax.evaluate import extractors, neighbours, reference, scores
 from tiue_jax.evaluate.extractors import Extractor, Features
 from tiue_jax.evaluate.generate import noise, prompt_numbers
 from tiue_jax.evaluate.pixels import Resize
+from tiue_jax.evaluate.reference import Reference
 from tiue_jax.models import functional
 from tiue_jax.training.preview import StudentSampler
 from tiue_jax.training.settings import Settings
 
 _OF_TEXTS = ("clip_score", "retrieval")
+_OF_NEIGHBOURS = ("precision", "recall", "density", "coverage", "near_copies")
+_OF_FEATURES = ("kid", "cmmd", *_OF_NEIGHBOURS)
 _BATCH_SIZE = 8  # images on each device
 
 
@@ -52,6 +55,7 @@ class Evaluation:
                 kind = self._extractor.kind
                 raise ValueError(f"train.evaluation_reference = {path}: statistics of another extractor than {kind}")
             self._reference = reference.read(path, self._extractor, Resize())
+            _check_reference(self._metrics, self._reference, len(numbers))
 
     def features(self, student: StudentSampler, unet: functional.Params) -> Features:
         """The features of this process's images. It does not communicate.
@@ -147,3 +151,18 @@ def _check(metrics: Sequence[str], extractor: Extractor, images: int, prompts: i
         if needed:
             got = f"{extractor.kind}, {images} images of {prompts} prompts"
             raise ValueError(f"train.evaluation_metrics: {name} needs {needed}, got {got}")
+
+
+def _check_reference(metrics: Sequence[str], real: Reference, images: int) -> None:
+    """Raises ValueError for a metric that this reference, or this number of images, cannot give."""
+    smaller = images if real.features is None else min(images, len(real.features))
+    for name in metrics:
+        needed = None
+        if name in _OF_FEATURES and real.features is None:
+            needed = "real images as evaluation_reference, or statistics with their features"
+        elif name in _OF_NEIGHBOURS and smaller <= neighbours.K:
+            needed = f"more than {neighbours.K} images on both sides"
+        elif name == "kid" and smaller < 4:
+            needed = "4 images on both sides"
+        if needed:
+            raise ValueError(f"train.evaluation_metrics: {name} needs {needed}, got {smaller}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 Row = TypeVar("Row")
 
-LONGEST = 600  # characters of an error
+LONGEST = 593  # characters of an error: 600 with the "error: " that a command prints before it
 EXAMPLES = 5  # of each kind of problem, fewer if the error is too long
 _LONGEST_NAME = 120  # characters of a tensor in an error
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
