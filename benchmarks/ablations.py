@@ -104,6 +104,7 @@ def measure(args: argparse.Namespace, name: str, seed: int, model: str | Path) -
         "model": model,
         "prompt_file": PROMPTS,
         "num_images_per_prompt": 2,
+        "seed": seed,
         "reference": args.data / "images.npy",
         "out": out / "evaluation",
         **{"guidance_scales" if key == "guidance_scale" else key: value for key, value in sampling.items()},

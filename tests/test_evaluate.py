@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_with_the_same_results(cli, model, tmp_path, monkey
     chunks[2].write_bytes(chunks[2].read_bytes()[:100])  # cut off, as no run leaves it but a disk may
     made = []
     noise = generate.noise
-    monkeypatch.setattr(generate, "noise", lambda numbers, shape: made.append(list(numbers)) or noise(numbers, shape))
+    monkeypatch.setattr(generate, "noise", lambda numbers, *more: made.append(list(numbers)) or noise(numbers, *more))
     assert cli(*usual(model))[0] == 0
     assert made == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert results()["points"][0]["metrics"] == whole
@@ -139,6 +139,16 @@ def test_another_evaluation_in_the_folder_is_refused(cli, model):
     assert cli(*usual(model))[0] == 0
     refused(cli(*usual(model, "--num_images_per_prompt", 2)), "out/teacher", "num_images 12, got 8")
     refused(cli(*usual(model, "--num_inference_steps", 3)), "sampling", "another folder as --out")
+
+
+def test_another_seed_draws_other_images_of_the_same_protocol(cli, model, tmp_path):
+    for seed in (0, 1):
+        assert cli(*usual(model, "--seed", seed), "--out", f"seed-{seed}")[0] == 0
+    first, second = (images.read_png(tmp_path / f"seed-{seed}/teacher/images/000000.png")[0] for seed in (0, 1))
+    assert np.abs(first.astype(int) - second).max() > 5
+    assert cli("compare", "seed-0/results.json", "seed-1/results.json")[0] == 0
+    refused(cli(*usual(model, "--seed", 1), "--out", "seed-0"), "seed 0, got 1")
+    refused(cli(*usual(model, "--seed", -1)), "--seed must be 0 or more, got -1")
 
 
 def test_images_of_a_model_that_has_changed_since_are_refused(cli, model, tmp_path, shared):

@@ -57,6 +57,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "a published protocol; flags below replace its values", **add)
     flags.DEFINE_integer("num_images", None, "number of images; by default all prompts", **add)
     flags.DEFINE_integer("num_images_per_prompt", None, "number of images of each prompt; by default 1", **add)
+    flags.DEFINE_integer("seed", 0, "of the noise of all images", **add)
     flags.DEFINE_integer("resize", None, "side in pixels to which all images are resized; by default none", **add)
     flags.DEFINE_enum("resize_filter", None, list(FILTERS), "filter of the resize; by default lanczos", **add)
     inception = "resize before Inception-v3; by default clean"
@@ -98,6 +99,7 @@ def run(args: flags.FlagValues) -> None:
             sampling={"sampler": args.sampler, "num_inference_steps": args.num_inference_steps},
             dtype=args.dtype,
             keep_images=args.keep_images,
+            seed=args.seed,
         )
     report = write_report(args.out, results, points, list(dict.fromkeys(prompts)))
     show([results])

@@ -44,9 +44,9 @@ def prompt_numbers(num_images: int, num_images_per_prompt: int) -> np.ndarray:
     return np.arange(num_images) // num_images_per_prompt
 
 
-def noise(numbers: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
-    """The initial latents of images: float32 [n h w c]. The seed of each image is its number."""
-    return np.stack([np.random.default_rng(number).standard_normal(shape, np.float32) for number in numbers])
+def noise(numbers: Sequence[int], shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """The initial latents of images, by their numbers and the seed of the evaluation: float32 [n h w c]."""
+    return np.stack([np.random.default_rng((seed, number)).standard_normal(shape, np.float32) for number in numbers])
 
 
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
@@ -81,6 +81,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     keep_images: bool = True,
+    seed: int = 0,
 ) -> Generated:
     """Makes the images that are not in the folder yet, and reads the features of all.
 
@@ -99,6 +100,7 @@ def generate(
         height: of the images in pixels; None is the model's training size.
         width: as `height`.
         keep_images: also write the images, before `resize`.
+        seed: of the noise.
 
     Raises:
         FloatingPointError: an image has values that are NaN or infinite.
@@ -127,8 +129,8 @@ def generate(
                 made = pipeline(
                     [prompts[number] for number in numbers[start:stop]],
                     **settings.to_dict(),
-                    seed=start,
-                    latents=noise(range(start, stop), shape),
+                    seed=int(np.random.SeedSequence((seed, start)).generate_state(1)[0]),  # of later noise
+                    latents=noise(range(start, stop), shape, seed),
                     height=height,
                     width=width,
                 )

@@ -66,6 +66,7 @@ def evaluate(
     sampling: dict[str, Any] | None = None,
     dtype: str = "float32",
     keep_images: bool = True,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], list[Point]]:
     """Makes images of the prompts with every model and guidance scale, measures them, and writes `results.json`.
 
@@ -83,6 +84,7 @@ def evaluate(
         sampling: settings of `Pipeline.settings` that differ from the model's.
         dtype: "float32" or "bfloat16", of the models.
         keep_images: also write the images.
+        seed: of the noise of all images, 0 or more.
 
     Returns:
         The content of `results.json`, and the points with their images.
@@ -92,6 +94,8 @@ def evaluate(
             is made.
         FloatingPointError: an image has values that are NaN or infinite.
     """
+    if seed < 0:
+        raise ValueError(f"--seed must be 0 or more, got {seed}")
     out = Path(out)
     count = len(prompts) * protocol.num_images_per_prompt if protocol.num_images is None else protocol.num_images
     needed = -(-count // protocol.num_images_per_prompt)
@@ -119,12 +123,13 @@ def evaluate(
         "protocol": protocol.to_dict(),
         "prompts": {"count": len(used), "distinct": len(distinct), "sha256": _hash(used)},
         "num_images": count,
+        "seed": seed,
         "reference": None if reference_path is None else Path(reference_path).name,
         "reference_sha256": next((found.sha256 for found in real.values() if found is not None), None),
         "extractors": {name: extractor.identity() for name, extractor in loaded.items()},
     }
     # What the images and their features depend on. Metrics may be added to images that are there.
-    made_from = {name: about[name] for name in ("prompts", "num_images", "extractors")}
+    made_from = {name: about[name] for name in ("prompts", "num_images", "seed", "extractors")}
     sizes = ("num_images_per_prompt", "height", "width", "resize")
     made_from |= {name: about["protocol"][name] for name in sizes}
     made_from |= {"dtype": dtype}
@@ -162,6 +167,7 @@ def evaluate(
                 height=protocol.height,
                 width=protocol.width,
                 keep_images=keep_images,
+                seed=seed,
             )
             points.append(_point(model, label, digest, settings, made, distinct, numbers, loaded, real, protocol))
     results = about | {
