@@ -110,13 +110,14 @@ def test_rows_hold_each_text_plain_and_in_each_style() -> None:
     assert rows[texts.row_in_style(0, 1, 2)] == "dog, 3d render"
 
 
-def test_half_of_the_picked_prompts_have_the_style_of_the_image() -> None:
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_a_share_of_the_picked_prompts_has_the_style_of_the_image(share: float) -> None:
     rng = np.random.default_rng(0)
     rows = texts.rows_of(["dog", "a dog", "puppy", "a puppy"], [s.phrase for s in styles.STYLES])
-    picked = Counter(rows[texts.pick_row(4, 3, rng)] for _ in range(4000))
+    picked = Counter(rows[texts.pick_row(4, 3, rng, share)] for _ in range(4000))
     with_style = sum(count for text, count in picked.items() if text.endswith(", 3d render"))
     assert sum("," in text for text in picked) == 4  # of the style asked for, and no other
-    assert 0.45 < with_style / 4000 < 0.55
+    assert share - 0.05 < with_style / 4000 < share + 0.05
     assert 0.55 < (picked["dog"] + picked["dog, 3d render"]) / 4000 < 0.7  # the name half of the time, and a quarter
 
 

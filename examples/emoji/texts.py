@@ -38,7 +38,7 @@ def row_in_style(text: int, style: int, count: int) -> int:
     return (style + 1) * count + text
 
 
-def pick_row(count: int, style: int, rng: np.random.Generator) -> int:
-    """Returns a row of `rows_of` for a concept of `count` texts: half of the time without, half with this style."""
+def pick_row(count: int, style: int, rng: np.random.Generator, with_style: float = 0.5) -> int:
+    """Returns a row of `rows_of` for a concept of `count` texts, with this style in the share `with_style` of draws."""
     text = pick(range(count), rng)
-    return text if rng.random() < 0.5 else row_in_style(text, style, count)
+    return text if rng.random() >= with_style else row_in_style(text, style, count)
