@@ -1,5 +1,6 @@
 """checkpoint.py: exact round trips while the state is donated, what is kept, weights alone, full disks, kills."""
 
+import asyncio
 import resource
 import shutil
 import signal
@@ -226,6 +227,18 @@ def test_a_write_that_ends_after_the_event_loop_was_closed_is_not_reported(monke
         error = RuntimeError(message)
         sys.unraisablehook(SimpleNamespace(exc_type=RuntimeError, exc_value=error, exc_traceback=None, object=None))
     assert reported == ["another error"]
+
+
+def test_a_task_that_fails_after_another_one_is_not_reported(caplog):
+    """One of nine runs that read damaged checkpoints printed a traceback for it. Other errors are still reported."""
+    orbax_output.silence()
+    loop = asyncio.new_event_loop()
+    for message in ("NOT_FOUND: Error opening driver [tensorstore_spec='{}']", "another error"):
+        report = {"message": "Task exception was never retrieved", "exception": ValueError(message), "task": message}
+        loop.default_exception_handler(report)
+    loop.close()
+    (record,) = caplog.records
+    assert "another error" in record.getMessage()
 
 
 def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
