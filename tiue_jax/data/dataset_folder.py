@@ -152,9 +152,8 @@ def _deserialized(builder: Any, split: str, folder: epath.Path, features: Any, *
             row = features.deserialize_example_np(record, **how)
         except Exception as error:  # DecodeError, KeyError, TypeError and others, by what is wrong in the row
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ValueError(
-                f"{path}: damaged, row {number} of {split!r} cannot be read: {reason}; {REMEDY}"
-            ) from error
+            what = f"row {number} of {split!r}"
+            raise ValueError(f"{path}: damaged, {what} cannot be read: {reason}; {REMEDY}") from error
         yield row
 
 
