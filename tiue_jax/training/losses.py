@@ -38,7 +38,7 @@ def vsd(latents: jax.Array, teacher: jax.Array, lora: jax.Array, weight: jax.Arr
     """Variational score distillation: 0.5 mean((z_0 - stopgrad(z_0 - g))^2) with g = weight (e_teacher - e_lora).
 
     The gradient with respect to z_0 is g over the number of elements. Elements of g that are not finite count as 0, so
-    that a prediction that overflows leaves the rest of the batch as it is. The metric `vsd_nonfinite` is their share.
+    that a sample that overflows in a teacher does not spoil the loss of the others. `vsd_nonfinite` is their share.
     The reference's nan_to_num makes infinities the largest float32, whose square is infinite.
 
     Args:
