@@ -64,3 +64,17 @@ def test_what_cannot_be_averaged_is_one_line(teacher, tmp_path, capsys):
         status, err = run(capsys, *arguments)
         assert status == 2 and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
+
+
+def test_students_of_other_timesteps_are_not_averaged(teacher, tmp_path, capsys):
+    def refused(name: str, **sampling: object) -> str:
+        other = tiny.write_pipeline(tmp_path / name, {"sampler": "tiue", **sampling} if sampling else None)
+        status, err = run(capsys, "--model", teacher, "--model", other, "--out", tmp_path / "out")
+        return err if status else ""
+
+    here = f"but [501, 1] in {teacher}"
+    assert f"student: timesteps [751, 501, 251, 1], {here}" in refused("more", num_inference_steps=4)
+    assert f"student: timesteps [900, 100], {here}" in refused("chosen", timesteps=[900, 100])
+    assert f"student: timesteps None, {here}" in refused("plain")
+    assert not (tmp_path / "out").exists()
+    assert refused("the same in other words", timesteps=[501, 1]) == ""

@@ -82,7 +82,7 @@ def test_what_changes_no_update_is_free(settings, fingerprints):
     [
         (changed("distill", lora_rank=8), {}, "distill.lora_rank"),
         (changed("distill", lora_targets=("to_q",)), {}, "distill.lora_targets"),
-        (changed("model", student_name_or_path="b"), {"student": "9f"}, "model.student_name_or_path"),
+        (changed("model", student_name_or_path="b"), {}, "model.student_name_or_path"),
         (SETTINGS, {"teacher__prediction_type": "v_prediction"}, "teacher.prediction_type"),
     ],
 )
@@ -92,6 +92,21 @@ def test_no_reason_changes_what_the_checkpoint_cannot_follow(settings, fingerpri
     message = str(raised.value)
     assert message.startswith(f"settings that no run can change: {name} was") and FIXED[name] in message
     assert "start a new run in another --workdir" in message and len(message) <= 600
+
+
+def test_the_start_of_the_student_may_be_gone_and_stays_known(monkeypatch):
+    """It is read before the first step only, so a run that goes on has no fingerprint of it to compare."""
+    settings = changed("model", student_name_or_path="runs/first/student")
+    about = Resumption(settings, FINGERPRINTS | {"student": "4d"}).about([])
+    resumption = Resumption(settings, FINGERPRINTS)
+    resumption.check(settings.to_dict(), about)
+    assert resumption.changes == [] and resumption.about([]) == about
+
+    elsewhere = Resumption(changed("model", student_name_or_path="/local/student"), FINGERPRINTS)
+    with pytest.raises(ValueError, match="model.student_name_or_path was 'runs/first/student', now '/local/student'"):
+        elsewhere.check(settings.to_dict(), about)
+    monkeypatch.setattr("jax.process_index", lambda: 1)  # the saved settings are those of process 0
+    elsewhere.check(settings.to_dict(), about)
 
 
 def test_a_checkpoint_without_fingerprints_knows_its_teacher_by_name():

@@ -1,5 +1,6 @@
 """checkpoint.py: exact round trips while the state is donated, what is kept, weights alone, full disks, kills."""
 
+import asyncio
 import resource
 import shutil
 import signal
@@ -228,6 +229,18 @@ def test_a_write_that_ends_after_the_event_loop_was_closed_is_not_reported(monke
     assert reported == ["another error"]
 
 
+def test_a_task_that_fails_after_another_one_is_not_reported(caplog):
+    """One of nine runs that read damaged checkpoints printed a traceback for it. Other errors are still reported."""
+    orbax_output.silence()
+    loop = asyncio.new_event_loop()
+    for message in ("NOT_FOUND: Error opening driver [tensorstore_spec='{}']", "another error"):
+        report = {"message": "Task exception was never retrieved", "exception": ValueError(message), "task": message}
+        loop.default_exception_handler(report)
+    loop.close()
+    (record,) = caplog.records
+    assert "another error" in record.getMessage()
+
+
 def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
     program = [sys.executable, "-m", "tests.programs.save_on_eight_devices", tmp_path]
     done = subprocess.run(program, env=devices.environment(8), capture_output=True, text=True)
@@ -239,17 +252,33 @@ def test_sharded_over_eight_devices_and_read_on_one(tmp_path):
     assert_same(jax.tree.map(np.asarray, restored), expected)
 
 
-def test_two_processes_save_one_checkpoint(tmp_path):
+def run_two_processes(program: str, workdir: Path) -> None:
+    """Runs a program of tests/programs/ in two processes that share a folder."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    argv = [sys.executable, "-m", f"tests.programs.{program}", workdir, address]
     env = devices.environment(4)
-    argv = [sys.executable, "-m", "tests.programs.save_by_two_processes", tmp_path, address]
     both = [subprocess.Popen([*argv, str(i)], env=env, stderr=subprocess.PIPE, text=True) for i in range(2)]
     errors = [process.communicate(timeout=400)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
+
+
+def test_two_processes_save_one_checkpoint(tmp_path):
+    run_two_processes("save_by_two_processes", tmp_path)
     expected = save_by_two_processes.arrays()
     here = sharding.shardings(expected, sharding.make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.resume(sharding.structs(expected, here), lambda config, about: None)
     assert_same(jax.tree.map(np.asarray, restored.state), expected)
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(tmp_path):
+    run_two_processes("resume_by_two_processes", tmp_path)
+    broken = f"checkpoint {tmp_path}/checkpoints/2 is broken: "
+    other = f"{broken}another process cannot read it; --allow_older resumes from step 1"
+    first, second = [(tmp_path / f"process_{i}.txt").read_text().splitlines() for i in range(2)]
+    assert first == [other, other, "resumed from step 1"]
+    assert second[0] == "the settings; --allow_older resumes from step 1"
+    assert second[1].startswith(broken) and second[1] != other and second[2] == "resumed from step 1"
+    assert [path.name[:2] for path in (tmp_path / "checkpoints_broken").iterdir()] == ["2-"]

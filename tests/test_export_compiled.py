@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 from tests import devices, tiny
 from tests.programs.run_compiled_sampler import PROMPTS, SEED
 from tiue_jax.cli import convert as convert_main
-from tiue_jax.convert import export_compiled
+from tiue_jax.convert import export_compiled, inspect_model
 from tiue_jax.convert.compiled_sampler import Sampler
 from tiue_jax.pipeline import Pipeline
 
@@ -62,6 +62,12 @@ def test_it_is_lowered_for_every_platform(folder):
     assert manifest["sampling"] == {"sampler": "tiue", "num_inference_steps": 2, "timestep_spacing": "trailing"}
     names = set(load_file(folder / "weights.safetensors"))
     assert "vae/decoder/conv_in/kernel" in names and not any(name.startswith("vae/encoder") for name in names)
+
+
+def test_inspect_says_what_it_is(folder):
+    report = inspect_model.inspect(folder)
+    assert report.kind == "a compiled sampler of tiue convert export-compiled"
+    assert {"sampler: tiue", "platforms: ['cpu', 'cuda', 'tpu']"} < set(report.notes)
 
 
 def test_large_images_keep_the_attention_kernel_of_tpus(pipe, tmp_path):

@@ -287,12 +287,12 @@ def test_a_wrong_summary_is_one_line(argv, message, capsys):
 
 
 class Failing:
-    """A preview, a panel and an evaluation that fail, and a sampler."""
+    """A preview, a panel, a sampler and an evaluation that fail."""
 
     compile_seconds, timesteps = 0.0, [1]
 
     def __init__(self, *_):
-        self.student = self
+        pass
 
     def __call__(self, *_):
         raise RuntimeError("on purpose")
@@ -300,9 +300,11 @@ class Failing:
     features = __call__
 
 
-def make_validation(tmp_path, monkeypatch, panel, **changed):
+def make_validation(tmp_path, monkeypatch, panel, preview=Failing, **changed):
     """A validation whose every part fails, its writer, and a state of one number."""
-    monkeypatch.setattr(validation, "Preview", Failing)
+    monkeypatch.setattr(validation, "load_teacher", Failing)
+    monkeypatch.setattr(validation, "Preview", preview)
+    monkeypatch.setattr(validation, "StudentSampler", Failing)
     monkeypatch.setattr(validation, "make_panel", panel)
     shown = TrainConfig(validation_prompts=PROMPTS, validation_every=2, evaluation_every=4, **changed)
     settings = Settings(ModelConfig("x"), DataConfig("y"), shown, DistillConfig(max_train_steps=4))
@@ -337,6 +339,25 @@ def test_a_panel_that_cannot_be_made_is_one_line_and_no_images_make_none(tmp_pat
     assert err.startswith("warning: no health panels: no room; the run goes on\n") and "no health panel:" not in err
     shows, _, _ = make_validation(tmp_path, monkeypatch, no_room, health_images=0)
     assert made == [1]
+
+
+def test_a_teacher_whose_images_are_not_finite_is_one_line(tmp_path, monkeypatch, capsys):
+    def overflows(*_):
+        raise FloatingPointError("image 0: expected finite values")
+
+    shows, writer, state = make_validation(tmp_path, monkeypatch, Failing, preview=overflows)
+    error = "warning: no images of the teacher: image 0: expected finite values; the run goes on\n"
+    assert capsys.readouterr().err == error
+    with writer:
+        assert shows(4, False, state, None, 0.5) == {}
+    wanted = ["no health panel: on purpose", "no evaluation: on purpose"]  # those are tried
+    assert capsys.readouterr().err.splitlines() == [f"warning: step 4: {what}; the run goes on" for what in wanted]
+
+    def wrong_setting(*_):
+        raise ValueError("validation_num_inference_steps")
+
+    with pytest.raises(ValueError, match="validation_num_inference_steps"):
+        make_validation(tmp_path, monkeypatch, Failing, preview=wrong_setting)
 
 
 def test_an_error_in_the_summary_does_not_change_how_a_run_ends(tmp_path, capsys):

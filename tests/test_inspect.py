@@ -217,8 +217,9 @@ def test_shards_and_variants(root, tmp_path):
 
 def test_folders_of_other_products(root, tmp_path):
     (tmp_path / "compiled").mkdir()
-    (tmp_path / "compiled" / "compiled.json").write_text(json.dumps({"format": 2, "sampler": "tiue"}))
+    (tmp_path / "compiled" / "compiled.json").write_text(json.dumps({"format": 2, "sampling": {"sampler": "tiue"}}))
     report = inspect(tmp_path / "compiled")
+    assert report.notes == ("format: 2", "sampler: tiue")
     assert report.kind.startswith("a compiled sampler") and "sampler.py" in report.commands[0]
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "embeddings.json").write_text(json.dumps({"shape": [77, 768], "count": 4}))

@@ -126,6 +126,16 @@ def test_a_new_run_starts_from_the_student_of_an_earlier_one(model, run, tmp_pat
     assert prints["student"] != prints["teacher.unet"]
 
 
+def test_a_run_goes_on_when_the_student_from_which_it_started_is_gone(model, run, tmp_path):
+    first = shutil.copytree(run / "student", tmp_path / "first")
+    argv = command(model, tmp_path / "new", train__max_train_steps=1, model__student_name_or_path=first)
+    assert train.main(argv) == 0
+    shutil.rmtree(first)
+    again = command(model, tmp_path / "new", train__max_train_steps=2, model__student_name_or_path=first)
+    assert train.main(again) == 0
+    assert about(tmp_path / "new", 2)["fingerprints"] == about(tmp_path / "new", 1)["fingerprints"]
+
+
 def test_an_override_needs_a_reason(model, tmp_path, capsys):
     assert train.main([*command(model, tmp_path / "run"), "--override_settings="]) == 2
     assert "--override_settings is missing" in error(capsys)

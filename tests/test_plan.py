@@ -371,6 +371,16 @@ def test_given_batches_meshes_and_policies_are_tried():
     assert [(base.fsdp, base.remat) for base in bases] == [(4, policy), (16, policy)]
 
 
+def test_the_sampler_takes_any_batch_whatever_the_micro_batches_of_training():
+    train, distill = settings().train, settings().distill
+    split = dataclasses.replace(settings(), distill=dataclasses.replace(distill, gradient_accumulation_steps=4))
+    assert cli.choices(given(sampler=True, batch_per_chip="1,6"), split, 16).batches == [1, 6]
+    assert cli.choices(given(sampler=True), split, train.batch_size).batches == [1]
+    assert cli.choices(given(sampler=True, batch_per_chip="max"), split, 16).bases[0].batch_per_chip == 4
+    with pytest.raises(ValueError, match="must be a multiple of the 4 micro-batches, got 6"):
+        cli.choices(given(batch_per_chip="6"), split, 16)
+
+
 def test_a_choice_changes_only_its_settings():
     changed = programs.with_choice(settings(), 128, 4, 16, None)
     assert (changed.train.batch_size, changed.train.mesh_data, changed.train.mesh_fsdp) == (128, 4, 4)

@@ -12,7 +12,7 @@ from tiue_jax.models.unet import UNet
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.training.distill_settings import DistillConfig
-from tiue_jax.training.preview import GRID_PIXELS, Preview, side_by_side
+from tiue_jax.training.preview import GRID_PIXELS, Preview, StudentSampler, load_teacher, side_by_side
 from tiue_jax.training.settings import DataConfig, ModelConfig, Settings, TrainConfig
 
 PROMPTS = ("a red apple", "b")
@@ -36,12 +36,14 @@ def test_images_are_the_pipelines_and_nothing_stays_on_the_devices(folder):
     )
     settings = Settings(ModelConfig(str(folder)), DataConfig("p.txt"), train, distill)
     before = on_devices()
-    preview = Preview(folder, settings)
+    teacher = load_teacher(folder, settings)
+    preview, sampler = Preview(teacher, settings), StudentSampler(teacher, settings)
+    del teacher
     params = tiny.random_params(UNet, tiny.UNET, 7)
     whole = sum(x.nbytes for x in jax.tree.leaves(params))
     assert on_devices() - before < whole / 20
-    first, distance = preview(params)
-    again, _ = preview(params)
+    first, distance = preview(sampler, params)
+    again, _ = preview(sampler, params)
     np.testing.assert_array_equal(first, again)
     assert on_devices() - before < whole / 20
 
@@ -60,7 +62,9 @@ def test_images_are_of_the_size_that_is_trained(folder):
     train = TrainConfig(validation_prompts=PROMPTS, validation_num_inference_steps=1)
     distill = DistillConfig(num_inference_steps=2, compute_dtype="float32", latent_size=6)
     settings = Settings(ModelConfig(str(folder)), DataConfig("p.txt"), train, distill)
-    grid, _ = Preview(folder, settings)(tiny.random_params(UNet, tiny.UNET, 7))
+    teacher = load_teacher(folder, settings)
+    preview, sampler = Preview(teacher, settings), StudentSampler(teacher, settings)
+    grid, _ = preview(sampler, tiny.random_params(UNet, tiny.UNET, 7))
     black = np.zeros((len(PROMPTS), 12, 12, 3), np.uint8)
     assert grid.shape == side_by_side(black, black).shape
 

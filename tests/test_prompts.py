@@ -5,13 +5,13 @@ import json
 import os
 import resource
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorboardX.record_writer import RecordWriter
 
 from tests.bucket import in_place_of_gcs
 from tiue_jax.cli import prepare
@@ -241,12 +241,14 @@ def captions(tmp_path_factory) -> Path:
 
 
 def as_tfrecord(folder: Path, target: Path) -> Path:
-    """The same set in the other file format. Its checksums are 0, since `PromptReader` does not read them."""
+    """The same set in the other file format."""
     shutil.copytree(folder, target)
     records = tfds.builder_from_directory(folder).as_data_source(split="train").data_source
     shard = "".join(str(path.name) for path in target.glob("*train.array_record*"))
-    body = b"".join(struct.pack("<Q4x", len(r)) + r + bytes(4) for r in (records[i] for i in range(len(records))))
-    (target / shard.replace("array_record", "tfrecord")).write_bytes(body)
+    writer = RecordWriter(str(target / shard.replace("array_record", "tfrecord")))
+    for i in range(len(records)):
+        writer.write(records[i])
+    writer.close()
     write(target / "dataset_info.json", (target / "dataset_info.json").read_text().replace("array_record", "tfrecord"))
     return target
 
@@ -262,6 +264,36 @@ def test_caption_sets_of_tensorflow_datasets(captions, tmp_path, file_format):
 
 def test_another_split(captions):
     assert list(PromptReader([captions], "captions.text", "val")) == ["caption é 0 0", "caption é 0 1"]
+
+
+DAMAGES = {
+    "array_record-middle": (
+        lambda whole: whole[:65536] + b"\xff" * 64 + whole[65600:],
+        "damaged, records cannot be read",
+    ),
+    "array_record-empty": (lambda whole: b"", "damaged, records cannot be read"),
+    "tfrecord-length": (
+        lambda whole: whole[:5] + b"\x7f" + whole[6:],
+        "damaged, the length of a row has another check",
+    ),
+    "tfrecord-row": (lambda whole: whole[:12] + b"\xff" * 40 + whole[52:], "damaged, row 0 of 'train' cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_a_caption_set_is_named(captions, tmp_path, damage):
+    if damage.startswith("tfrecord"):
+        folder = as_tfrecord(captions, tmp_path / "set")
+    else:
+        folder = shutil.copytree(captions, tmp_path / "set")
+    (shard,) = folder.glob(f"*train.{damage.split('-')[0]}*")
+    change, message = DAMAGES[damage]
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(ValueError) as raised:
+        list(PromptReader([folder], "title"))
+    error = str(raised.value)
+    assert error.startswith(f"{shard}: {message}") and error.endswith("copy the data set from its source again")
+    assert "\n" not in error and len(error) <= 600
 
 
 def test_a_tfrecord_file_cut_short(captions, tmp_path):

@@ -1,6 +1,7 @@
 """`tiue convert export --push_to_hub`, against a hub on this machine: what arrives, and what a failed push leaves."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tiue_jax import images
 from tiue_jax.cli.convert import main
 from tiue_jax.convert import card
 from tiue_jax.convert.export import export_pipeline
-from tiue_jax.convert.publish import check_push, upload
+from tiue_jax.convert.publish import check_push, complete, upload
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.weights.hub import resolve
 
@@ -73,6 +74,14 @@ def exported(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "out"
     export_pipeline(source, out)
     return out
+
+
+def test_the_card_is_written_aside_and_no_other_file_is_touched(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "out")
+    (folder / "README.md.new").write_text("mine")
+    complete(folder, "mit", ["red apple"])
+    assert "license: mit" in (folder / "README.md").read_text() and (folder / "README.md.new").read_text() == "mine"
+    assert content(folder).keys() == content(exported).keys() | {"README.md.new", "images/0.png"}
 
 
 def test_a_second_push_replaces_the_files_and_is_downloaded(source, exported, hub, tmp_path):

@@ -64,6 +64,34 @@ def test_in_a_bucket_new_and_changed_files_are_copied_the_index_last(bucket, cop
     assert not local.exists()
 
 
+def test_a_second_export_that_is_copied_in_part_is_no_model(bucket, monkeypatch):
+    names = ("student/unet/weights", "student/vae/weights", "student/model_index.json")
+    copy, student = files.copy, bucket / "runs/x/student"
+    with Workdir("gs://bucket/runs/x") as workdir:
+        for content in ("first", "second"):
+            for name in names:
+                (workdir.local / name).parent.mkdir(parents=True, exist_ok=True)
+                (workdir.local / name).write_text(content)
+            if content == "first":
+                workdir.publish()
+                assert (student / "model_index.json").read_text() == "first"
+
+        def failing(source, target):
+            if target.parent.name == "vae":
+                raise OSError("no connection")
+            copy(source, target)
+
+        monkeypatch.setattr(files, "copy", failing)
+        with pytest.raises(OSError, match="no connection"):
+            workdir.publish()
+        assert not (student / "model_index.json").exists() and (student / "vae/weights").read_text() == "first"
+        monkeypatch.setattr(files, "copy", copy)
+        workdir.publish()
+        assert {(student.parent / name).read_text() for name in names} == {"second"}
+        (workdir.local / "student/vae/weights").write_text("third!")  # the index is as it was
+    assert (student / "vae/weights").read_text() == "third!" and (student / "model_index.json").read_text() == "second"
+
+
 def test_only_process_0_copies(bucket, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with Workdir("gs://bucket/runs/x") as workdir:

@@ -91,7 +91,7 @@ def choices(values: flags.FlagValues, settings: Settings, chip_count: int) -> Ch
     Raises:
         ValueError: a flag is wrong. The error has the flag, its value and what was expected.
     """
-    micro_batches = settings.distill.gradient_accumulation_steps
+    micro_batches = micro_batches_of(values, settings)
     batches = _batches(values, settings, chip_count)
     if batches is None:
         first = max(settings.train.batch_size // chip_count // micro_batches, 1) * micro_batches
@@ -106,8 +106,13 @@ def choices(values: flags.FlagValues, settings: Settings, chip_count: int) -> Ch
     return Choices(batches, [Choice(first, size, policy) for policy in policies for size in sizes])
 
 
+def micro_batches_of(values: flags.FlagValues, settings: Settings) -> int:
+    """The number of parts of a batch, one after the other. The sampler takes the whole batch at once."""
+    return 1 if values.sampler else settings.distill.gradient_accumulation_steps
+
+
 def _batches(values: flags.FlagValues, settings: Settings, chip_count: int) -> list[int] | None:
-    micro_batches = settings.distill.gradient_accumulation_steps
+    micro_batches = micro_batches_of(values, settings)
     if values.batch_per_chip == "max" or (values.batch_per_chip is None and values.search):
         return None
     if values.batch_per_chip is None:
@@ -164,7 +169,7 @@ def run(argv: Sequence[str], values: flags.FlagValues) -> int:
     chip, chip_count = chips.parse(values.topology)
     to_try = choices(values, settings, chip_count)
     planner = Planner(settings, values.topology, values.mode, values.sampler)
-    tried = measure_all(planner.measure, to_try, settings.distill.gradient_accumulation_steps, chip.hbm_bytes)
+    tried = measure_all(planner.measure, to_try, micro_batches_of(values, settings), chip.hbm_bytes)
     images = None if values.sampler else settings.train.max_train_steps * settings.train.batch_size
     chosen = report.best(tried, chip)
     if values.json:

@@ -68,11 +68,19 @@ from tiue_jax.data.loader import Column, PromptBatches, tokens
 from tiue_jax.data.prompts import describe
 from tiue_jax.evaluate import within_run
 from tiue_jax.models import functional, platforms
-from tiue_jax.training import compiled_step, distributed, health, joining, memory_table, summary, train_state
+from tiue_jax.training import (
+    checkpoint_files,
+    compiled_step,
+    distributed,
+    health,
+    joining,
+    memory_table,
+    summary,
+    train_state,
+)
 from tiue_jax.training.best_checkpoint import find_best
 from tiue_jax.training.changed_settings import Resumption
 from tiue_jax.training.checkpoint import Checkpoints, NotSavedError
-from tiue_jax.training.checkpoint_files import read_weights
 from tiue_jax.training.compiled_step import TrainProgram
 from tiue_jax.training.distill import Metrics
 from tiue_jax.training.eval_metrics import EVAL_METRICS
@@ -110,7 +118,7 @@ def run(arguments: Arguments, stack: contextlib.ExitStack) -> int:
     mesh = sharding.make_mesh(train.mesh_data, train.mesh_fsdp)
 
     # ---- models ---------------------------------------------------------------------------------------------------
-    teacher = read_teacher(settings)
+    teacher = read_teacher(settings, goes_on=bool(checkpoint_files.find_steps(workdir.path)))
     say(f"teacher: {teacher.folder}, {functional.count(teacher.models.unet.params):,} parameters in its UNet")
 
     # ---- data -----------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def export_best(workdir: Workdir, settings: Settings, teacher: Teacher, program:
         return
     step, value = found
     structs = program.state.ema
-    average = distributed.to_process_0(read_weights(workdir.path, structs, step=step))
+    average = distributed.to_process_0(checkpoint_files.read_weights(workdir.path, structs, step=step))
     if average is not None:
         training = Training(settings.to_dict(), step, "ema")
         best = workdir.local / "student_best"

@@ -63,8 +63,11 @@ class Validation:
         self._evaluation = evaluation
         self._compiled = False  # all programs have run once
         if train.validation_prompts and jax.process_index() == 0:
-            self._preview = Preview(teacher.folder, settings)
-            self._sampler = self._preview.student
+            of_teacher = load_teacher(teacher.folder, settings)
+            # raised for a teacher whose numbers overflow in compute_dtype; the other processes know nothing of it
+            overflow = FloatingPointError
+            self._preview = self._attempt("no images of the teacher", lambda: Preview(of_teacher, settings), overflow)
+            self._sampler = StudentSampler(of_teacher, settings)
         distributed.barrier("before the first step")  # process 0 has sampled the teacher
         if evaluation is not None:
             if self._sampler is None:
@@ -140,8 +143,8 @@ class Validation:
         """Writes the student's images above the teacher's. Returns their distance."""
 
         def show() -> float:
-            assert self._preview is not None and average is not None
-            grid, distance = self._preview(average)
+            assert self._preview is not None and self._sampler is not None and average is not None
+            grid, distance = self._preview(self._sampler, average)
             about = {"step": done, "prompts": "; ".join(self._settings.train.validation_prompts)}
             self._writer.image(done, "student_above_teacher", grid, about)
             return distance
@@ -187,11 +190,14 @@ class Validation:
             self._writer.scalars(done, values)
             self._json_log.write({"step": done} | values)
 
-    def _attempt(self, consequence: str, function: Callable[[], Any]) -> Any:
-        """The result of `function`. After an error it is None, and the log has one line that says the consequence."""
+    def _attempt(self, consequence: str, function: Callable[[], Any], of: type[Exception] = Exception) -> Any:
+        """The result of `function`. After an error it is None, and the log has one line that says the consequence.
+
+        Other errors than those `of` a class are raised.
+        """
         try:
             return function()
-        except Exception as error:  # also of libraries: no image is worth a run
+        except of as error:  # also of libraries: no image is worth a run
             reason = one_line(error) or type(error).__name__
             print(f"warning: {consequence}: {reason}; the run goes on", file=sys.stderr)
             return None

@@ -4,14 +4,16 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from tiue_jax.convert.export import export_pipeline
 from tiue_jax.models.functional import Params
+from tiue_jax.models.presets import Configs
 from tiue_jax.weights import hub
-from tiue_jax.weights.pipeline_folder import check_pipeline, check_writable, load_part, read_configs
+from tiue_jax.weights.pipeline_folder import check_pipeline, check_writable, load_part, load_sampling, read_configs
 
 
 def average(
@@ -25,7 +27,8 @@ def average(
     """Writes a pipeline whose UNet is the weighted mean of those of several. All other parts are the first one's.
 
     Args:
-        models: at least two names for hub.resolve. Their UNets must have one configuration.
+        models: at least two names for hub.resolve. Their UNets must have one configuration, and students among them
+            the same timesteps.
         out: the folder to write, see pipeline_folder.save_pipeline.
         weights: one for each model, finite, whose sum is not 0; they are divided by their sum. None is the plain mean.
             A negative weight moves away from a model.
@@ -48,18 +51,33 @@ def average(
     check_writable(out, overwrite, folders)
     for folder in folders:
         check_pipeline(folder)
-    first = read_configs(folders[0])
+    first = _compared(folders[0])
     for folder in folders[1:]:
-        other = read_configs(folder)
-        for what in ("unet", "schedule"):
-            mine, theirs = vars(getattr(first, what)), vars(getattr(other, what))
+        for what, theirs in _compared(folder).items():
+            mine = first[what]
             if changed := next((name for name in mine if mine[name] != theirs[name]), None):
                 found = f"{changed} {str(theirs[changed])[:80]}, but {str(mine[changed])[:80]} in {folders[0]}"
                 raise ValueError(
-                    f"{folder}, {what}: {found}: only models of one architecture and schedule are averaged"
+                    f"{folder}, {what}: {found}: only models of one architecture, schedule and K are averaged"
                 )
     shares = [share / total for share in shares]
     export_pipeline(models[0], out, unet=functools.partial(_mean, folders, shares), dtype=dtype, overwrite=overwrite)
+
+
+def _compared(folder: Path) -> dict[str, dict[str, Any]]:
+    """What must be the same in all models: the fields of the configurations, and the timesteps of a student."""
+    configs = read_configs(folder)
+    return {"unet": vars(configs.unet), "schedule": vars(configs.schedule), "student": _student(folder, configs)}
+
+
+def _student(folder: Path, configs: Configs) -> dict[str, Any]:
+    """The timesteps at which a student was distilled; None for another model, which has no steps of its own."""
+    sampling = load_sampling(folder, configs.unet)
+    if sampling.sampler != "tiue":
+        return {"timesteps": None}
+    resolved = sampling.resolve(configs.schedule)
+    assert resolved.num_inference_steps is not None
+    return {"timesteps": resolved.respaced(configs.schedule).timesteps(resolved.num_inference_steps).tolist()}
 
 
 def _mean(folders: Sequence[Path], shares: Sequence[float]) -> Params:

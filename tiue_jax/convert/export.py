@@ -28,6 +28,7 @@ from tiue_jax.weights.pipeline_folder import (
     load_part,
     read_configs,
     save_pipeline,
+    saved_sampling,
 )
 
 STUDENT_WEIGHTS = ("ema", "params")  # the moving average of a run's student, or its last weights
@@ -215,8 +216,7 @@ def export_pipeline(
         raise FileNotFoundError(
             f"{source}: neither {layout.MODEL_INDEX} nor config.json, expected a pipeline or a run's folder"
         )
-    config = source / layout.TIUE_CONFIG
-    sampling = Sampling.from_file(config) if config.is_file() else None
+    sampling = saved_sampling(source)
     source = vocabulary.extend(source, embeddings)
     configs, base = read_configs(source, clip_skip), card.find_base(str(name))
     _write(out, source, configs, base, sampling, dtype, overwrite, clip_skip=clip_skip, unet=unet)

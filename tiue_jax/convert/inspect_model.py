@@ -367,7 +367,9 @@ def _inspect_run(source: str, folder: Path, config: Mapping[str, Any]) -> Report
 def _inspect_compiled(source: str, folder: Path, read_values: bool) -> Report:
     """Describes the folder of a compiled sampler."""
     manifest = read_json(folder / compiled_sampler.MANIFEST)
-    notes = [f"{name}: {manifest[name]}" for name in ("format", "sampler", "platforms", "dtype") if name in manifest]
+    sampling = manifest.get("sampling")
+    shown = manifest | ({"sampler": sampling.get("sampler")} if isinstance(sampling, Mapping) else {})
+    notes = [f"{name}: {shown[name]}" for name in ("format", "sampler", "platforms", "dtype") if name in shown]
     weights = folder / compiled_sampler.WEIGHTS
     parts = {"": facts(open_file(weights), read_values)} if weights.is_file() else {}
     report = Report(source, "a compiled sampler of tiue convert export-compiled", parts=parts, notes=tuple(notes))

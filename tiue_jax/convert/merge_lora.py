@@ -12,9 +12,7 @@ import numpy as np
 from tiue_jax.convert.adapters import Deltas
 from tiue_jax.convert.lora_files import read_lora
 from tiue_jax.convert.lora_metadata import LORA_PARTS
-from tiue_jax.files import read_json
 from tiue_jax.weights import hub
-from tiue_jax.weights.layout import TIUE_CONFIG
 from tiue_jax.weights.names import Params, from_torch, insert, leaves, on_disk, to_torch
 from tiue_jax.weights.pipeline_folder import (
     STORED_DTYPES,
@@ -24,6 +22,7 @@ from tiue_jax.weights.pipeline_folder import (
     part_shapes,
     read_configs,
     save_pipeline,
+    saved_sampling,
 )
 
 
@@ -67,7 +66,7 @@ def merge_lora(
     configs = read_configs(folder)
     shapes = {part: part_shapes(folder, part, configs) for part in LORA_PARTS}
     loras = [read_lora(name, shapes) for name in names]
-    tiue_config = folder / TIUE_CONFIG
+    sampling = saved_sampling(folder)
 
     def read(part: str) -> Params:
         of_part = [deltas.get(part, {}) for deltas in loras]
@@ -80,7 +79,7 @@ def merge_lora(
         text_encoder=(configs.text_encoder, functools.partial(read, "text_encoder")),
         tokenizer_dir=folder / "tokenizer",
         schedule=configs.schedule,
-        tiue_config=read_json(tiue_config) if tiue_config.is_file() else None,
+        tiue_config=None if sampling is None else sampling.to_dict(),
         dtype=STORED_DTYPES[dtype],
         overwrite=overwrite,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tiue_jax import images
 from tiue_jax.convert import card
+from tiue_jax.files import writing_aside
 from tiue_jax.pipeline import Pipeline
 from tiue_jax.weights import hub
 from tiue_jax.weights.download import reason_of
@@ -106,9 +107,8 @@ def complete(folder: Path, licence: str | None, prompts: Sequence[str]) -> None:
         images.write_png(folder / names[prompt], image, {"prompt": prompt, "seed": 0})
     if licence is not None:
         text = _LICENCE_LINE.sub(f"license: {licence}", text, count=1)
-    new = folder / f"{CARD}.new"
-    new.write_text(card.with_images(text, names), encoding="utf-8")
-    new.replace(folder / CARD)
+    with writing_aside(folder / CARD) as aside:
+        aside.write_text(card.with_images(text, names), encoding="utf-8")
 
 
 def upload(folder: Path, name: str, *, private: bool = False) -> str:

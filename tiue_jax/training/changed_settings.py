@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import jax
+
 from tiue_jax.training import distributed
 from tiue_jax.training.listing import listed
 from tiue_jax.training.settings import HISTORY, Settings
@@ -50,11 +52,11 @@ FREE_TO_MOVE = ("data.embeddings",)
 # Models and prompts may move, too, as long as their fingerprints are those of the run. By the first part of the name.
 NAMED_BY_FINGERPRINT = {
     "model.pretrained_model_name_or_path": "teacher",
-    "model.student_name_or_path": "student",
     "model.clip_model_name_or_path": "clip",
     "model.tiny_vae_name_or_path": "tiny_vae",
 }
 PROMPTS = ("data.prompts", "prompts")  # a setting, and the name of its fingerprint
+STUDENT = ("model.student_name_or_path", "student")  # the same for the start of the student
 FINGERPRINTS = "fingerprints"  # the name in a checkpoint, beside HISTORY
 
 # What no reason can change, and why.
@@ -63,8 +65,7 @@ START = "it is read before the first step only"
 FIXED = {
     "distill.lora_rank": ADAPTERS,
     "distill.lora_targets": ADAPTERS,
-    "model.student_name_or_path": START,
-    "fingerprint of student": START,
+    STUDENT[0]: START,
     "teacher.prediction_type": "the student's output is of this type",
 }
 
@@ -106,12 +107,14 @@ class Resumption:
         """All that must be the same on all processes, by name. Models may lie in another folder on each machine."""
         facts: dict[str, Any] = {f"fingerprint of {name}": text for name, text in self._fingerprints.items()}
         for name, value in _flat(self._settings.to_dict()).items():
-            if name not in NAMED_BY_FINGERPRINT:
+            if name not in {*NAMED_BY_FINGERPRINT, STUDENT[0]}:
                 facts[f"setting {name}"] = value
         return facts | {"--override_settings": self._why}
 
     def check(self, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Checks that a run may go on from a checkpoint.
+
+        The start of the student may be gone by now. Its setting is compared and its fingerprint is kept as it was.
 
         Args:
             saved: the settings in the checkpoint.
@@ -122,7 +125,11 @@ class Resumption:
         """
         before = about.get(FINGERPRINTS, {})
         changes = find_changes(saved, self._settings, before, self._fingerprints)
+        setting, owner = STUDENT
+        if jax.process_index() > 0:  # the checkpoint has the name that process 0 knows it by
+            changes = [change for change in changes if change.name != setting]
         check_changes(changes, self._why)
+        self._fingerprints |= {name: text for name, text in before.items() if name == owner}
         self.changes, self._history = changes, list(about.get(HISTORY, []))
 
     def history(self, step: int) -> list[dict[str, Any]]:

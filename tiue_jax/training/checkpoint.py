@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tiue_jax import files
 from tiue_jax.training import checkpoint_files, checksums, distributed
 from tiue_jax.training.checkpoint_files import BrokenCheckpointError, one_line
 from tiue_jax.training.checkpoint_manager import CheckpointManager
@@ -154,19 +155,24 @@ class Checkpoints:
                 than that of the run which saved the checkpoint.
 
         Raises:
-            BrokenCheckpointError: files are missing or damaged.
+            BrokenCheckpointError: files are missing or damaged, for this process or another one.
             ValueError: the checkpoint holds a tree of other names or shapes; all of them are named.
         """
-        with checkpoint_files.reading(self._path(step)):
-            saved = checkpoint_files.saved_shapes(self._path(step) / "state")
-        checkpoint_files.check_shapes(self._path(step), saved, structs)
-        json = ocp.args.JsonRestore()
-        state = ocp.args.StandardRestore(structs)
-        restored = self._read(step, state=state, data=json, checksums=json)
-        others = checkpoint_files.read_about(self._path(step))
-        found = checksums.of_arrays(restored.state) | checksums.of_json_items({"data": restored.data, **others})
-        checkpoint_files.compare(self._path(step), restored.checksums, found)
-        return restored.state, restored.data
+        path = self._path(step)
+        with self._together(step):
+            with checkpoint_files.reading(path):
+                saved = checkpoint_files.saved_shapes(path / "state")
+            checkpoint_files.check_shapes(path, saved, structs)
+            with checkpoint_files.reading(path):
+                sums = files.read_json(path / checkpoint_files.CHECKSUMS)
+                data = files.read_json(path / "data" / "metadata")
+                # The manager's own `restore` has a barrier, at which a process that cannot read would be missing.
+                state = ocp.StandardCheckpointHandler().restore(path / "state", args=ocp.args.StandardRestore(structs))
+            others = checkpoint_files.read_about(path)
+        with self._together(step):
+            found = checksums.of_arrays(state) | checksums.of_json_items({"data": data, **others})
+            checkpoint_files.compare(path, sums, found)
+        return state, data
 
     def resume(
         self, structs: Any, check: Callable[[dict[str, Any], dict[str, Any]], None], *, allow_older: bool = False
@@ -187,26 +193,23 @@ class Checkpoints:
         broken: list[int] = []
         newest = self.latest()
         for step in reversed(self.steps()):
-            error: BrokenCheckpointError | None = None
             try:
-                if step == newest and step in self._manager.damaged:
-                    raise checkpoint_files.broken(self._path(step), self._manager.damaged[step])
-                check(*self.saved(step))
+                with self._together(step):
+                    if step == newest and step in self._manager.damaged:
+                        raise checkpoint_files.broken(self._path(step), self._manager.damaged[step])
+                    check(*self.saved(step))
                 restored = Restored(step, *self.restore(step, structs))
-            except BrokenCheckpointError as caught:
-                error = caught
-            # Perhaps only one process reads the damaged file. All processes must take the same checkpoint.
-            if distributed.all_agree(error is None):
-                self._move_aside(broken)
-                with self._reporting():
-                    self._manager.delete_old()  # the limit may have been lowered
-                return restored
-            broken.append(step)
-            if not allow_older:
-                older = [s for s in self.steps() if s < step]
-                hint = f"--allow_older resumes from step {older[-1]}" if older else "there is no older one"
-                error = error or checkpoint_files.broken(self._path(step), "another process cannot read it")
-                raise BrokenCheckpointError(f"{error}; {hint}")
+            except BrokenCheckpointError as error:
+                broken.append(step)
+                if not allow_older:
+                    older = [s for s in self.steps() if s < step]
+                    hint = f"--allow_older resumes from step {older[-1]}" if older else "there is no older one"
+                    raise BrokenCheckpointError(f"{error}; {hint}") from error
+                continue
+            self._move_aside(broken)
+            with self._reporting():
+                self._manager.delete_old()  # the limit may have been lowered
+            return restored
         if broken:
             raise BrokenCheckpointError(f"{self.folder}: no whole checkpoint, all are broken: {broken}")
         return None
@@ -226,9 +229,24 @@ class Checkpoints:
             self._manager.damaged.clear()
             self._manager.reload()
 
-    def _read(self, step: int, **items: Any) -> Any:
-        with checkpoint_files.reading(self._path(step)):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+    @contextlib.contextmanager
+    def _together(self, step: int) -> Iterator[None]:
+        """Ends a part of reading a checkpoint in the same way on all processes. All must call it.
+
+        Perhaps only one process reads the damaged file, and all must take the same checkpoint. Processes that fail must
+        not meet in here while the others wait for them in the block: the block fails before it communicates.
+
+        Raises:
+            BrokenCheckpointError: the block raised it, on this process or on another one.
+        """
+        error: BrokenCheckpointError | None = None
+        try:
+            yield
+        except BrokenCheckpointError as caught:
+            error = caught
+        distributed.barrier("checkpoint read")  # one process may read for minutes longer than the others
+        if not distributed.all_agree(error is None):
+            raise error or checkpoint_files.broken(self._path(step), "another process cannot read it")
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:

@@ -27,12 +27,17 @@ def checkpoints_folder(workdir: str | epath.PathLike) -> epath.Path:
     return (path if files.is_remote(path) else path.absolute()) / FOLDER
 
 
+def find_steps(workdir: str | epath.PathLike) -> list[int]:
+    """Steps of a run's checkpoints, ascending; empty if there is none."""
+    folder = checkpoints_folder(workdir)
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def saved_steps(workdir: str | epath.PathLike) -> list[int]:
     """Steps of a run's checkpoints, ascending. FileNotFoundError if there is none."""
-    folder = checkpoints_folder(workdir)
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    steps = find_steps(workdir)
     if not steps:
-        raise FileNotFoundError(f"no checkpoint in {folder}")
+        raise FileNotFoundError(f"no checkpoint in {checkpoints_folder(workdir)}")
     return steps
 
 

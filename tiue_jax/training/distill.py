@@ -170,16 +170,22 @@ class Distillation:
     def apply_gradients(self, state: TrainState, grads: Params, lora_grads: Params) -> TrainState:
         """Updates student, LoRA and moving average. Each optimizer clips the gradient first (steps 7 to 9)."""
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        lora_updates, lora_optimizer = self.lora_optimizer.update(lora_grads, state.lora_optimizer, state.lora)
         params = optax.apply_updates(state.params, updates)
+        updates_done = state.step - state.skipped
+        state = self.apply_lora_gradients(state, lora_grads, updates_done)
         return state._replace(
             step=state.step + 1,
             params=params,
-            ema=optim.ema(state.ema, params, state.step - state.skipped, self.config.ema_decay),
-            lora=optax.apply_updates(state.lora, lora_updates),
+            ema=optim.ema(state.ema, params, updates_done, self.config.ema_decay),
             optimizer=optimizer,
-            lora_optimizer=lora_optimizer,
         )
+
+    def apply_lora_gradients(self, state: TrainState, grads: Params, updates_done: jax.Array) -> TrainState:
+        """Updates LoRA, at the rate of a step before which there were `updates_done` steps with an update."""
+        updates, optimizer = self.lora_optimizer.update(grads, state.lora_optimizer, state.lora)
+        rate = jnp.asarray(self.lora_learning_rate(updates_done), jnp.float32)
+        updates = jax.tree.map(lambda update: rate.astype(update.dtype) * update, updates)
+        return state._replace(lora=optax.apply_updates(state.lora, updates), lora_optimizer=optimizer)
 
     def update_lora(
         self, state: TrainState, student_params: Params, frozen: Frozen, batch: Batch, more: Sequence[Draws]
@@ -210,8 +216,7 @@ class Distillation:
                 return grads, metrics["loss_lora"]
 
             grads, loss = sharding.mean_over_micro_batches(of_rows, (*encoded, draws.by_row()), count)
-            updates, optimizer = self.lora_optimizer.update(grads, now.lora_optimizer, now.lora)
-            now = now._replace(lora=optax.apply_updates(now.lora, updates), lora_optimizer=optimizer)
+            now = self.apply_lora_gradients(now, grads, now.step - 1 - now.skipped)
             return now, jnp.stack([loss, optax.tree.norm(grads)])
 
         return jax.lax.scan(one, state, jax.tree.map(lambda *draws: jnp.stack(draws), *more))

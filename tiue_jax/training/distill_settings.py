@@ -140,11 +140,10 @@ class DistillConfig:
         )
 
     def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-        """The optimizers of the student and of the LoRA teacher."""
+        """The optimizers of the student and of the LoRA teacher. The LoRA teacher's updates are those of the rate 1.
+
+        Its rate falls with the steps, not with its updates: a run may go on with another number of updates in a step.
+        """
         settings = {"b1": self.adam_b1, "b2": self.adam_b2, "eps": self.adam_eps, "max_grad_norm": self.max_grad_norm}
-        student_rate, lora_rate = self.learning_rates()
-
-        def lora_rate_by_update(count: Any) -> Any:
-            return lora_rate(count // self.lora_updates_per_step)
-
-        return optim.adam(student_rate, **settings), optim.adam(lora_rate_by_update, **settings)
+        student_rate, _ = self.learning_rates()
+        return optim.adam(student_rate, **settings), optim.adam(optax.constant_schedule(1.0), **settings)

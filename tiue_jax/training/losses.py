@@ -37,8 +37,9 @@ def timestep_weight(weighting: str, sqrt_one_minus_alphas_cumprod: jax.Array) ->
 def vsd(latents: jax.Array, teacher: jax.Array, lora: jax.Array, weight: jax.Array) -> Loss:
     """Variational score distillation: 0.5 mean((z_0 - stopgrad(z_0 - g))^2) with g = weight (e_teacher - e_lora).
 
-    The gradient with respect to z_0 is g over the number of elements. Elements of g that are not finite are replaced
-    by finite ones (nan_to_num), so that one bad sample does not stop a run. The metric `vsd_nonfinite` is their share.
+    The gradient with respect to z_0 is g over the number of elements. Elements of g that are not finite count as 0, so
+    that a sample that overflows in a teacher does not spoil the loss of the others. `vsd_nonfinite` is their share.
+    The reference's nan_to_num makes infinities the largest float32, whose square is infinite.
 
     Args:
         latents: the student's z_0 [b h w c].
@@ -48,7 +49,7 @@ def vsd(latents: jax.Array, teacher: jax.Array, lora: jax.Array, weight: jax.Arr
     """
     latents, teacher, lora = (x.astype(jnp.float32) for x in (latents, teacher, lora))
     direction = weight * (teacher - lora)
-    gradient = jnp.nan_to_num(direction)
+    gradient = jnp.nan_to_num(direction, nan=0.0, posinf=0.0, neginf=0.0)
     target = jax.lax.stop_gradient(latents - gradient)
     loss = 0.5 * jnp.mean(jnp.square(latents - target))
     return loss, {"loss_vsd": loss, "vsd_nonfinite": jnp.mean(~jnp.isfinite(direction), dtype=jnp.float32)}

@@ -28,9 +28,12 @@ def silence() -> None:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters tracebacks that orbax logs, and its remarks on metadata of its own, which nothing here depends on."""
+    """Filters tracebacks that orbax logs, and its remarks on metadata of its own, which nothing here depends on.
+
+    asyncio logs those of tasks that nobody waits for any more. Some of them name only tensorstore.
+    """
     message = record.getMessage()
-    of_orbax = "orbax" in record.pathname or "orbax" in message
+    of_orbax = any(name in record.pathname or name in message for name in ("orbax", "tensorstore"))
     return not (of_orbax and (record.exc_info or "Metadata file" in message or "metadata contains unknown" in message))
 
 

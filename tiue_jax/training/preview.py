@@ -91,18 +91,18 @@ def load_teacher(folder: Path, settings: Settings) -> Pipeline:
 class Preview:
     """Samples the run's validation prompts. The teacher's images are sampled once, here.
 
-    Attributes:
-        student: the sampler, which others may use too.
-
     Args:
-        folder: the teacher's pipeline folder.
+        teacher: the teacher's pipeline, see `load_teacher`.
         settings: of the run.
+
+    Raises:
+        FloatingPointError: an image of the teacher has values that are NaN or infinite.
+        ValueError: the teacher cannot be sampled with these settings.
     """
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(self, teacher: Pipeline, settings: Settings):
         train = settings.train
         self._prompts, self._seed = list(train.validation_prompts), train.seed
-        teacher = load_teacher(folder, settings)
         self._of_teacher = teacher(
             self._prompts,
             seed=self._seed,
@@ -111,15 +111,18 @@ class Preview:
             guidance_scale=train.validation_guidance_scale,
             negative_prompt=settings.distill.negative_prompt if train.validation_guidance_scale > 1 else None,
         )
-        self.student = StudentSampler(teacher, settings)
 
-    def __call__(self, unet: functional.Params) -> tuple[np.ndarray, float]:
+    def __call__(self, student: StudentSampler, unet: functional.Params) -> tuple[np.ndarray, float]:
         """Samples a student. Returns a grid, see `side_by_side`, and the distance to the teacher (images.distance).
 
         Args:
+            student: of the run.
             unet: the student's parameters, numpy arrays.
+
+        Raises:
+            FloatingPointError: an image has values that are NaN or infinite.
         """
-        of_student = self.student(unet, self._prompts, seed=self._seed)
+        of_student = student(unet, self._prompts, seed=self._seed)
         return side_by_side(of_student, self._of_teacher), images.distance(of_student, self._of_teacher)
 
 

@@ -37,7 +37,8 @@ class Teacher:
     Attributes:
         folder: the teacher's pipeline folder, with the embeddings of the settings.
         models: configuration, graph and parameter shapes of each model.
-        folders: the folder of each model, by its field in FrozenModels, and of the "student" from whose UNet it starts.
+        folders: the folder of each model, by its field in FrozenModels, and of the UNet from which the "student"
+            starts; a run that goes on has no such folder.
         schedule: the teacher's noise schedule.
         tokenize: prompts to token ids int32 [b l].
         null_input_ids: int32 [l], the token ids of `distill.negative_prompt`, which guidance leads away from.
@@ -82,8 +83,13 @@ class Teacher:
         return Frozen(**{name: _load(self.folders[name], tree) for name, tree in used.items()})
 
 
-def read_teacher(settings: Settings) -> Teacher:
+def read_teacher(settings: Settings, *, goes_on: bool = False) -> Teacher:
     """The teacher of a run, without its weights.
+
+    Args:
+        settings: of the run.
+        goes_on: the run has a checkpoint. `model.student_name_or_path` is not looked for then: it is read before the
+            first step only, and may be gone.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file or config field that is missing or wrong.
@@ -95,9 +101,9 @@ def read_teacher(settings: Settings) -> Teacher:
         unet=_abstract(folders["unet"], UNet, configs.unet),
         text_encoder=_abstract(folders["text_encoder"], CLIPTextModel, configs.text_encoder),
     )
-    folders["student"] = folders["unet"]
-    if settings.model.student_name_or_path is not None:
-        folders["student"] = _start_of_student(settings.model.student_name_or_path, configs)
+    if not goes_on:
+        start = settings.model.student_name_or_path
+        folders["student"] = folders["unet"] if start is None else _start_of_student(start, configs)
     tokenize_clip = None
     if settings.distill.clip_weight:
         folders["clip"] = _resolve_for_clip(settings, "clip_model_name_or_path")

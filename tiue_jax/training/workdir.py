@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import jax
+from etils import epath
 
 from tiue_jax import files
 from tiue_jax.temporary import is_temporary, temporary_folder
@@ -102,18 +103,27 @@ class Workdir:
     def publish(self) -> None:
         """Copies new and changed files to the bucket.
 
-        The index of a model's folder is copied last. Without it the folder is no model.
+        The index of a model's folder is copied last. Without it the folder is no model. Before other files of the
+        folder are copied, an older index is removed: a copy that fails midway would leave a mixture of two exports.
         """
         if self._aside is None or jax.process_index() > 0:
             return
         found = [
             file for file in self.local.rglob("*") if file.is_file() and not is_temporary(file.relative_to(self.local))
         ]
+        versions = {file: (about.st_mtime_ns, about.st_size) for file in found for about in [file.stat()]}
+        changed = [file for file in found if self._published.get(file) != versions[file]]
+        for index in [file for file in found if file.name == MODEL_INDEX]:
+            if any(file.is_relative_to(index.parent) for file in changed):
+                self._in_bucket(index).unlink(missing_ok=True)
+                self._published.pop(index, None)
         for file in sorted(found, key=lambda file: file.name == MODEL_INDEX):
-            about = file.stat()
-            version = about.st_mtime_ns, about.st_size
-            if self._published.get(file) != version:
-                target = self.path / file.relative_to(self.local).as_posix()
+            if self._published.get(file) != versions[file]:
+                target = self._in_bucket(file)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 files.copy(file, target)
-                self._published[file] = version
+                self._published[file] = versions[file]
+
+    def _in_bucket(self, file: Path) -> epath.Path:
+        """The path in the bucket of a file in the temporary folder."""
+        return self.path / file.relative_to(self.local).as_posix()

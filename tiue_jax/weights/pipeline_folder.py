@@ -146,6 +146,15 @@ def load_schedule(folder: Path) -> Schedule:
 def load_sampling(folder: Path, unet: UNetConfig) -> Sampling:
     """Reads how a pipeline folder is sampled. A folder that does not say it gets the usual sampler for its UNet.
 
+    Raises:
+        ValueError: a sampling setting is wrong; the error names the file.
+    """
+    return saved_sampling(folder) or usual_sampling(unet)
+
+
+def saved_sampling(folder: Path) -> Sampling | None:
+    """Reads what a pipeline folder says on how it is sampled; None if it says nothing.
+
     diffusers drops `tiue_config.json` when it saves a student, but it keeps the student's field in the scheduler's
     configuration.
 
@@ -157,7 +166,7 @@ def load_sampling(folder: Path, unet: UNetConfig) -> Sampling:
         return Sampling.from_file(config)
     student = model_folder.read_config_dict(scheduler.parent, scheduler.name).get(_STUDENT_FIELD)
     if student is None:
-        return usual_sampling(unet)
+        return None
     if not isinstance(student, dict):
         raise ValueError(f"{scheduler}: {_STUDENT_FIELD} must be an object, got {shown(student)}")
     try:

@@ -12,7 +12,6 @@ from tiue_jax.models.vae import AutoencoderKL
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.schedule import PREDICTION_TYPES, Schedule
 from tiue_jax.weights import hub, pipeline_folder, single_file, vocabulary
-from tiue_jax.weights.layout import TIUE_CONFIG
 from tiue_jax.weights.pipeline_folder import Part
 from tiue_jax.weights.tensor_files import is_file_name
 from tiue_jax.weights.vae_choice import find_vae
@@ -26,7 +25,7 @@ class Source(NamedTuple):
         tokenizer: folder of the tokenizer.
         schedule: the noise schedule.
         sampling: the default settings of the sampler.
-        has_sampling: True if the model says how it is sampled, in `tiue_config.json`.
+        has_sampling: True if the model says how it is sampled.
         kind: the published model that a single file looks like, a key of PRESETS; None for a folder.
         notes: facts that the user must know, one line each.
     """
@@ -130,5 +129,5 @@ def _of_folder(folder: Path, clip_skip: int, embeddings: Sequence[str | Path], p
         tokenizer=folder / "tokenizer",
         schedule=schedule,
         sampling=pipeline_folder.load_sampling(folder, configs.unet),
-        has_sampling=(folder / TIUE_CONFIG).is_file(),
+        has_sampling=pipeline_folder.saved_sampling(folder) is not None,
     )
