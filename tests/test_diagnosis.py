@@ -66,6 +66,12 @@ def write(path, shapes):
     return path
 
 
+def test_a_unet_of_eight_latent_channels_is_no_instructpix2pix_model():
+    unet = {"conv_in.weight": np.zeros((1, 8, 3, 3)), "down_blocks.0.resnets.0.conv1.bias": np.zeros(1)}
+    assert "InstructPix2Pix" in diagnosis.recognise(unet | {"conv_out.bias": np.zeros(4)}).what
+    assert diagnosis.recognise(unet | {"conv_out.bias": np.zeros(8)}).what == "a UNet"
+
+
 @pytest.mark.parametrize(("kind", "shapes"), LORAS.items())
 def test_a_foreign_lora_is_named(tmp_path, kind, shapes):
     with pytest.raises(ValueError, match=r"\d+ unused: ") as error:

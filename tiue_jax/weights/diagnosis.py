@@ -19,6 +19,7 @@ _IN_CHANNELS = {
     9: "an inpainting model (9 input channels)",
 }
 _FIRST_CONVOLUTION = re.compile(r"(?:model\.diffusion_model\.input_blocks\.0\.0|(?:unet\.)?conv_in)\.weight")
+_LAST_BIAS = re.compile(r"(?:model\.diffusion_model\.out\.2|(?:unet\.)?conv_out)\.bias")
 _CROSS_ATTENTION = re.compile(
     r".*attn2[._](?:processor\.)?to_[kv](?:\.processor)?(?:_lora)?(?:(?:[._](?:lora|down).*)?\.weight|\.hada_w1_b)"
 )
@@ -178,8 +179,11 @@ def recognise(tensors: Mapping[str, Any]) -> Kind | None:
         return Kind(*row, base)
     if any(_LORA.fullmatch(name) for name in tensors):
         return Kind("a LoRA", ADAPTER, base)
+    outputs = [tensor.shape[0] for name, tensor in tensors.items() if _LAST_BIAS.fullmatch(name) and tensor.shape]
     for name, tensor in tensors.items():
         if _FIRST_CONVOLUTION.fullmatch(name) and len(tensor.shape) == 4 and tensor.shape[1] in _IN_CHANNELS:
+            if tensor.shape[1] in outputs:
+                break  # an autoencoder with as many latent channels
             return Kind(_IN_CHANNELS[tensor.shape[1]], OTHER, base)
     parts = [row for pattern, row in _PARTS if any(pattern.fullmatch(name) for name in tensors)]
     if len(parts) == 1:
