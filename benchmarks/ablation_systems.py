@@ -67,13 +67,13 @@ SYSTEMS = {
     ),
     "start": System("start", "starts from the one-step student", other="k-1"),
     "average": System("average", "mean of the recipe's students of all seeds", "average", other=REFERENCE),
-    "teacher-25": System("baselines", "teacher, 25 steps, guidance 4", "teacher"),
-    "teacher-4": System("baselines", "teacher, 4 steps, guidance 4", "teacher", {"num_inference_steps": 4}),
+    "teacher-25": System("baselines", "teacher, 25 steps, guidance 2.5", "teacher"),
+    "teacher-4": System("baselines", "teacher, 4 steps, guidance 2.5", "teacher", {"num_inference_steps": 4}),
     "faster-diffusion": System(
         "baselines",
-        "Faster Diffusion, 25 steps, guidance 4",
+        "Faster Diffusion, 25 steps, guidance 2.5",
         "teacher",
-        {"sampler": "faster_diffusion", "num_inference_steps": 25, "guidance_scale": 4.0},
+        {"sampler": "faster_diffusion", "num_inference_steps": 25, "guidance_scale": 2.5},
     ),
     "not-distilled": System(
         "baselines", "teacher's weights as a student", "teacher", {"sampler": "tiue", "num_inference_steps": 4}

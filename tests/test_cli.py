@@ -23,7 +23,7 @@ WITH_DEFAULTS = [
     ("data prepare", "--split", "(default: train)"),
     ("data embed", "--batch_size", "(default: 64)"),
     ("demo", "--model", "(default: emoji-tiue)"),
-    ("quickstart", "--minutes", "(default: 4)"),
+    ("quickstart", "--minutes", "(default: 2.5)"),
 ]
 
 

@@ -66,7 +66,7 @@ def test_without_transformers_the_tokenizer_is_the_same(tmp_path, pad, normalize
     ours, theirs = plain_tokenizer.read(folder), CLIPTokenizer.from_pretrained(folder)
     assert ours is not None
     assert json.loads(ours.backend_tokenizer.to_str()) == json.loads(theirs.backend_tokenizer.to_str())
-    assert ours.model_max_length == theirs.model_max_length == 16
+    assert ours.model_max_length == theirs.model_max_length == 24
     assert ours.pad_token_id == theirs.pad_token_id
     assert ours.added_tokens_encoder == theirs.added_tokens_encoder
 

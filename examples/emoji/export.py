@@ -29,7 +29,7 @@ from tiue_jax.weights import fingerprint, model_folder
 from tiue_jax.weights.pipeline_folder import save_pipeline
 
 SHARED = ("vae", "text_encoder", "tokenizer")  # by teacher and student
-SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 4.0}
+SAMPLING = {"sampler": "ddim", "num_inference_steps": 25, "guidance_scale": 2.5}
 
 
 def load(folder: Path, cls: Any, config: Any) -> tuple[Any, functional.Params]:

@@ -1,6 +1,6 @@
 """Trains the UNet of the emoji model, the teacher: {out}/unet (diffusers format).
 
-    python examples/emoji/train_unet.py --out runs/emoji --steps 32000
+    python examples/emoji/train_unet.py --out runs/emoji --steps 22000
 
 Noise prediction in the latents of {out}/vae, conditioned on the text encoder of {out}/clip, with Stable Diffusion's
 noise schedule. A tenth of the prompts is empty, for guidance; 70% of the others name the style of the image. Latents
@@ -126,7 +126,7 @@ def make_loss(graphdef: Any) -> Callable[..., tuple[jax.Array, dict[str, jax.Arr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--steps", type=int, default=32_000)
+    parser.add_argument("--steps", type=int, default=22_000)
     args = parser.parse_args()
 
     data, encode = Dataset.load(args.out), load_text_encoder(args.out)

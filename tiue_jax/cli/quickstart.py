@@ -1,6 +1,6 @@
 """Samples the shipped student beside its teacher in every style, then distils the teacher for a few minutes.
 
-    tiue quickstart [--minutes 4] [--outdir runs/demo]
+    tiue quickstart [--minutes 2.5] [--outdir runs/demo]
 
 Models and prompts are part of the package: nothing is downloaded. The distillation runs the recipe of the shipped
 student, emoji_tiue, and stops after a few minutes.
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0, that of a failed training run, 2 after one line on stderr, or 130 after Ctrl-C."""
     parser = ArgumentParser(argv, __doc__)
     parser.add_argument(
-        "--minutes", type=float, default=4, help="of training; compiling comes on top (default: %(default)s)"
+        "--minutes", type=float, default=2.5, help="of training; compiling comes on top (default: %(default)s)"
     )
     parser.add_argument("--outdir", type=path, default="runs/demo", help="of images and the run (default: %(default)s)")
     try:

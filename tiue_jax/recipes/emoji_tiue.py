@@ -9,8 +9,9 @@ For a first look within five minutes:
 The one-step student that it is compared with takes `--config.distill.num_inference_steps=1` and
 `--config.distill.timestep_spacing=trailing`, since "leading" would give one step timestep 1.
 
-The shipped student was made by this recipe. docs/emoji.md shows grids and measured quality. The 1,200 steps took 24
-minutes on an AMD EPYC with other work on it (2026-11-23). `loss_vsd` says nothing about quality: look at the images.
+The shipped student was made by this recipe. docs/emoji.md shows grids and measured quality. The 1,200 steps took 19
+minutes on two cores of an Intel Xeon (2026-11-29, with the variables of examples/emoji/README.md). `loss_vsd` says
+nothing about quality: look at the images.
 """
 
 import ml_collections
@@ -41,12 +42,12 @@ def get_config() -> ml_collections.ConfigDict:
                 "a fire engine",
                 "a smiling face with sunglasses",
             ),
-            "validation_guidance_scale": 4.0,
+            "validation_guidance_scale": 2.5,
             "mesh_data": 1,
             "mesh_fsdp": -1,
         }
     )
-    # An 8M-parameter UNet: larger steps, adapters on every layer since few have attention, no memory to save.
+    # A 9M-parameter UNet: larger steps, adapters on every layer since few have attention, no memory to save.
     config.distill.update(
         {
             "teacher_guidance_scale": 2.5,
