@@ -65,7 +65,7 @@ def average(
 
 
 def _compared(folder: Path) -> dict[str, dict[str, Any]]:
-    """What must be the same in all models: the fields of the configurations, and the timesteps of a student."""
+    """The facts that all models must share: the fields of the configurations, and the timesteps of a student."""
     configs = read_configs(folder)
     return {"unet": vars(configs.unet), "schedule": vars(configs.schedule), "student": _student(folder, configs)}
 
