@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from etils import epath
-from tensorboardX.record_writer import masked_crc32c
 
 from tiue_jax import files
 from tiue_jax.data.fields import Value, usual_field
@@ -193,6 +192,8 @@ def _tfrecord(path: epath.Path, file: IO[bytes], header: bytes) -> bytes:
     Raises:
         ValueError: the file ends before, or the length is damaged.
     """
+    from tensorboardX.record_writer import masked_crc32c  # it imports torch, where that is installed
+
     if len(header) == 12:
         length, checksum = struct.unpack("<QI", header)
         if checksum != masked_crc32c(header[:8]):
