@@ -161,6 +161,13 @@ def test_memory_needed():
     assert needed("INTERNAL: something else") is None
 
 
+def test_the_error_that_a_flag_avoids_names_the_flag():
+    message = "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.7886"
+    told = compiler.with_remedy(message)
+    assert "set XLA_FLAGS=--xla_gpu_enable_triton_gemm=false" in told and told.endswith(message)
+    assert compiler.with_remedy("INTERNAL: something else") == "INTERNAL: something else"
+
+
 def test_memory_of_an_assignment():
     assignment = """BufferAssignment:
 allocation 0: size 512, thread-local:

@@ -1,5 +1,6 @@
 """Options of the training step: more updates of the LoRA teacher, and guidance drawn from a range."""
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.tiny_distillation import BATCH, CONFIG, NULL, UNET, adapted, distance, initial, make, norm
-from tiue_jax import student
-from tiue_jax.models import functional, lora
+from tiue_jax import sharding, student
+from tiue_jax.models import functional, lora, platforms
 from tiue_jax.models.unet import UNet
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.training import losses
@@ -33,12 +34,15 @@ def state(params):
     return initial(CONFIG, params)
 
 
-def test_more_updates_of_the_lora_teacher_are_on_new_latents_of_the_same_student(state, frozen):
-    """Against the updates one by one, of the whole batch, written out."""
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_more_updates_of_the_lora_teacher_are_on_new_latents_of_the_same_student(state, frozen, unrolled):
+    """Against the updates one by one, of the whole batch, written out. In a mesh of CPUs the loop is unrolled."""
     distillation = make(lora_updates_per_step=3, gradient_accumulation_steps=2)
     more = [distillation.draw(key, 2) for key in jax.random.split(jax.random.key(7), 2)]
     start = adapted(state)
-    got, losses_and_norms = jax.jit(distillation.update_lora)(start, start.params, frozen, BATCH, more)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])) if unrolled else contextlib.nullcontext():
+        assert platforms.loops_are_slow() == unrolled
+        got, losses_and_norms = jax.jit(distillation.update_lora)(start, start.params, frozen, BATCH, more)
 
     plain, _ = functional.abstract(UNet, UNET)
     adapted_unet, _ = functional.abstract(UNet, UNET, lora=CONFIG.lora)

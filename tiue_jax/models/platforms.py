@@ -68,6 +68,16 @@ def run_for_platform(
     return jax.lax.platform_dependent(*args, **special, default=run("xla"))
 
 
+def loops_are_slow() -> bool:
+    """Whether `lax.scan` over a whole network should be unrolled.
+
+    That is so on CPUs, where XLA's code of the same network took three times as long inside a loop (jax 0.10.2). The
+    platform is that of the ambient mesh. Without one, the answer is no.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
 def cuda_capability() -> tuple[int, int] | None:
     """The compute capability of the NVIDIA GPUs that the traced program is for, such as (9, 0) of an H100.
 

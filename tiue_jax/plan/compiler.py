@@ -107,6 +107,16 @@ def memory_needed(message: str) -> int | None:
     return round(float(size) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit])
 
 
+def with_remedy(message: str) -> str:
+    """The compiler's error, after a sentence that says what to do, if that is known."""
+    if "output tile sizes" not in message:
+        return message
+    return (
+        "without a card, the compiler found no tiles for a matrix product of this program: set "
+        f"XLA_FLAGS=--xla_gpu_enable_triton_gemm=false, which makes the products cuBLAS calls. It said: {message}"
+    )
+
+
 def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode: str) -> None:
     """Compiles in the other process.
 
@@ -122,7 +132,7 @@ def _compile(send: Connection, build: Callable[[], Program], folder: Path, mode:
             send.send(compiled.as_text())
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
-            send.send(jax.errors.JaxRuntimeError(str(error)) if needed is None else needed)
+            send.send(jax.errors.JaxRuntimeError(with_remedy(str(error))) if needed is None else needed)
         except (ValueError, OSError, ModuleNotFoundError) as error:
             send.send(error)
 

@@ -18,6 +18,7 @@ import optax
 from tiue_jax import sharding, student
 from tiue_jax.models import functional, lora
 from tiue_jax.models.functional import Params
+from tiue_jax.models.platforms import loops_are_slow
 from tiue_jax.models.unet import UNet, UNetConfig
 from tiue_jax.sampling.samplers import guided
 from tiue_jax.schedule import Schedule
@@ -219,7 +220,8 @@ class Distillation:
             now = self.apply_lora_gradients(now, grads, now.step - 1 - now.skipped)
             return now, jnp.stack([loss, optax.tree.norm(grads)])
 
-        return jax.lax.scan(one, state, jax.tree.map(lambda *draws: jnp.stack(draws), *more))
+        every = jax.tree.map(lambda *draws: jnp.stack(draws), *more)
+        return jax.lax.scan(one, state, every, unroll=loops_are_slow())
 
     def gradients(
         self, state: TrainState, frozen: Frozen, batch: Batch, draws: Draws
