@@ -61,6 +61,14 @@ def add(name: str, seed: int, result: dict[str, Any]) -> None:
     write_json(RESULTS, {key: (found | {name: entry})[key] for key in SYSTEMS if key in found or key == name})
 
 
+def set_time(name: str, milliseconds: float) -> None:
+    """Sets the time of an image of a system, for all its seeds."""
+    found = read()
+    for figures in found[name]["seeds"].values():
+        figures["milliseconds"] = milliseconds
+    write_json(RESULTS, found)
+
+
 def cell(values: Sequence[float], template: str) -> str:
     """The mean of the seeds, and half the distance of the largest and the smallest, if they differ."""
     mean = template.format(np.mean(values))

@@ -1,22 +1,27 @@
 """Compares choices of the method, and other methods, on the shipped emoji teacher: docs/ablations.md.
 
     python benchmarks/ablations.py run [--workdir runs/ablations] [--steps 300] [--seeds 0,1] [--only reference,k-1]
+    python benchmarks/ablations.py times
     python benchmarks/ablations.py pages
 
 `run` trains and measures each system of ablation_systems.py, one after the other, with each seed. It leaves alone what
 is done, on another machine too: after each it adds the figures to docs/ablations.json, and reads them there. It resumes
-what was stopped. `pages` rebuilds the tables and the plot of docs/ablations.md from that file, and the grid of images
-from the runs if they are there.
+what was stopped. `times` measures the time of an image of all systems that are on this machine, in turns: the times of
+`run` also show what else the machine did. `pages` rebuilds the tables and the plot of docs/ablations.md from that file,
+and the grid of images from the runs if they are there.
 
 The real images come from `examples/emoji/data.py` (`--data`). All trainings have the same number of steps, and all
 systems the same evaluation prompts and noise.
 """
 
 import argparse
+import functools
 import json
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from ablation_systems import REFERENCE, SYSTEMS, System
 from machine import machine
 
 from tiue_jax.files import write_json
+from tiue_jax.pipeline import Pipeline
 from tiue_jax.recipes import emoji_tiue
 from tiue_jax.training import checkpoint_files
 from tiue_jax.weights import fingerprint, hub
@@ -33,6 +39,7 @@ from tiue_jax.weights import fingerprint, hub
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "examples/emoji/eval_prompts.txt"
 RESULT = "result.json"
+TIMED, ROUNDS = 8, 9  # images of a batch whose time is measured, and how often
 # Nothing but the training is to take time.
 TRAIN = {
     "validation_prompts": "()",
@@ -166,12 +173,37 @@ def run_all(args: argparse.Namespace) -> None:
     for name in sorted(wanted, key=lambda name: SYSTEMS[name].other is not None):
         # A mean of all seeds is one model. Its seed changes the noise of evaluate.py.
         for seed in args.seeds:
-            ablation_pages.add(name, seed, run_one(args, name, seed))
+            result = run_one(args, name, seed)
+            if (found := ablation_pages.known(name, seed)) is None or found["made_from"] != result["made_from"]:
+                ablation_pages.add(name, seed, result)
+
+
+def time_all(args: argparse.Namespace) -> None:
+    """Measures the time of an image of every system that was measured and is here, in turns, and keeps the medians."""
+    calls, seconds = {}, {}
+    for name in ablation_pages.read():
+        system, model = SYSTEMS[name], student_of(args, name, args.seeds[0])
+        if system.kind != "teacher" and not model.exists():
+            print(f"{name}: left out, its model is not in {args.workdir}")
+            continue
+        options = {} if system.kind == "distil" else dict(system.settings)
+        pipeline = Pipeline.from_pretrained(args.teacher if system.kind == "teacher" else model)
+        calls[name] = functools.partial(pipeline, ["a red apple"] * TIMED, **options)
+        calls[name]()  # compiles
+        seconds[name] = []
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    for name, rounds in seconds.items():
+        ablation_pages.set_time(name, 1000 * statistics.median(rounds) / TIMED)
+        print(f"{name:20s} {1000 * statistics.median(rounds) / TIMED:6.1f} ms")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "pages"))
+    parser.add_argument("command", choices=("run", "times", "pages"))
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "ablations")
     parser.add_argument("--data", type=Path, default=ROOT / "runs" / "emoji", help="the folder that data.py wrote")
     parser.add_argument("--teacher", default="emoji")
@@ -186,6 +218,8 @@ def main() -> None:
     args.workdir, args.data = args.workdir.resolve(), args.data.resolve()
     if args.command == "run":
         run_all(args)
+    if args.command == "times":
+        time_all(args)
     ablation_pages.write(first=REFERENCE)
     students = {name: student_of(args, name, args.seeds[0]) for name in SYSTEMS}
     made = {name: args.teacher if s.kind == "teacher" else students[name] for name, s in SYSTEMS.items()}
