@@ -78,12 +78,14 @@ def cell(values: Sequence[float], template: str) -> str:
 def table(results: Results, group: str, first: str) -> str:
     """The table of a group, in Markdown: `first`, and the systems of the group that were measured."""
     names = [name for name in SYSTEMS if name in results and (name == first or SYSTEMS[name].group == group)]
+    if set(names) <= {first}:
+        return "Not measured yet.\n"
     head = ["system", *(heading for heading, _ in COLUMNS.values())]
     rows = [head, ["---"] * len(head)]
     for name in names:
         seeds = results[name]["seeds"].values()
         cells = [cell([figures[key] for figures in seeds], template) for key, (_, template) in COLUMNS.items()]
-        rows.append([SYSTEMS[name].label, *cells])
+        rows.append([f"`{name}`: {SYSTEMS[name].label}", *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

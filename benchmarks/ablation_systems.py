@@ -32,7 +32,7 @@ _ATTENTION = "('to_q','to_v')"
 # "leading" would give one step timestep 1: the one-step student works at the last timestep, as SwiftBrush does.
 _ONE_STEP = {"num_inference_steps": 1, "timesteps": "(999,)"}
 SYSTEMS = {
-    REFERENCE: System("steps", "the recipe: K = 4, one encoder pass"),
+    REFERENCE: System("steps", "the recipe, K = 4, one encoder pass"),
     "k-1": System("steps", "K = 1, at timestep 999", settings=_ONE_STEP),
     "k-2": System("steps", "K = 2", settings={"num_inference_steps": 2}),
     "k-8": System("steps", "K = 8", settings={"num_inference_steps": 8}),
@@ -60,6 +60,8 @@ SYSTEMS = {
     "linspace": System("timesteps", "linspace", settings={"timestep_spacing": "linspace"}),
     "free": System("timesteps", "751, 551, 351, 151", settings={"timesteps": "(751,551,351,151)"}),
     "free-late": System("timesteps", "851, 601, 351, 101", settings={"timesteps": "(851,601,351,101)"}),
+    "free-early": System("timesteps", "601, 401, 201, 51", settings={"timesteps": "(601,401,201,51)"}),
+    "free-earliest": System("timesteps", "451, 301, 151, 51", settings={"timesteps": "(451,301,151,51)"}),
     "lora-rank-4": System("lora", "rank 4", settings={"lora_rank": 4, "lora_alpha": 6.75}),
     "lora-attention": System("lora", "attention only, the paper's targets", settings={"lora_targets": _ATTENTION}),
     "lora-updates-3": System(
@@ -81,7 +83,7 @@ SYSTEMS = {
     "lcm": System("baselines", "LCM, 4 steps", "lcm"),
     "swiftbrush": System(
         "baselines",
-        "SwiftBrush: one step, equal guidance, no KL term",
+        "SwiftBrush, one step, equal guidance, no KL term",
         settings={**_ONE_STEP, "kl_weight": 0.0, "lora_guidance_scale": 2.5},
     ),
 }
