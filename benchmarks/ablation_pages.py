@@ -100,14 +100,20 @@ def tables(text: str, results: Results, first: str) -> str:
     return _TABLE.sub(fill, text)
 
 
-def plot(results: Results) -> None:
-    """Draws every system as a point: quality upwards, diversity to the right, bars from one seed to the other."""
-    import matplotlib  # noqa: PLC0415  # an extra, which the tables do not need
+def pyplot() -> Any:
+    """matplotlib's pyplot, without a display. The tables do not need it: it is an extra."""
+    import matplotlib  # noqa: PLC0415
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "ablations"  # the same file for the same figures
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
+    return plt
+
+
+def plot(results: Results) -> None:
+    """Draws every system as a point: quality upwards, diversity to the right, bars from one seed to the other."""
+    plt = pyplot()
     figure, all_axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     groups = list(GROUPS)
     for axes, (across, up) in zip(all_axes, (("style_coverage", "retrieval"), ("recall", "precision")), strict=True):
@@ -125,12 +131,19 @@ def plot(results: Results) -> None:
 
 
 def grid(models: dict[str, str | Path]) -> None:
-    """Draws SHOWN with each model, a row for each, from the same noise."""
-    rows = []
-    for name, model in models.items():
+    """Draws SHOWN with each model, from the same noise: a row for each, in two columns, with its name above it."""
+    rows, dpi = -(-len(models) // 2), 100
+    figure, axes = pyplot().subplots(rows, 2, figsize=(10.8, 0.88 * rows), squeeze=False, layout="constrained", dpi=dpi)
+    for ax in axes.flat:
+        ax.axis("off")
+    # zip stops after the last model: the last place may stay empty
+    for ax, (name, model) in zip(axes.T.flat, models.items(), strict=False):
         settings = {} if SYSTEMS[name].kind == "distil" else dict(SYSTEMS[name].settings)
-        rows.append(Pipeline.from_pretrained(model)(SHOWN, seed=0, **settings))
-    images.write_png(GRID, images.grid(np.concatenate(rows), len(SHOWN)))
+        ax.imshow(images.grid(Pipeline.from_pretrained(model)(SHOWN, seed=0, **settings), len(SHOWN)))
+        ax.set_title(f"{name}: {SYSTEMS[name].label}", fontsize=8, loc="left", pad=2)
+    with writing_aside(GRID) as aside:
+        figure.savefig(aside, format="png", metadata={"Software": None})
+    pyplot().close(figure)
 
 
 def write(first: str) -> None:

@@ -1,6 +1,6 @@
 """The systems that `ablations.py` compares, all on the shipped emoji teacher.
 
-Each differs from the recipe `emoji_tiue` in the settings of its row, and in nothing else.
+Each differs from the recipe `ablation_base` in the settings of its row, and in nothing else.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ class System(NamedTuple):
         label: its name in the table.
         kind: what makes its weights. "distil": a training of the recipe. "teacher": nothing, these are the teacher's.
             "average": the mean of another system's students, one for each seed. "lcm": examples/emoji/train_lcm.py.
-        settings: of "distil": changes of the recipe's section `distill`. Of the others: flags of the sampling.
+        settings: of "distil": changes of the section `distill`. Of the others: flags of the sampling.
         other: the system whose student (of the same seed) a training starts from, or whose students are averaged.
     """
 
@@ -32,7 +32,7 @@ _ATTENTION = "('to_q','to_v')"
 # "leading" would give one step timestep 1: the one-step student works at the last timestep, as SwiftBrush does.
 _ONE_STEP = {"num_inference_steps": 1, "timesteps": "(999,)"}
 SYSTEMS = {
-    REFERENCE: System("steps", "the recipe, K = 4, one encoder pass"),
+    REFERENCE: System("steps", "base recipe, K = 4, one encoder pass"),
     "k-1": System("steps", "K = 1, at timestep 999", settings=_ONE_STEP),
     "k-2": System("steps", "K = 2", settings={"num_inference_steps": 2}),
     "k-8": System("steps", "K = 8", settings={"num_inference_steps": 8}),
@@ -68,7 +68,7 @@ SYSTEMS = {
         "updates", "3 updates of the LoRA teacher in a step", settings={"lora_updates_per_step": 3}
     ),
     "start": System("start", "starts from the one-step student", other="k-1"),
-    "average": System("average", "mean of the recipe's students of all seeds", "average", other=REFERENCE),
+    "average": System("average", "mean of the reference's students of all seeds", "average", other=REFERENCE),
     "teacher-25": System("baselines", "teacher, 25 steps, guidance 2.5", "teacher"),
     "teacher-4": System("baselines", "teacher, 4 steps, guidance 2.5", "teacher", {"num_inference_steps": 4}),
     "faster-diffusion": System(

@@ -26,13 +26,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ablation_base
 import ablation_pages
 from ablation_systems import REFERENCE, SYSTEMS, System
 from machine import machine
 
 from tiue_jax.files import write_json
 from tiue_jax.pipeline import Pipeline
-from tiue_jax.recipes import emoji_tiue
 from tiue_jax.training import checkpoint_files
 from tiue_jax.weights import fingerprint, hub
 
@@ -96,7 +96,8 @@ def make(args: argparse.Namespace, name: str, seed: int) -> str | Path:
         changes["config.model.pretrained_model_name_or_path"] = args.teacher
         if system.other is not None:
             changes["config.model.student_name_or_path"] = student_of(args, system.other, seed)
-        run("-m", "tiue_jax", "train", "--config=emoji_tiue", f"--workdir={student.parent}", *flags(changes))
+        given = {"config": ablation_base.__file__, "workdir": student.parent, **changes}
+        run("-m", "tiue_jax", "train", *flags(given))
     return student
 
 
@@ -139,7 +140,7 @@ def about(args: argparse.Namespace, system: System) -> dict[str, Any]:
     if system.kind in ("distil", "lcm"):
         made_from["steps"] = args.steps
     if system.kind == "distil":
-        made_from["recipe"] = emoji_tiue.get_config().distill.to_dict()
+        made_from["recipe"] = ablation_base.get_config().distill.to_dict()
     if system.kind == "average":
         made_from["seeds"] = args.seeds
     if system.other is not None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tiue_jax.recipes import emoji_tiue
 from tiue_jax.sampling.settings import Sampling
 from tiue_jax.training.settings import Settings, student_sampling
 
@@ -24,6 +23,7 @@ def benchmarks():
 
 def test_every_system_can_be_made(benchmarks):
     systems, _ = benchmarks
+    base = importlib.import_module("ablation_base")
     seen = set()
     for system in systems.SYSTEMS.values():
         assert system.group in systems.GROUPS
@@ -31,7 +31,7 @@ def test_every_system_can_be_made(benchmarks):
         if system.kind != "distil":
             Sampling(**{"sampler": "ddim", **system.settings})
             continue
-        config = emoji_tiue.get_config()
+        config = base.get_config()
         for key, value in system.settings.items():
             config.distill[key] = ast.literal_eval(value) if str(value).startswith("(") else value
         settings = Settings.from_config(config.to_dict())
@@ -52,7 +52,7 @@ def test_a_table_shows_the_mean_and_the_spread_of_the_seeds(benchmarks):
     filled = pages.tables(page, results, systems.REFERENCE)
     rows = [line.split(" | ") for line in filled.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[2:]] == [
-        "| `reference`: the recipe, K = 4, one encoder pass",
+        "| `reference`: base recipe, K = 4, one encoder pass",
         "| `kl-0`: no KL term",
     ]
     assert rows[2][1] == "60.0% ± 10.0%" and rows[2][2] == "50.0%" and rows[3][1] == "50.0%"
