@@ -2,8 +2,8 @@
 
     tiue quickstart [--minutes 2.5] [--outdir runs/demo]
 
-Models and prompts are part of the package: nothing is downloaded. The distillation runs the recipe of the shipped
-student, emoji_tiue, and stops after a few minutes.
+Models and prompts are part of the package: nothing is downloaded. The distillation runs the recipe emoji_tiue with
+one update of the LoRA teacher a step, and stops after a few minutes.
 """
 
 import dataclasses
@@ -66,9 +66,9 @@ def distil(workdir: Path, minutes: float) -> None:
     if (workdir / "config.json").is_file():
         shutil.rmtree(workdir)  # otherwise the command resumes the run of the last time
     arguments = ["train", "--config", "emoji_tiue", "--workdir", str(workdir)]
-    # without the health panel, whose compilation is a part of these few minutes
+    # One update of the LoRA teacher a step, and no health panel, whose compilation takes a part of these few minutes.
     settings = (f"max_train_minutes={minutes}", "validation_every=50", "health_images=0")
-    arguments += [f"--config.train.{setting}" for setting in settings]
+    arguments += ["--config.distill.lora_updates_per_step=1", *(f"--config.train.{setting}" for setting in settings)]
     print("  " + " ".join(["tiue", *arguments]), flush=True)
     subprocess.run([sys.executable, "-m", "tiue_jax", *arguments], check=True)
 
