@@ -15,15 +15,17 @@ class System(NamedTuple):
     Attributes:
         group: the table that shows it.
         label: its name in the table.
-        kind: what makes its weights. "distil": a training of the recipe. "teacher": nothing, these are the teacher's.
-            "average": the mean of another system's students, one for each seed. "lcm": examples/emoji/train_lcm.py.
+        kind: what makes its weights. "distil": a training of the recipe. "sampled": nothing, these are the teacher's
+            or those of `other`. "average": the mean of the students of `other`, one for each seed. "lcm":
+            examples/emoji/train_lcm.py.
         settings: of "distil": changes of the section `distill`. Of the others: flags of the sampling.
-        other: the system whose student (of the same seed) a training starts from, or whose students are averaged.
+        other: the system whose student (of the same seed) a training starts from, or whose students are sampled or
+            averaged.
     """
 
     group: str
     label: str
-    kind: Literal["distil", "teacher", "average", "lcm"] = "distil"
+    kind: Literal["distil", "sampled", "average", "lcm"] = "distil"
     settings: Mapping[str, Any] = {}
     other: str | None = None
 
@@ -34,8 +36,12 @@ _ONE_STEP = {"num_inference_steps": 1, "timesteps": "(999,)"}
 SYSTEMS = {
     REFERENCE: System("steps", "base recipe, K = 4, one encoder pass"),
     "k-1": System("steps", "K = 1, at timestep 999", settings=_ONE_STEP),
-    "k-2": System("steps", "K = 2", settings={"num_inference_steps": 2}),
-    "k-8": System("steps", "K = 8", settings={"num_inference_steps": 8}),
+    "k-2": System("steps", "K = 2, at 501 and 1", settings={"num_inference_steps": 2}),
+    "k-8": System("steps", "K = 8, from 876 on", settings={"num_inference_steps": 8}),
+    "k-1-751": System(
+        "steps", "K = 1, at 751, where K = 4 starts", settings={"num_inference_steps": 1, "timesteps": "(751,)"}
+    ),
+    "k-2-751": System("steps", "K = 2, at 751 and 376", settings={"num_inference_steps": 2, "timesteps": "(751,376)"}),
     "unshared": System("sharing", "the whole UNet at each of 4 steps", settings={"shared_encoder": False}),
     "unshared-2": System(
         "sharing", "the whole UNet at each of 2 steps", settings={"shared_encoder": False, "num_inference_steps": 2}
@@ -69,22 +75,26 @@ SYSTEMS = {
     ),
     "start": System("start", "starts from the one-step student", other="k-1"),
     "average": System("average", "mean of the reference's students of all seeds", "average", other=REFERENCE),
-    "teacher-25": System("baselines", "teacher, 25 steps, guidance 2.5", "teacher"),
-    "teacher-4": System("baselines", "teacher, 4 steps, guidance 2.5", "teacher", {"num_inference_steps": 4}),
+    "teacher-25": System("baselines", "teacher, 25 steps, guidance 2.5", "sampled"),
+    "teacher-4": System("baselines", "teacher, 4 steps, guidance 2.5", "sampled", {"num_inference_steps": 4}),
     "faster-diffusion": System(
         "baselines",
         "Faster Diffusion, 25 steps, guidance 2.5",
-        "teacher",
+        "sampled",
         {"sampler": "faster_diffusion", "num_inference_steps": 25, "guidance_scale": 2.5},
     ),
     "not-distilled": System(
-        "baselines", "teacher's weights as a student", "teacher", {"sampler": "tiue", "num_inference_steps": 4}
+        "baselines", "teacher's weights as a student", "sampled", {"sampler": "tiue", "num_inference_steps": 4}
     ),
     "lcm": System("baselines", "LCM, 4 steps", "lcm"),
+    "lcm-1": System("baselines", "the same LCM, one step", "sampled", {"num_inference_steps": 1}, other="lcm"),
     "swiftbrush": System(
         "baselines",
         "SwiftBrush, one step, equal guidance, no KL term",
         settings={**_ONE_STEP, "kl_weight": 0.0, "lora_guidance_scale": 2.5},
+    ),
+    "swiftbrush-mean": System(
+        "baselines", "mean of SwiftBrush students of all seeds, as in its v2", "average", other="swiftbrush"
     ),
 }
 # What each table asks, in the order of the page.

@@ -61,20 +61,28 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def student_of(args: argparse.Namespace, name: str, seed: int) -> Path:
-    """The folder of a system's model."""
+    """The folder of the model that a system makes."""
     return args.workdir / name / f"seed-{seed}" / ("lcm/pipeline" if SYSTEMS[name].kind == "lcm" else "student")
+
+
+def model_of(args: argparse.Namespace, name: str, seed: int) -> str | Path:
+    """The name or folder of a system's model."""
+    if SYSTEMS[name].kind != "sampled":
+        return student_of(args, name, seed)
+    other = SYSTEMS[name].other
+    return args.teacher if other is None else student_of(args, other, seed)
 
 
 def make(args: argparse.Namespace, name: str, seed: int) -> str | Path:
     """Makes the model of a system, and returns its name or folder."""
     system, student = SYSTEMS[name], student_of(args, name, seed)
-    if system.kind == "teacher":
-        return args.teacher
     if system.other is not None:  # it may have been measured on another machine
         for other in args.seeds if system.kind == "average" else [seed]:
             run_one(args, system.other, other)  # refuses one that was made with other settings
             if not student_of(args, system.other, other).exists():
                 make(args, system.other, other)
+    if system.kind == "sampled":
+        return model_of(args, name, seed)
     if system.kind == "average":
         assert system.other is not None
         models = [str(student_of(args, system.other, other)) for other in args.seeds]
@@ -183,12 +191,12 @@ def time_all(args: argparse.Namespace) -> None:
     """Measures the time of an image of every system that was measured and is here, in turns, and keeps the medians."""
     calls, seconds = {}, {}
     for name in ablation_pages.read():
-        system, model = SYSTEMS[name], student_of(args, name, args.seeds[0])
-        if system.kind != "teacher" and not model.exists():
+        system, model = SYSTEMS[name], model_of(args, name, args.seeds[0])
+        if model != args.teacher and not Path(model).exists():
             print(f"{name}: left out, its model is not in {args.workdir}")
             continue
         options = {} if system.kind == "distil" else dict(system.settings)
-        pipeline = Pipeline.from_pretrained(args.teacher if system.kind == "teacher" else model)
+        pipeline = Pipeline.from_pretrained(model)
         calls[name] = functools.partial(pipeline, ["a red apple"] * TIMED, **options)
         calls[name]()  # compiles
         seconds[name] = []
@@ -222,8 +230,7 @@ def main() -> None:
     if args.command == "times":
         time_all(args)
     ablation_pages.write(first=REFERENCE)
-    students = {name: student_of(args, name, args.seeds[0]) for name in SYSTEMS}
-    made = {name: args.teacher if s.kind == "teacher" else students[name] for name, s in SYSTEMS.items()}
+    made = {name: model_of(args, name, args.seeds[0]) for name in SYSTEMS}
     if there := {name: model for name, model in made.items() if model == args.teacher or Path(model).exists()}:
         ablation_pages.grid(there)
 

@@ -26,7 +26,11 @@ RUNS = {
     "healthy": {},
     "lora-rate-too-low": {"distill.lora_learning_rate": 1e-6},
     "student-rate-too-high": {"distill.student_learning_rate": 2e-3, "distill.kl_weight": 0},
-    "equal-guidance": {"distill.lora_guidance_scale": 2.5},
+    "equal-guidance": {
+        "distill.teacher_guidance_scale": 2.5,
+        "distill.teacher_guidance_scale_max": 2.5,
+        "distill.lora_guidance_scale": 2.5,
+    },
 }
 KEPT = ("train/loss", "train/grad_norm", "train/lora_grad_norm", "health/", "eval/")  # beginnings of tags
 

@@ -27,7 +27,7 @@ def test_every_system_can_be_made(benchmarks):
     seen = set()
     for system in systems.SYSTEMS.values():
         assert system.group in systems.GROUPS
-        assert system.other is None or systems.SYSTEMS[system.other].kind == "distil"
+        assert system.other is None or systems.SYSTEMS[system.other].kind in ("distil", "lcm")
         if system.kind != "distil":
             Sampling(**{"sampler": "ddim", **system.settings})
             continue

@@ -51,6 +51,9 @@ def command(model: Path, workdir: Path, **changed: object) -> list[str]:
         "distill__lora_rank": 4,
         "distill__lora_targets": "('to_q', 'to_v', 'conv1')",  # the tiny UNet does not have all of the recipe's
         "distill__student_learning_rate_schedule": "constant",  # a falling one fixes max_train_steps on resume
+        "distill__teacher_guidance_scale": 2.5,
+        "distill__teacher_guidance_scale_max": None,  # the recipe's range has a test of its own
+        "distill__lora_updates_per_step": 1,  # and so have the recipe's three, which compile slowly
     } | changed
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
     return ["train.py", "--config", str(ROOT / "configs/emoji_tiue.py"), "--workdir", str(workdir), *flags]
