@@ -230,6 +230,8 @@ def main() -> None:
     if args.command == "times":
         time_all(args)
     ablation_pages.write(first=REFERENCE)
+    if args.command != "pages":
+        return
     made = {name: model_of(args, name, args.seeds[0]) for name in SYSTEMS}
     if there := {name: model for name, model in made.items() if model == args.teacher or Path(model).exists()}:
         ablation_pages.grid(there)
