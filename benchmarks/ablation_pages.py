@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from ablation_systems import GROUPS, SYSTEMS
+from PIL import Image
 
 from tiue_jax import images
 from tiue_jax.files import read_text, write_json, writing_aside
@@ -15,7 +16,7 @@ from tiue_jax.pipeline import Pipeline
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "ablations.json", DOCS / "ablations.md"
-PLOT, GRID = DOCS / "images" / "ablations.svg", DOCS / "images" / "ablations_grid.png"
+PLOT, GRID = DOCS / "images" / "ablations.svg", DOCS / "images" / "ablations_grid.jpg"
 FROM_EVALUATE = ("frechet_distance", "precision", "recall", "density", "coverage", "diversity")
 # The columns: the name of a figure, its heading, and its format.
 COLUMNS = {
@@ -132,8 +133,8 @@ def plot(results: Results) -> None:
 
 def grid(models: dict[str, str | Path]) -> None:
     """Draws SHOWN with each model, from the same noise: a row for each, in two columns, with its name above it."""
-    rows, dpi = -(-len(models) // 2), 100
-    figure, axes = pyplot().subplots(rows, 2, figsize=(10.8, 0.88 * rows), squeeze=False, layout="constrained", dpi=dpi)
+    rows = -(-len(models) // 2)
+    figure, axes = pyplot().subplots(rows, 2, figsize=(10.8, 0.88 * rows), squeeze=False, layout="constrained", dpi=100)
     for ax in axes.flat:
         ax.axis("off")
     # zip stops after the last model: the last place may stay empty
@@ -141,8 +142,10 @@ def grid(models: dict[str, str | Path]) -> None:
         settings = {} if SYSTEMS[name].kind == "distil" else dict(SYSTEMS[name].settings)
         ax.imshow(images.grid(Pipeline.from_pretrained(model)(SHOWN, seed=0, **settings), len(SHOWN)))
         ax.set_title(f"{name}: {SYSTEMS[name].label}", fontsize=8, loc="left", pad=2)
-    with writing_aside(GRID) as aside:
-        figure.savefig(aside, format="png", metadata={"Software": None})
+    figure.canvas.draw()
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    with writing_aside(GRID) as aside:  # a PNG has three times the size, and a palette loses the greens
+        drawn.save(aside, format="JPEG", quality=90)
     pyplot().close(figure)
 
 
