@@ -18,7 +18,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 LEFT_OUT = {"accelerator": "this cell needs an accelerator or the network", "install": "this cell installs packages"}
-MOST_BYTES = 80_000  # of a stored image, in base64
+MOST_BYTES = 160_000  # of a stored image, in base64
 QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile, not to run
 
 
@@ -37,13 +37,18 @@ def executable(notebook: Any) -> Any:
 
 
 def images_of(outputs: list[Any]) -> list[Any]:
-    """The small PNG images among the outputs of a cell, and nothing else of them."""
-    found = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    return [
-        {"output_type": "display_data", "metadata": {}, "data": {"image/png": "".join(png)}}
-        for png in found
-        if len("".join(png)) <= MOST_BYTES
-    ]
+    """The PNG images among the outputs of a cell, and nothing else of them.
+
+    Raises:
+        ValueError: an image is too large to be stored.
+    """
+    found = ["".join(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    for png in found:
+        if len(png) > MOST_BYTES:
+            raise ValueError(
+                f"an image has {len(png):,} bytes, expected at most {MOST_BYTES:,}: let the cell draw it smaller"
+            )
+    return [{"output_type": "display_data", "metadata": {}, "data": {"image/png": png}} for png in found]
 
 
 def execute(path: Path, store: bool) -> list[str]:
@@ -51,6 +56,7 @@ def execute(path: Path, store: bool) -> list[str]:
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised an error.
+        ValueError: an image is too large to be stored.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -74,7 +80,7 @@ def main() -> int:
     names = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(names)} (default: all)")
-    parser.add_argument("--store", action="store_true", help="store the small images in the notebooks")
+    parser.add_argument("--store", action="store_true", help="store the images in the notebooks")
     args = parser.parse_args()
     root = str(FOLDER.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -89,7 +95,7 @@ def main() -> int:
             start = time.monotonic()
             try:
                 left_out = execute(FOLDER / f"{name}.ipynb", args.store)
-            except CellExecutionError as error:
+            except (CellExecutionError, ValueError) as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 1
             print(f"{name}: executed in {time.monotonic() - start:.0f} s", flush=True)

@@ -52,7 +52,7 @@ def test_cells_for_accelerators_say_that_they_are_left_out():
     assert second == other and cell["source"] == "train()"
 
 
-def test_only_small_images_are_kept():
+def test_only_images_are_kept_and_large_ones_are_refused():
     text = {"output_type": "stream", "name": "stdout", "text": "1"}
     small = {
         "output_type": "execute_result",
@@ -61,5 +61,7 @@ def test_only_small_images_are_kept():
         "data": {"image/png": "aa", "text/plain": "x"},
     }
     large = {"output_type": "display_data", "metadata": {}, "data": {"image/png": "a" * (execute.MOST_BYTES + 1)}}
-    kept = execute.images_of([text, small, large])
+    kept = execute.images_of([text, small])
     assert kept == [{"output_type": "display_data", "metadata": {}, "data": {"image/png": "aa"}}]
+    with pytest.raises(ValueError, match=r"160,001 bytes, expected at most 160,000"):
+        execute.images_of([small, large])
