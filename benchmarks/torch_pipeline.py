@@ -50,7 +50,8 @@ def programs(name: str, batch_size: int) -> dict[tuple[str, str], Callable[[], t
     generator = torch.Generator().manual_seed(0)
     width = sizes.unet.per_block("cross_attention_dim")[0]
     text, null = (torch.randn(batch_size, TOKENS, width, generator=generator) for _ in range(2))
-    latents = torch.randn(batch_size, 4, sizes.latent_size, sizes.latent_size, generator=generator)
+    size = (batch_size, sizes.unet.in_channels, sizes.latent_size, sizes.latent_size)
+    latents = torch.randn(size, generator=generator)
     common = {"prompt_embeds": text, "num_inference_steps": K, "latents": latents, "return_dict": False}
 
     def program(pipe: Callable, output_type: str, **kwargs: object) -> Callable[[], torch.Tensor]:

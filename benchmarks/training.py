@@ -100,7 +100,7 @@ def theirs(case: Case) -> Programs:
     teacher = UNet2DConditionModel.from_config(case.unet.to_dict()).eval()
     them = PyTorchTrainingStep(teacher, "epsilon", CONFIG)
     draws = distillation(case).draw(jax.random.key(0), case.batch_size)
-    arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items()}
+    arrays = {name: torch.from_numpy(np.array(x)) for name, x in draws._asdict().items() if x is not None}
     arrays = {name: x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x for name, x in arrays.items()}
     text, null = (torch.from_numpy(x) for x in texts(case))
     null = null.expand_as(text)
