@@ -115,7 +115,7 @@ def pyplot() -> Any:
 def plot(results: Results) -> None:
     """Draws every system as a point: quality upwards, diversity to the right, bars from one seed to the other."""
     plt = pyplot()
-    figure, all_axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    figure, all_axes = plt.subplots(1, 2, figsize=(14, 8), layout="constrained")
     groups = list(GROUPS)
     for axes, (across, up) in zip(all_axes, (("style_coverage", "retrieval"), ("recall", "precision")), strict=True):
         for name, entry in results.items():
@@ -126,6 +126,14 @@ def plot(results: Results) -> None:
             axes.annotate(name, (x.mean(), y.mean()), (4, 4), textcoords="offset points", fontsize=8, color=colour)
         axes.set(xlabel=COLUMNS[across][0], ylabel=COLUMNS[up][0])
         axes.grid(alpha=0.3)
+    # The good systems are close to 1 there: this scale spreads them.
+    all_axes[1].set(xscale="logit", yscale="logit")
+    for axis, ticks in (
+        (all_axes[1].xaxis, (0.65, 0.75, 0.85, 0.9, 0.95)),
+        (all_axes[1].yaxis, (0.9, 0.95, 0.97, 0.99)),
+    ):
+        axis.set_ticks(ticks, labels=map(str, ticks))
+        axis.set_minor_formatter("")
     with writing_aside(PLOT) as aside:
         figure.savefig(aside, format="svg", metadata={"Date": None})
     plt.close(figure)

@@ -44,7 +44,14 @@ SYSTEMS = {
     "k-2-751": System("steps", "K = 2, at 751 and 376", settings={"num_inference_steps": 2, "timesteps": "(751,376)"}),
     "unshared": System("sharing", "the whole UNet at each of 4 steps", settings={"shared_encoder": False}),
     "unshared-2": System(
-        "sharing", "the whole UNet at each of 2 steps", settings={"shared_encoder": False, "num_inference_steps": 2}
+        "sharing",
+        "the whole UNet at each of 2 steps, 501 and 1",
+        settings={"shared_encoder": False, "num_inference_steps": 2},
+    ),
+    "unshared-2-751": System(
+        "sharing",
+        "the whole UNet at each of 2 steps, 751 and 376",
+        settings={"shared_encoder": False, "num_inference_steps": 2, "timesteps": "(751,376)"},
     ),
     "kl-0": System("kl", "no KL term", settings={"kl_weight": 0.0}),
     "kl-1": System("kl", "KL weight 1", settings={"kl_weight": 1.0}),
