@@ -1,6 +1,7 @@
 """The systems that `ablations.py` compares, all on the shipped emoji teacher.
 
-Each differs from the recipe `ablation_base` in the settings of its row, and in nothing else.
+Each training differs from the recipe `ablation_base` in the settings of its row, and in nothing else. Two are
+different: `start` begins with another system's student, and `lcm` is a training of its own.
 """
 
 from collections.abc import Mapping

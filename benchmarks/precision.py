@@ -35,8 +35,6 @@ from tiue_jax.pipeline import Pipeline
 from tiue_jax.sampling import samplers
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"tiue": 4, "ddim": 25}  # by sampler: of a student, and of a teacher with its usual guidance
-GUIDANCE = 7.5
 
 
 def error(got: Any, want: Any) -> float:
@@ -56,9 +54,9 @@ def psnr(got: np.ndarray, want: np.ndarray) -> tuple[float, int]:
 def rows(model: str, prompts: list[str]) -> dict[str, str]:
     """Returns the table's column of a model."""
     pipe = Pipeline.from_pretrained(model)
-    kind = pipe.settings().sampler
-    steps = STEPS[kind]
-    form = pipe.settings().respaced(pipe.schedule).closed_form(steps)
+    settings = pipe.settings()  # as `tiue sample` draws
+    kind, steps = settings.sampler, settings.num_inference_steps
+    form = settings.respaced(pipe.schedule).closed_form(steps)
     noise = np.random.default_rng(0).standard_normal((len(prompts), *pipe.latents_shape()), np.float32)
     ids, null_ids = pipe.tokenize(prompts), pipe.tokenize([""] * len(prompts))
     half = {name: functional.cast(getattr(pipe, name).params, jnp.bfloat16) for name in ("text_encoder", "unet", "vae")}
@@ -85,7 +83,7 @@ def rows(model: str, prompts: list[str]) -> dict[str, str]:
         unet = pipe.unet.bind(p)
         if kind == "tiue":
             return student.generate(unet, noise, text, form)
-        return samplers.ddim(samplers.Inputs(unet, noise, text, pipe.schedule, steps, null, GUIDANCE))
+        return samplers.ddim(samplers.Inputs(unet, noise, text, pipe.schedule, steps, null, settings.guidance_scale))
 
     @jax.jit
     def decode_image(p: Any, z: jax.Array) -> jax.Array:

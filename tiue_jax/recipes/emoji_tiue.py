@@ -6,12 +6,12 @@ For a first look within five minutes:
 
     tiue train --config emoji_tiue --workdir runs/demo --config.train.max_train_minutes=5
 
-The one-step student that it is compared with takes `--config.distill.num_inference_steps=1` and
-`--config.distill.timestep_spacing=trailing`, since "leading" would give one step timestep 1.
+A one-step student takes `--config.distill.num_inference_steps=1` and `--config.distill.timesteps="(751,)"`: "leading"
+would give one step timestep 1, and "trailing" 999, which is worse (docs/ablations.md).
 
 Two settings are of 2026-11-29: three updates of the LoRA teacher a step, and a teacher's guidance that is drawn for
-each sample. docs/emoji.md found them better after 1,200 steps, with one training of each. After 300 steps they make no
-clear difference (docs/ablations.md).
+each sample. docs/emoji.md found them better after 1,200 steps, with one training of each. After 300 steps they make
+no clear difference but for 2.6 points of style coverage, which three updates lose (docs/ablations.md).
 
 The shipped student is the mean of a run of this recipe and of two continuations at low noise: examples/emoji/README.md
 has the commands, docs/emoji.md the grids and the measured quality. The 1,200 steps took 34 minutes on one core of an

@@ -23,8 +23,8 @@ The paper trains on 1,418,723 JourneyDB captions for 3 epochs: 66,500 steps of 6
 64 is the global batch size. The mathematics does not depend on the number of devices that share it.
 
 Timesteps are spaced "leading", as in the paper. The last decoder pass then weighs almost nothing: 0.012; the
-first weighs 2.5. `--config.distill.timestep_spacing=trailing` gives every pass a real weight, and the emoji model
-worse images (docs/ablations.md).
+first weighs 2.5. `--config.distill.timestep_spacing=trailing` gives every pass a real weight, but the
+images of the emoji model become worse (docs/ablations.md).
 
 These are the paper's settings. On the small emoji model others are much better, by docs/ablations.md:
 `--config.distill.timestep_weighting=uniform`, and guidance for the teacher only,
