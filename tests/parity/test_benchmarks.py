@@ -1,26 +1,37 @@
 """The benchmarks that compare with PyTorch run: none stops for a shape or a setting that has changed since."""
 
-import sys
+import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import torch_pipeline
-import training
-from shapes import shape
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Benchmarks import each other as programs in one folder do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+        yield
 
 
-def test_the_exported_pipeline_and_the_stock_one_draw_the_shipped_students_shape():
-    unet = shape("emoji").unet
+@pytest.fixture
+def benchmark():
+    """Imports a program by its name in the package: examples/emoji also has a training.py."""
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_the_exported_pipeline_and_the_stock_one_draw_the_shipped_students_shape(benchmark):
+    unet = benchmark("shapes").shape("emoji").unet
     want = (1, unet.in_channels, *unet.latent_size)
-    for (_, output), program in torch_pipeline.programs("emoji", batch_size=1).items():
+    for (_, output), program in benchmark("torch_pipeline").programs("emoji", batch_size=1).items():
         if output == "latents":
             assert program().shape == want
 
 
-@pytest.mark.parametrize("make", [training.ours, training.theirs], ids=["ours", "theirs"])
-def test_a_training_step_has_a_loss(make):
-    loss = make(training.Case(shape("tiny").unet, 2))[training.STEP]()
+@pytest.mark.parametrize("library", ["ours", "theirs"])
+def test_a_training_step_has_a_loss(benchmark, library):
+    training = benchmark("training")
+    case = training.Case(benchmark("shapes").shape("tiny").unet, 2)
+    loss = getattr(training, library)(case)[training.STEP]()
     assert loss.shape == () and np.isfinite(loss)
