@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from machine import machine
 from random_weights import spread_
 from sampling import K
-from shapes import TOKENS, shape
+from shapes import inputs, shape
 from side_by_side import rounds_of, table
 
 from tiue_jax.convert.torch_pipeline import TiUEPipeline
@@ -47,11 +47,8 @@ def programs(name: str, batch_size: int) -> dict[tuple[str, str], Callable[[], t
     stock = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     stock.set_progress_bar_config(disable=True)
     one_pass = TiUEPipeline(**parts)
-    generator = torch.Generator().manual_seed(0)
-    width = sizes.unet.per_block("cross_attention_dim")[0]
-    text, null = (torch.randn(batch_size, TOKENS, width, generator=generator) for _ in range(2))
-    size = (batch_size, sizes.unet.in_channels, sizes.latent_size, sizes.latent_size)
-    latents = torch.randn(size, generator=generator)
+    noise, text, null = (torch.from_numpy(x) for x in inputs(sizes, batch_size))
+    latents = noise.permute(0, 3, 1, 2).contiguous()
     common = {"prompt_embeds": text, "num_inference_steps": K, "latents": latents, "return_dict": False}
 
     def program(pipe: Callable, output_type: str, **kwargs: object) -> Callable[[], torch.Tensor]:

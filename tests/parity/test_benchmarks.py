@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs():
-    """Benchmarks import each other as programs in one folder do."""
+@pytest.fixture(scope="module")
+def benchmark():
+    """Imports a program of benchmarks/, which import each other as programs in one folder do.
+
+    The name has its package in front, since examples/emoji has a training.py, too.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-        yield
-
-
-@pytest.fixture
-def benchmark():
-    """Imports a program by its name in the package: examples/emoji also has a training.py."""
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
+        yield lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 def test_the_exported_pipeline_and_the_stock_one_draw_the_shipped_students_shape(benchmark):
